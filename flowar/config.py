@@ -1,0 +1,387 @@
+"""Every setting of every command as a typed, frozen dataclass, and how they are loaded and saved.
+
+No torch here, and no default value lives anywhere else. Read next: cli.py, then the module of the verb you use.
+"""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from yaml import YAMLError
+
+from flowar.errors import UserError
+
+Schema = TypeVar("Schema")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape of one FlowAR. The defaults are FlowAR-L as released; MODEL_VARIANTS holds the others."""
+
+    variant: str = "flowar-l"  # the row of MODEL_VARIANTS that the other settings start from
+    scales: tuple[int, ...] = (1, 2, 4, 8, 16)  # side lengths of the token maps, coarse to fine
+    latent_channels: int = 16
+    patch_size: int = 1  # 1 for VAEs of stride 16, 2 for stride 8
+    num_classes: int = 1000
+    ar_depth: int = 16
+    ar_width: int = 1024
+    ar_heads: int = 16
+    flow_depth: int = 12
+    flow_width: int = 1024
+    flow_heads: int = 16  # released: heads of 64 channels
+    flow_block: Literal["attn_mlp", "attn_cross_mlp"] = "attn_cross_mlp"  # the paper: attn_mlp
+    dropout: float = 0.1  # in the AR Transformer while training; none in the flow Transformer
+    zero_init: bool = False  # zero the last linear, as the authors meant to
+    attention: Literal["sdpa", "flash"] = "sdpa"  # flash: the flash-attn package, CUDA and precision=bf16
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scales", tuple(self.scales))  # JSON and YAML give a list
+        if not self.scales or any(b <= a for a, b in zip(self.scales, self.scales[1:], strict=False)):
+            raise UserError(f"model.scales={list(self.scales)} must grow from coarse to fine, for example [1,2,4,8,16]")
+        for name in ("latent_channels", "patch_size", "num_classes", "ar_width", "flow_depth", "flow_width"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name}={getattr(self, name)} must be at least 1")
+        if self.ar_depth < 2 or self.ar_depth % 2:
+            raise UserError(f"model.ar_depth={self.ar_depth} must be even: half the blocks come before the middle norm")
+        for width, heads in (("ar_width", "ar_heads"), ("flow_width", "flow_heads")):
+            if getattr(self, heads) < 1 or getattr(self, width) % (4 * getattr(self, heads)):
+                raise UserError(
+                    f"model.{width}={getattr(self, width)} must be a multiple of 4 x model.{heads}="
+                    f"{getattr(self, heads)}: a head's channels turn in pairs, half with the row, half with the column"
+                )
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.dropout={self.dropout} must lie in [0, 1)")
+
+    @property
+    def token_width(self) -> int:
+        """Channels of one token: C p p."""
+        return self.latent_channels * self.patch_size**2
+
+    @property
+    def latent_size(self) -> int:
+        """Side of the latents, in latent pixels."""
+        return self.scales[-1] * self.patch_size
+
+
+def _variant(name: str, ar: tuple[int, int, int], flow: tuple[int, int, int], block: str, **others) -> ModelConfig:
+    return ModelConfig(
+        variant=name, ar_depth=ar[0], ar_width=ar[1], ar_heads=ar[2],
+        flow_depth=flow[0], flow_width=flow[1], flow_heads=flow[2], flow_block=block, **others,
+    )  # fmt: skip
+
+
+# The released models; a comment is what the paper reports for ImageNet at 256 px (parameters, FID, IS).
+MODEL_VARIANTS = {
+    config.variant: config
+    for config in (
+        #                          AR: depth, width, heads   flow: depth, width, heads
+        _variant("flowar-s",       (12,  768, 12),           ( 2, 1024, 16), "attn_mlp"),        # 170 M, 3.61, 234.1
+        _variant("flowar-b",       (16,  768, 12),           ( 6, 1024, 16), "attn_mlp"),        # 300 M, 2.90, 272.5
+        _variant("flowar-l",       (16, 1024, 16),           (12, 1024, 16), "attn_cross_mlp"),  # 589 M, 1.90, 281.4
+        _variant("flowar-h",       (30, 1536, 16),           (12, 1536, 24), "attn_cross_mlp"),  # 1.9 B, 1.65, 296.5
+        _variant("flowar-h-paper", (30, 1536, 16),           (18, 1536, 24), "attn_mlp"),        # as in its table 8
+        _variant("flowar-demo",    ( 4,  128,  4),           ( 2,  128,  4), "attn_mlp",         # digits on a laptop
+                 scales=(1, 2, 4, 8), latent_channels=4, num_classes=10, dropout=0.0),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """Which tokenizer, and where its weights are."""
+
+    name: str = "mar"  # mar, sd-vae-ft-ema, sd-vae-ft-mse, demo, or a diffusers AutoencoderKL: a folder or a hub id
+    weights: str | None = None  # mar: the file kl16.ckpt
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Images in one folder per class -> moments in MDS shards."""
+
+    images: str = MISSING  # folder with one sub-folder of images per class
+    out_dir: str = MISSING  # the dataset to write
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    image_size: int = 256  # side of the centre crop, pixels
+    batch_size: int = 32  # images encoded at once
+    num_workers: int = 2  # processes that decode images; 0 decodes in the main one
+    shard_size_mib: int = 64
+    skip_unreadable: bool = False  # leave damaged images out, with a list, instead of stopping
+    device: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which shards, and how they are read."""
+
+    path: str = MISSING  # folder that `flowar prepare` wrote
+    num_workers: int = 2  # processes that read ahead; 0 reads in the main one
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule; the defaults are the authors' recipe."""
+
+    lr: float = 4e-4  # authors: 5e-5 x batch_size / 256
+    min_lr: float = 1e-5  # where the cosine ends
+    warmup_epochs: float = 100  # linear from 0
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.02  # on matrices and tables; none on biases and norm weights
+    max_grad_norm: float = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewConfig:
+    """Sample grids while training, drawn with the averaged weights; off with every_steps=0."""
+
+    every_steps: int = 5000
+    num_images: int = 64
+    num_steps: int = 25  # of the released time grid
+    guidance: float = 2.4
+    guidance_interval: tuple[float, float] = (0.0, 0.9)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases; metrics.jsonl is written in any case."""
+
+    mode: Literal["disabled", "online", "offline"] = "disabled"
+    project: str = "flowar"
+    entity: str | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One training run; the defaults are the authors' recipe for ImageNet at 256 px."""
+
+    run_dir: str = MISSING  # everything the run writes; running again with the same one resumes
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)  # must be the one that made the shards
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    epochs: float = 400
+    batch_size: int = 2048  # global
+    label_dropout: float = 0.1  # share of labels replaced by "no class", for guidance
+    ema_decay: float = 0.9999
+    precision: Literal["fp32", "tf32", "bf16"] = "tf32"  # authors: tf32; bf16 keeps weights, norms and loss in float32
+    seed: int = 0
+    log_every_steps: int = 50
+    save_every_steps: int = 1000
+    keep_checkpoints: int = 2  # the newest ones
+    preview: PreviewConfig = field(default_factory=PreviewConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "log_every_steps", "save_every_steps", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if not 0 <= self.label_dropout < 1:
+            raise UserError(f"label_dropout={self.label_dropout} must lie in [0, 1)")
+        if not 0 <= self.ema_decay < 1:
+            raise UserError(f"ema_decay={self.ema_decay} must lie in [0, 1)")
+        if self.model.attention == "flash" and self.precision != "bf16":
+            raise UserError(f"model.attention=flash needs precision=bf16, got precision={self.precision}")
+
+
+# Settings that may differ when a run resumes, because they change neither the weights nor the order of the data.
+FREE_ON_RESUME = (
+    "run_dir", "data.num_workers", "log_every_steps", "save_every_steps", "keep_checkpoints", "preview", "wandb",
+    "device", "vae.weights", "epochs",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Images from a model."""
+
+    model: str = MISSING  # exported model folder, hub id, or the run_dir of a training run (its newest checkpoint)
+    out_dir: str = MISSING  # the images; running again with the same settings draws only what is missing
+    weights: Literal["ema", "raw"] = "ema"  # which weights of a run_dir
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    num_images: int = 64  # classes in turn: image i shows class i modulo num_classes
+    classes: tuple[int, ...] | None = None  # only these, in turn
+    batch_size: int = 64
+    num_steps: int = 25
+    time_grid: Literal["released", "uniform"] = "released"
+    guidance: float = 2.4  # paper: S 4.3, L 2.4, H 2.4
+    guidance_interval: tuple[float, float] = (0.0, 0.9)  # paper: S and L 0.9, H 0.7 (with 50 steps)
+    seed: int = 0
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "batch_size", "num_steps"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.guidance < 1:
+            raise UserError(f"guidance={self.guidance} is below 1, which is no guidance; use 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Frechet distance, Inception score, precision and recall of a folder of images."""
+
+    samples: str = MISSING  # folder of generated images
+    reference: str = MISSING  # folder of real images (searched deeply), or an .npz with mu and sigma
+    extractor: str = "inception-v3-compat"  # any torch-fidelity feature extractor, or demo-classifier
+    extractor_weights: str | None = None  # its weights; None: where torch-fidelity keeps or fetches them
+    metrics_file: str | None = None  # None: metrics.json beside the samples
+    batch_size: int = 64
+    device: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """The authors' checkpoint -> model.safetensors and config.json."""
+
+    checkpoint: str = MISSING  # FlowAR-S.pth, FlowAR-L.pth, FlowAR-H.pth, or a checkpoint of the authors' trainer
+    out_dir: str = MISSING
+    ar_heads: int | None = None  # of the AR Transformer; None: read from the checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoConfig:
+    """What a model costs: parameters, tokens, FLOPs."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    num_steps: int = 25
+    time_grid: Literal["released", "uniform"] = "released"
+    guidance: float = 2.4
+    guidance_interval: tuple[float, float] = (0.0, 0.9)
+
+
+def _demo_training() -> TrainConfig:
+    """Return the demo's training: digits, 32 px, small enough for two CPU cores and a few minutes."""
+    return TrainConfig(
+        run_dir="set by the demo",
+        data=DataConfig(path="set by the demo", num_workers=0),
+        model=MODEL_VARIANTS["flowar-demo"],
+        vae=VAEConfig(name="demo"),
+        optim=OptimConfig(lr=2e-3, min_lr=1e-4, warmup_epochs=5),
+        epochs=100,
+        batch_size=64,
+        ema_decay=0.995,
+        precision="fp32",
+        log_every_steps=20,
+        save_every_steps=200,
+        preview=PreviewConfig(every_steps=500, num_images=40, num_steps=16, guidance=1.5),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Handwritten digits from scratch to a report, in minutes."""
+
+    run_dir: str = "runs/demo"
+    train: TrainConfig = field(default_factory=_demo_training)
+    num_samples: int = 500
+    num_steps: int = 25
+    guidance: float = 1.5
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+
+
+def variant_config(name: str) -> ModelConfig:
+    """Return a row of MODEL_VARIANTS.
+
+    Raises:
+        UserError: if there is no such row; names the nearest one.
+    """
+    if name not in MODEL_VARIANTS:
+        raise UserError(f"no model is called {name!r}{_did_you_mean(name, MODEL_VARIANTS)}")
+    return MODEL_VARIANTS[name]
+
+
+def load_config(schema: type[Schema], path: str | Path | None = None, overrides: tuple[str, ...] = ()) -> Schema:
+    """Return `schema` filled from its defaults, then the YAML at `path`, then `key=value` overrides.
+
+    `model.variant=flowar-s` (in the YAML or as an override) first sets the whole model to that row of MODEL_VARIANTS.
+
+    Raises:
+        UserError: if the file can't be read, a key is unknown (names the nearest), a value has the wrong type, or a
+            required one is missing.
+    """
+    given = OmegaConf.merge(_load_yaml(path) if path else {}, _parse_overrides(overrides))
+    defaults = OmegaConf.structured(schema)
+    try:
+        for section in ("model", "train.model"):
+            variant = OmegaConf.select(given, f"{section}.variant")
+            if variant is not None and OmegaConf.select(defaults, section) is not None:
+                OmegaConf.update(defaults, section, dataclasses.asdict(variant_config(str(variant))))
+        return OmegaConf.to_object(OmegaConf.merge(defaults, given))
+    except ConfigKeyError as error:
+        raise UserError(
+            f"{error.full_key} is not a setting{_did_you_mean(error.full_key, _keys(defaults))}"
+        ) from error
+    except MissingMandatoryValue as error:
+        key = error.full_key
+        raise UserError(f"{key} is required; give it in the YAML or as {key}=...") from error
+    except OmegaConfBaseException as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
+        expected = f" (setting {error.full_key})" if error.full_key else ""
+        raise UserError(f"{str(error.msg or error).splitlines()[0]}{expected}") from error
+
+
+def save_config(config: object, path: str | Path) -> None:
+    """Write the resolved config as YAML; `load_config` reads it back to an equal value."""
+    OmegaConf.save(OmegaConf.structured(config), path)
+
+
+def describe_config(config: object) -> str:
+    """Return the resolved config as YAML text."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def changed_settings(before: object, after: object) -> dict[str, tuple[object, object]]:
+    """Return {key: (before, after)} of the settings that differ between two configs of one schema."""
+    old, new = (OmegaConf.structured(config) for config in (before, after))
+    values = {key: (OmegaConf.select(old, key), OmegaConf.select(new, key)) for key in _keys(old)}
+    return {key: pair for key, pair in values.items() if pair[0] != pair[1] and not _is_section(pair[0])}
+
+
+def _is_section(value: object) -> bool:
+    return isinstance(value, DictConfig)
+
+
+def _load_yaml(path: str | Path) -> DictConfig:
+    try:
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"there is no config file {path}") from None
+    except (OSError, UnicodeDecodeError, YAMLError) as error:
+        raise UserError(f"{path} is not a YAML config: {' '.join(str(error).split())}") from error
+    if isinstance(loaded, ListConfig):
+        raise UserError(f"{path} holds a list, but a config is `key: value` lines")
+    return loaded
+
+
+def _parse_overrides(overrides: tuple[str, ...]) -> DictConfig:
+    for override in overrides:
+        if "=" not in override:
+            raise UserError(f"{override!r} is neither a file nor a setting; settings are written key=value")
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except YAMLError as error:
+        raise UserError(f"can't read the overrides {list(overrides)}: {' '.join(str(error).split())}") from error
+
+
+def _keys(config: DictConfig, prefix: str = "") -> list[str]:
+    keys = []
+    for key in config:
+        keys.append(f"{prefix}{key}")
+        if not OmegaConf.is_missing(config, key) and isinstance(config[key], DictConfig):
+            keys += _keys(config[key], f"{prefix}{key}.")
+    return keys
+
+
+def _did_you_mean(name: str, known: object) -> str:
+    """Return "; did you mean ...?" for the nearest known name, compared whole and by the last part."""
+    known = list(known)
+    by_last_part = {key.rsplit(".", 1)[-1]: key for key in reversed(known)}
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    near = near or [by_last_part[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], by_last_part, n=1)]
+    return f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(known)}"
