@@ -188,10 +188,11 @@ class TrainConfig:
             raise UserError(f"model.attention=flash needs precision=bf16, got precision={self.precision}")
 
 
-# Settings that may differ when a run resumes, because they change neither the weights nor the order of the data.
+# Settings that may differ when a run resumes, because they change neither the weights nor the order of the data; that
+# data.path still holds the same shards is checked by their passport.
 FREE_ON_RESUME = (
-    "run_dir", "data.num_workers", "log_every_steps", "save_every_steps", "keep_checkpoints", "preview", "wandb",
-    "device", "vae.weights", "epochs",
+    "run_dir", "data.path", "data.num_workers", "log_every_steps", "save_every_steps", "keep_checkpoints", "preview", "wandb",
+    "device", "vae.weights",
 )  # fmt: skip
 
 
@@ -291,7 +292,7 @@ def variant_config(name: str) -> ModelConfig:
         UserError: if there is no such row; names the nearest one.
     """
     if name not in MODEL_VARIANTS:
-        raise UserError(f"no model is called {name!r}{_did_you_mean(name, MODEL_VARIANTS)}")
+        raise UserError(f"no model is called {name!r}{did_you_mean(name, MODEL_VARIANTS)}")
     return MODEL_VARIANTS[name]
 
 
@@ -310,12 +311,13 @@ def load_config(schema: type[Schema], path: str | Path | None = None, overrides:
         for section in ("model", "train.model"):
             variant = OmegaConf.select(given, f"{section}.variant")
             if variant is not None and OmegaConf.select(defaults, section) is not None:
-                OmegaConf.update(defaults, section, dataclasses.asdict(variant_config(str(variant))))
+                layer = dataclasses.asdict(variant_config(str(variant)))
+                for part in reversed(section.split(".")):
+                    layer = {part: layer}
+                defaults = OmegaConf.merge(defaults, layer)
         return OmegaConf.to_object(OmegaConf.merge(defaults, given))
     except ConfigKeyError as error:
-        raise UserError(
-            f"{error.full_key} is not a setting{_did_you_mean(error.full_key, _keys(defaults))}"
-        ) from error
+        raise UserError(f"{error.full_key} is not a setting{did_you_mean(error.full_key, _keys(defaults))}") from error
     except MissingMandatoryValue as error:
         key = error.full_key
         raise UserError(f"{key} is required; give it in the YAML or as {key}=...") from error
@@ -378,7 +380,7 @@ def _keys(config: DictConfig, prefix: str = "") -> list[str]:
     return keys
 
 
-def _did_you_mean(name: str, known: object) -> str:
+def did_you_mean(name: str, known: object) -> str:
     """Return "; did you mean ...?" for the nearest known name, compared whole and by the last part."""
     known = list(known)
     by_last_part = {key.rsplit(".", 1)[-1]: key for key in reversed(known)}

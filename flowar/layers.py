@@ -3,12 +3,14 @@
 They know tensors, not scales or labels. Read next: model.py. Shapes: B batch, N tokens, D width, H heads, d = D / H.
 """
 
+import contextlib
 import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from flowar.errors import UserError
 from flowar.scales import Segment
 
 NORM_EPS = 1e-6  # the released code's RMSNorm
@@ -84,13 +86,12 @@ def attend(
         kernel: "sdpa" (torch) or "flash" (the flash-attn package, CUDA, bfloat16 or float16).
 
     Raises:
-        ModuleNotFoundError: "flash" where flash-attn is not installed.
-        ValueError: "flash" on float32 tensors.
+        UserError: "flash" where flash-attn is not installed, or on float32 tensors.
     """
     if kernel == "flash":
         flash_attn_func = import_flash_attention()
         if query.dtype == torch.float32:
-            raise ValueError("model.attention=flash needs bfloat16 or float16, got float32; set precision=bf16")
+            raise UserError("model.attention=flash needs bfloat16 or float16, got float32; set precision=bf16")
         parts = [flash_attn_func(query[:, q], key[:, k], value[:, k], dropout_p=dropout) for q, k in segments]
         return torch.cat(parts, dim=1)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, H, N, d)
@@ -106,7 +107,7 @@ def import_flash_attention():  # noqa: ANN201 - the type lives in an optional pa
     try:
         from flash_attn import flash_attn_func
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
+        raise UserError(
             "model.attention=flash needs the flash-attn package, which is not installed; install it with "
             "`pip install --no-build-isolation 'flowar[cuda]'`, or set model.attention=sdpa"
         ) from error
@@ -157,6 +158,11 @@ class CrossAttention(nn.Module):
         return self.output(attend(query, key, value, segments, dropout=0.0, kernel=self.kernel).flatten(-2))
 
 
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+    """Return a context in which float32 stays float32; the meta device has no autocast to switch off."""
+    return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+
+
 class TimeEmbedding(nn.Module):
     """Sinusoid of the time in whole thousandths, cosine first, then a two-layer MLP."""
 
@@ -166,10 +172,11 @@ class TimeEmbedding(nn.Module):
         self.output = nn.Linear(width, width)
 
     def forward(self, time: Tensor) -> Tensor:
-        """Return the embedding (..., width) of `time` (...) in [0, 1], computed in float32."""
-        steps = (TIME_STEPS * time.float()).floor()
-        half = TIME_FEATURES // 2
-        exponents = torch.arange(half, dtype=torch.float32, device=time.device) / half
-        angles = steps[..., None] * torch.exp(-math.log(MAX_PERIOD) * exponents)
-        features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-        return self.output(F.silu(self.hidden(features)))
+        """Return the embedding (..., width) of `time` (...) in [0, 1], computed in float32 under autocast too."""
+        with without_autocast(time.device):
+            steps = (TIME_STEPS * time.float()).floor()
+            half = TIME_FEATURES // 2
+            exponents = torch.arange(half, dtype=torch.float32, device=time.device) / half
+            angles = steps[..., None] * torch.exp(-math.log(MAX_PERIOD) * exponents)
+            features = torch.cat([angles.cos(), angles.sin()], dim=-1)
+            return self.output(F.silu(self.hidden(features)))

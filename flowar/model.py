@@ -25,9 +25,7 @@ class AutoregressiveBlock(nn.Module):
         width, dropout = config.ar_width, config.dropout
         self.modulation = nn.Linear(width, 6 * width)
         self.attention_norm = rms_norm(width, weight=False)
-        self.attention = SelfAttention(
-            width, config.ar_heads, qkv_bias=True, dropout=dropout, kernel=config.attention
-        )
+        self.attention = SelfAttention(width, config.ar_heads, qkv_bias=True, dropout=dropout, kernel=config.attention)
         self.mlp_norm = rms_norm(width, weight=False)
         self.mlp = GatedMLP(width, dropout)
 
@@ -118,7 +116,13 @@ class FlowBlock(nn.Module):
         self.mlp = GatedMLP(width)
 
     def forward(
-        self, tokens: Tensor, time: Tensor, condition: Tensor, semantics: Tensor, angles: Tensor, segments: list[Segment]
+        self,
+        tokens: Tensor,
+        time: Tensor,
+        condition: Tensor,
+        semantics: Tensor,
+        angles: Tensor,
+        segments: list[Segment],
     ) -> Tensor:
         modulation = self.modulation(F.silu(time + condition))  # (B, N, 6 E)
         gate_1, gate_2, gain_1, gain_2, shift_1, shift_2 = modulation.chunk(6, dim=-1)
@@ -146,7 +150,13 @@ class CrossAttentionFlowBlock(nn.Module):
         self.mlp = GatedMLP(width)
 
     def forward(
-        self, tokens: Tensor, time: Tensor, condition: Tensor, semantics: Tensor, angles: Tensor, segments: list[Segment]
+        self,
+        tokens: Tensor,
+        time: Tensor,
+        condition: Tensor,
+        semantics: Tensor,
+        angles: Tensor,
+        segments: list[Segment],
     ) -> Tensor:
         gate, gain, shift = self.attention_modulation(F.silu(time)).chunk(3, dim=-1)  # (B, N, E)
         attended, _ = self.attention(modulate(self.attention_norm(tokens), gain, shift), angles, segments)

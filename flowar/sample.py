@@ -3,14 +3,36 @@
 Read next: evaluate.py.
 """
 
-from collections.abc import Callable
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from importlib.metadata import version
+from pathlib import Path
 
 import torch
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from flowar.flow import check_shape, solve_euler
+from data_prep.schema import PASSPORT_FILE, read_passport
+from flowar.config import ModelConfig, SampleConfig
+from flowar.data import check_same_vae
+from flowar.distributed import pick_device, refuse_many_processes
+from flowar.errors import UserError
+from flowar.flow import check_shape, released_time_grid, solve_euler, uniform_time_grid
 from flowar.model import FlowAR
+from flowar.pictures import save_grid, save_png
 from flowar.scales import next_input, num_tokens, token_range, unpatchify
+from flowar.seeding import derive_seed
+from flowar.vae import VAE, load_vae, to_uint8
+from flowar.weights import WEIGHTS_FILE, find_model_folder, load_model
+
+NOISE_STREAM = 3  # keeps the seeds of the images apart from those of the training
+RECORD_FILE = "samples.json"
+IMAGES_FOLDER = "images"
+GRID_IMAGES = 100  # shown in grid.png
+FREE_ON_RERUN = ("num_images", "batch_size", "device")  # don't change image i
 
 TIME_SLACK = 1e-6  # grid points may coincide with the ends of the guidance interval
 
@@ -20,6 +42,12 @@ def scale_guidance(guidance: float, index: int, num_scales: int) -> float:
     if num_scales == 1:
         return guidance
     return 1 + (guidance - 1) * index / (num_scales - 1)
+
+
+def find_guided_times(time_grid: Tensor, guidance_interval: tuple[float, float]) -> set[float]:
+    """Return the times at which a step starts inside the guidance interval, its ends included."""
+    low, high = guidance_interval
+    return {time for time in time_grid.tolist()[:-1] if low - TIME_SLACK <= time <= high + TIME_SLACK}
 
 
 def guided_velocity(
@@ -46,7 +74,7 @@ def guided_velocity(
     return velocity
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def sample_token_maps(
     model: FlowAR,
     labels: Tensor,
@@ -67,9 +95,7 @@ def sample_token_maps(
         noise = torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
     check_shape("noise", noise, shape)
 
-    low, high = guidance_interval
-    times = time_grid.tolist()[:-1]
-    guided_times = {time for time in times if low - TIME_SLACK <= time <= high + TIME_SLACK}
+    guided_times = find_guided_times(time_grid, guidance_interval)
     is_guided = guidance > 1 and bool(guided_times)
     if is_guided:  # The unconditional half runs through the AR Transformer at every scale: later scales see its keys.
         labels = torch.cat([labels, torch.full_like(labels, config.num_classes)])
@@ -124,3 +150,127 @@ def sample_latents(
         noise=noise,
         generator=generator,
     )[-1]
+
+
+def draw_noise(config: ModelConfig, images: Iterable[int], seed: int) -> Tensor:
+    """Return the noise of the images with these numbers, (B, L, C p p): a function of (seed, number), drawn on the CPU."""
+    shape = (num_tokens(config.scales), config.token_width)
+    generators = (torch.Generator().manual_seed(derive_seed(seed, NOISE_STREAM, image)) for image in images)
+    return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
+
+
+def make_time_grid(name: str, num_steps: int) -> Tensor:
+    """Return the time grid that a config names: "released" or "uniform"."""
+    return released_time_grid(num_steps) if name == "released" else uniform_time_grid(num_steps)
+
+
+def main(config: SampleConfig, dry_run: bool = False) -> None:
+    """Draw the images that are not there yet; image i is a function of the settings and i alone."""
+    refuse_many_processes("sample")
+    device = pick_device(config.device)
+    folder = find_model_folder(config.model, config.weights)
+    model = load_model(folder).to(device)
+    vae = load_vae(config.vae.name, config.vae.weights).to(device)
+    check_decodable(folder, model.config, vae)
+    classes = config.classes or tuple(range(model.config.num_classes))
+    if not all(0 <= label < model.config.num_classes for label in classes):
+        raise UserError(
+            f"classes={list(classes)} must lie in 0 to {model.config.num_classes - 1}, as the model has them"
+        )
+    out_dir = Path(config.out_dir)
+    record = describe_samples(config, folder, vae)
+    check_same_samples(out_dir, record)
+    files = [
+        out_dir / IMAGES_FOLDER / f"{i:06d}_class{classes[i % len(classes)]:04d}.png" for i in range(config.num_images)
+    ]
+    remaining = [i for i, file in enumerate(files) if not file.exists()]
+    print(
+        f"{config.num_images:,} images of {len(classes)} classes from {folder}, {len(remaining):,} still to draw; {device}"
+    )
+    if dry_run:
+        return
+
+    files[0].parent.mkdir(parents=True, exist_ok=True)
+    (out_dir / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
+    time_grid = make_time_grid(config.time_grid, config.num_steps)
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]:.1f} images/s"),
+        TimeRemainingColumn(),
+    )
+    with Progress(TextColumn("sampling"), *columns) as progress:
+        task = progress.add_task("sampling", total=len(files), completed=len(files) - len(remaining), speed=0.0)
+        for start in range(0, len(remaining), config.batch_size):
+            numbers = remaining[start : start + config.batch_size]
+            labels = torch.tensor([classes[i % len(classes)] for i in numbers], device=device)
+            latents = sample_latents(
+                model,
+                labels,
+                time_grid=time_grid,
+                guidance=config.guidance,
+                guidance_interval=config.guidance_interval,
+                noise=draw_noise(model.config, numbers, config.seed).to(device),
+            )
+            with torch.inference_mode():
+                images = to_uint8(vae.decode(latents)).cpu()
+            for i, image in zip(numbers, images, strict=True):
+                save_png(image, files[i])
+            progress.update(task, advance=len(numbers), speed=progress.tasks[task].speed or 0.0)
+    save_grid(load_pngs(files[:GRID_IMAGES]), out_dir / "grid.png", columns=10)
+    print(f"wrote {len(files):,} images to {files[0].parent}, the first of them in {out_dir / 'grid.png'}")
+
+
+def load_pngs(files: list[Path]) -> Tensor:
+    """Return RGB images of one size as uint8 (N, 3, H, W)."""
+    images = [
+        torch.frombuffer(bytearray(Image.open(file).convert("RGB").tobytes()), dtype=torch.uint8) for file in files
+    ]
+    with Image.open(files[0]) as first:
+        width, height = first.size
+    return torch.stack(images).view(-1, height, width, 3).permute(0, 3, 1, 2)
+
+
+def check_decodable(folder: Path, model: ModelConfig, vae: VAE) -> None:
+    """Raise a UserError if the model's latents are not those of the VAE, naming both sides."""
+    if model.latent_channels != vae.latent_channels:
+        raise UserError(
+            f"the model in {folder} makes latents of {model.latent_channels} channels, but VAE {vae.name} decodes "
+            f"{vae.latent_channels}; set vae.name to the VAE that the model was trained with"
+        )
+    if (folder / PASSPORT_FILE).is_file():
+        check_same_vae(read_passport(folder), vae.name, vae.weights_sha256, str(folder))
+
+
+def describe_samples(config: SampleConfig, folder: Path, vae: VAE) -> dict[str, object]:
+    """Return all that the images depend on, for samples.json."""
+    with (folder / WEIGHTS_FILE).open("rb") as file:
+        weights_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    settings = dataclasses.asdict(config)
+    for key in ("out_dir", "model", "vae"):
+        settings.pop(key)
+    identity = {"weights_sha256": weights_sha256, "vae_sha256": vae.weights_sha256, "vae_name": vae.name}
+    return {"model": str(folder), "flowar": version("flowar"), "torch": torch.__version__, **identity, **settings}
+
+
+def check_same_samples(out_dir: Path, record: dict[str, object]) -> None:
+    """Raise a UserError if `out_dir` holds images of other settings, naming what differs."""
+    file = out_dir / RECORD_FILE
+    if not file.exists():
+        return
+    before = json.loads(file.read_text())
+    now = json.loads(json.dumps(record))
+    ignored = {*FREE_ON_RERUN, "model", "flowar", "torch"}
+    changed = [
+        f"{key} was {before.get(key)}, now {now[key]}"
+        for key in now
+        if key not in ignored and before.get(key) != now[key]
+    ]
+    if changed:
+        raise UserError(f"out_dir={out_dir} holds images of other settings: {'; '.join(changed)}; give another out_dir")
+
+
+if __name__ == "__main__":
+    from flowar.cli import main as command
+
+    command(["sample"])

@@ -107,16 +107,7 @@ def load_model(path: str | Path, weights: str = "ema") -> HubFlowAR:
     Raises:
         UserError: if there is no model, or its weights don't fit its config (names what is missing or unknown).
     """
-    from flowar.checkpoint import find_latest
-
-    folder = Path(path)
-    if (folder / "checkpoints").is_dir():
-        latest = find_latest(folder)
-        if latest is None:
-            raise UserError(f"{folder} has no complete checkpoint yet; let `flowar train` run until it saves one")
-        folder = latest / weights
-    elif not folder.exists():
-        folder = _download(str(path))
+    folder = find_model_folder(path, weights)
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
     if missing:
         raise UserError(
@@ -131,6 +122,19 @@ def load_model(path: str | Path, weights: str = "ema") -> HubFlowAR:
     model = create_model(config)
     load_strictly(model, state, str(folder / WEIGHTS_FILE))
     return model
+
+
+def find_model_folder(path: str | Path, weights: str = "ema") -> Path:
+    """Return the folder with model.safetensors that `path` means; arguments and errors as `load_model`."""
+    from flowar.checkpoint import find_latest
+
+    folder = Path(path)
+    if (folder / "checkpoints").is_dir():
+        latest = find_latest(folder)
+        if latest is None:
+            raise UserError(f"{folder} has no complete checkpoint yet; let `flowar train` run until it saves one")
+        return latest / weights
+    return folder if folder.exists() else _download(str(path))
 
 
 def save_model(config: ModelConfig, state: dict[str, Tensor], folder: str | Path) -> None:

@@ -1,0 +1,105 @@
+"""The `flowar` command: hands `flowar VERB ...` to that verb's module. Holds no logic; imports torch only to run."""
+
+import argparse
+import importlib
+import sys
+from dataclasses import dataclass
+
+from flowar import config as configs
+from flowar.errors import UserError
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One verb: the module whose `main(config, dry_run)` runs it, its settings and its help."""
+
+    module: str
+    schema: type
+    summary: str
+    example: str
+    positionals: tuple[str, ...] = ()  # settings that bare words fill, in this order
+
+
+VERBS = {
+    "prepare": Verb(
+        "data_prep.encode", configs.PrepareConfig, "encode an image folder into MDS shards of VAE moments",
+        "flowar prepare images=/data/imagenet/train out_dir=/data/in256 vae.name=mar vae.weights=kl16.ckpt",
+    ),
+    "train": Verb(
+        "flowar.train", configs.TrainConfig, "train a model on prepared shards; run it again to resume",
+        "flowar train configs/train/flowar_l.yaml run_dir=runs/l data.path=/data/in256 vae.weights=kl16.ckpt",
+    ),
+    "sample": Verb(
+        "flowar.sample", configs.SampleConfig, "draw images, class by class, as PNG files",
+        "flowar sample model=runs/l out_dir=samples/l num_images=50000 vae.weights=kl16.ckpt",
+    ),
+    "evaluate": Verb(
+        "flowar.evaluate", configs.EvaluateConfig, "Frechet distance, Inception score, precision and recall of images",
+        "flowar evaluate samples=samples/l reference=VIRTUAL_imagenet256_labeled.npz",
+    ),
+    "demo": Verb(
+        "flowar.demo", configs.DemoConfig, "handwritten digits from images to a report, in minutes on a laptop",
+        "flowar demo run_dir=runs/demo",
+    ),
+    "info": Verb(
+        "flowar.info", configs.InfoConfig, "parameters by part, token counts and FLOPs of a model",
+        "flowar info flowar-h num_steps=50 guidance_interval=[0,0.7]", ("model.variant",),
+    ),
+    "convert": Verb(
+        "flowar.weights", configs.ConvertConfig, "the authors' FlowAR-*.pth -> model.safetensors and config.json",
+        "flowar convert FlowAR-L.pth models/flowar-l", ("checkpoint", "out_dir"),
+    ),
+}  # fmt: skip
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run `flowar VERB [CONFIG.yaml] [key=value ...] [--dry-run]`; `arguments` before those of the command line."""
+    words = (arguments or []) + sys.argv[1:]
+    listing = "\n".join(f"  {name:10}{verb.summary}" for name, verb in VERBS.items())
+    if not words or words[0] in ("-h", "--help"):
+        print(
+            f"usage: flowar VERB [CONFIG.yaml] [key=value ...] [--dry-run]\n\n{listing}\n\nflowar VERB --help tells more"
+        )
+        return
+    name = words[0]
+    if name not in VERBS:
+        sys.exit(f"flowar: {name!r} is no verb{configs.did_you_mean(name, VERBS)}\n{listing}")
+    verb = VERBS[name]
+    parser = argparse.ArgumentParser(
+        prog=f"flowar {name}",
+        description=verb.summary,
+        usage=f"flowar {name} {' '.join(f'[{p.upper()}]' for p in verb.positionals)} [CONFIG.yaml] [key=value ...]",
+        epilog=f"example:\n  {verb.example}\n\nsettings and their defaults:\n\n{_settings(verb.schema)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "words", nargs="*", metavar="CONFIG.yaml, key=value", help="one YAML file, then single settings"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, and exit")
+    options = parser.parse_intermixed_args(words[1:])
+    try:
+        config = _parse(verb, options.words)
+        if options.dry_run:
+            print(configs.describe_config(config))
+        importlib.import_module(verb.module).main(config, dry_run=options.dry_run)
+    except UserError as error:
+        sys.exit(f"flowar {name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"flowar {name}: stopped; the same command goes on from what is saved")
+
+
+def _parse(verb: Verb, words: list[str]) -> object:
+    files = [word for word in words if word.endswith((".yaml", ".yml")) and "=" not in word]
+    bare = [word for word in words if "=" not in word and word not in files]
+    settings = [word for word in words if "=" in word]
+    if len(files) > 1:
+        raise UserError(f"one config file at a time, got {', '.join(files)}")
+    if len(bare) > len(verb.positionals):
+        raise UserError(f"{bare[-1]!r} is neither a .yaml file nor a setting; settings are written key=value")
+    filled = [f"{key}={word}" for key, word in zip(verb.positionals, bare, strict=False)]
+    return configs.load_config(verb.schema, files[0] if files else None, (*filled, *settings))
+
+
+def _settings(schema: type) -> str:
+    lines = configs.describe_config(schema).splitlines()
+    return "\n".join(f"  {line}".replace("???", "(required)") for line in lines)

@@ -1,0 +1,167 @@
+"""`flowar demo`: handwritten digits from images to a report, each part by the verb that does it at real scale.
+
+Read next: digits.py for the data and the judge, demo_report.py for the page.
+"""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from data_prep import encode
+from data_prep.schema import PASSPORT_FILE
+from flowar import evaluate, sample, train
+from flowar.config import DemoConfig, PrepareConfig, SampleConfig, TrainConfig
+from flowar.demo_report import write_report
+from flowar.digits import (
+    IMAGE_SIZE,
+    NUM_CLASSES,
+    accuracy,
+    load_classifier,
+    load_splits,
+    save_classifier,
+    train_classifier,
+    write_image_folders,
+)
+from flowar.distributed import refuse_many_processes
+from flowar.flow import released_time_grid
+from flowar.pictures import save_grid, save_loss_curve
+from flowar.report import read_metrics
+from flowar.sample import draw_noise, load_pngs, sample_token_maps
+from flowar.vae import load_vae, to_uint8
+from flowar.weights import load_model
+
+SHEET_COLUMNS = 20  # images of each class in the contact sheet
+GROWTH_IMAGES = NUM_CLASSES  # one sample of each class, growing scale by scale
+
+
+def main(config: DemoConfig, dry_run: bool = False) -> None:
+    """Prepare, train, sample, evaluate and report; parts that are done already are not done again."""
+    refuse_many_processes("demo")
+    started = time.perf_counter()
+    run_dir = Path(config.run_dir)
+    training = dataclasses.replace(
+        config.train,
+        run_dir=str(run_dir / "train"),
+        data=dataclasses.replace(config.train.data, path=str(run_dir / "data")),
+    )
+    if dry_run:
+        print(f"would write to {run_dir}")
+        return
+
+    _say(1, "real images: scikit-learn's 1,797 handwritten digits, as PNG folders")
+    images = run_dir / "images"
+    if not (run_dir / "data" / PASSPORT_FILE).exists():
+        write_image_folders(images)
+    _say(2, "prepare: images -> VAE moments -> MDS shards")
+    if not (run_dir / "data" / PASSPORT_FILE).exists():
+        encode.main(
+            PrepareConfig(
+                images=str(images / "train"),
+                out_dir=str(run_dir / "data"),
+                vae=training.vae,
+                image_size=IMAGE_SIZE,
+                num_workers=0,
+            )
+        )
+    _say(3, "train FlowAR on the shards; killed at any time, the same command goes on")
+    train.main(training)
+    _say(4, "train the judge: a small classifier of the real digits")
+    judge_file = run_dir / "classifier.safetensors"
+    if not judge_file.exists():
+        save_classifier(train_classifier(), judge_file)
+    _say(5, f"sample {config.num_samples} images, classes in turn")
+    sampling = SampleConfig(
+        model=training.run_dir,
+        out_dir=str(run_dir / "samples"),
+        vae=training.vae,
+        num_images=config.num_samples,
+        batch_size=100,
+        num_steps=config.num_steps,
+        guidance=config.guidance,
+        guidance_interval=config.guidance_interval,
+    )
+    sample.main(sampling)
+    _say(6, "evaluate: samples against held-out digits, beside real training digits against the same")
+    numbers = measure(run_dir, judge_file, config.num_samples)
+    draw_pictures(run_dir, training, sampling)
+    numbers["minutes"] = (time.perf_counter() - started) / 60
+    (run_dir / "numbers.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    report = write_report(run_dir, config, numbers)
+    print(
+        f"\nclassified as asked: {numbers['class_accuracy']:.1%} of {config.num_samples} samples (the classifier knows "
+        f"{numbers['judge_accuracy']:.1%} of the held-out real digits)\n"
+        f"Frechet distance to the held-out digits: samples {numbers['frechet_samples']:.2f}, training digits "
+        f"{numbers['frechet_training']:.2f}, ratio {numbers['frechet_samples'] / numbers['frechet_training']:.2f}\n"
+        f"{numbers['minutes']:.1f} minutes; open {report.resolve()}"
+    )
+
+
+def measure(run_dir: Path, judge_file: Path, num_samples: int) -> dict[str, float]:
+    """Return the demo's numbers: how many samples show the class they were asked for, and distances to real digits."""
+    judge = load_classifier(judge_file)
+    files = sorted((run_dir / "samples" / sample.IMAGES_FOLDER).glob("*.png"))[:num_samples]
+    asked = torch.arange(len(files)) % NUM_CLASSES
+    held_out = run_dir / "images" / "held_out"
+    settings = {"extractor": evaluate.DEMO_EXTRACTOR, "extractor_weights": str(judge_file)}
+    of_samples = evaluate.compare(run_dir / "samples", held_out, **settings)
+    of_training = evaluate.compare(run_dir / "images" / "train", held_out, **settings)
+    return {
+        "judge_accuracy": accuracy(judge, *load_splits()["held_out"]),
+        "class_accuracy": accuracy(judge, load_pngs(files).permute(0, 2, 3, 1).numpy(), asked.numpy()),
+        "frechet_samples": of_samples["frechet_inception_distance"],
+        "frechet_training": of_training["frechet_inception_distance"],
+        "score_samples": of_samples["inception_score_mean"],
+        "score_training": of_training["inception_score_mean"],
+        "precision_samples": of_samples["precision"],
+        "precision_training": of_training["precision"],
+        "recall_samples": of_samples["recall"],
+        "recall_training": of_training["recall"],
+    }
+
+
+def draw_pictures(run_dir: Path, training: TrainConfig, sampling: SampleConfig) -> None:
+    """Write contact_sheet.png (a row per class), real_digits.png, growth.png and loss_curve.png."""
+    files = sorted((run_dir / "samples" / sample.IMAGES_FOLDER).glob("*.png"))
+    columns = min(SHEET_COLUMNS, len(files) // NUM_CLASSES)
+    by_class = [file for label in range(NUM_CLASSES) for file in files[label::NUM_CLASSES][:columns]]
+    save_grid(load_pngs(by_class), run_dir / "contact_sheet.png", columns=columns)
+
+    images, labels = load_splits()["held_out"]
+    real = [image for label in range(NUM_CLASSES) for image in images[labels == label][:columns]]
+    save_grid(
+        torch.stack([torch.from_numpy(i) for i in real]).permute(0, 3, 1, 2),
+        run_dir / "real_digits.png",
+        columns=columns,
+    )
+
+    model, vae = load_model(training.run_dir), load_vae(training.vae.name, training.vae.weights)
+    labels = torch.arange(GROWTH_IMAGES) % NUM_CLASSES
+    token_maps = sample_token_maps(
+        model,
+        labels,
+        time_grid=released_time_grid(sampling.num_steps),
+        guidance=sampling.guidance,
+        guidance_interval=sampling.guidance_interval,
+        noise=draw_noise(model.config, range(GROWTH_IMAGES), sampling.seed),
+    )
+    side = model.config.latent_size
+    with torch.inference_mode():
+        decoded = [
+            to_uint8(vae.decode(torch.nn.functional.interpolate(own, size=(side, side), mode="bicubic")))
+            for own in token_maps
+        ]
+    save_grid(torch.cat(decoded), run_dir / "growth.png", columns=GROWTH_IMAGES, enlarge=2)
+    save_loss_curve(read_metrics(training.run_dir), run_dir / "loss_curve.png")
+
+
+def _say(part: int, what: str) -> None:
+    print(f"\n[{part}/6] {what}", flush=True)
+
+
+if __name__ == "__main__":
+    from flowar.cli import main as command
+
+    command(["demo"])

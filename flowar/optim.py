@@ -1,0 +1,33 @@
+"""AdamW, its parameter groups, and the learning rate as a pure function of the step. Read next: train.py."""
+
+import math
+
+import torch
+from torch import nn
+
+from flowar.config import OptimConfig
+
+
+def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Return AdamW with weight decay on matrices and tables, none on biases and norm weights, as the authors do.
+
+    The flow Transformer is decayed too: the authors exempt it by a name that it doesn't have.
+    """
+    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
+    others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
+
+
+def learning_rate(step: int, *, num_steps: int, warmup_steps: float, lr: float, min_lr: float) -> float:
+    """Return the learning rate of `step`: linear from 0 over the warm-up, then a cosine to `min_lr` at `num_steps`."""
+    if step < warmup_steps:
+        return lr * step / warmup_steps
+    progress = (step - warmup_steps) / max(1.0, num_steps - warmup_steps)
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
+    """Give all parameter groups the same learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = value

@@ -1,0 +1,119 @@
+"""What a run says of itself: metrics.jsonl, the progress bar, wandb. Formats numbers, never computes them."""
+
+import json
+import os
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from flowar.config import WandbConfig
+
+METRICS_FILE = "metrics.jsonl"
+WANDB_ID_FILE = "wandb_id.txt"
+QUIET_LINE_EVERY = 10  # where no terminal shows the bar, every so many records give a line
+
+
+def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
+    """Return the records of a run's metrics.jsonl, one per logged step."""
+    file = Path(run_dir) / METRICS_FILE
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+class TrainingReport:
+    """Sinks of one training run; a context manager. `step` counts finished steps everywhere.
+
+    metrics.jsonl is the truth: on resuming, records past the checkpoint are dropped, as those steps are done again.
+    """
+
+    def __init__(
+        self, run_dir: Path, wandb_config: WandbConfig, settings: dict[str, object], *, first_step: int, num_steps: int
+    ) -> None:
+        self.file = run_dir / METRICS_FILE
+        self._keep_records_until(first_step)
+        self.wandb_run = _start_wandb(run_dir, wandb_config, settings)
+        self.console = Console()
+        self.progress = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[status]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.task = self.progress.add_task("training", total=num_steps, completed=first_step, status="")
+        self.num_records = 0
+
+    def __enter__(self) -> "TrainingReport":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.progress.stop()
+        if self.wandb_run is not None:
+            self.wandb_run.finish(exit_code=1 if exception[0] else 0)
+
+    def advance(self, step: int) -> None:
+        """Move the bar to `step`."""
+        self.progress.update(self.task, completed=step)
+
+    def log(self, record: dict[str, float]) -> None:
+        """Write one record, which holds "step", to every sink."""
+        with self.file.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.wandb_run is not None:
+            self.wandb_run.log({k: v for k, v in record.items() if k != "step"}, step=int(record["step"]))
+        by_scale = " ".join(f"{record[key]:.3f}" for key in record if key.startswith("loss/scale_"))
+        status = f"loss {record['loss']:.4f} (scales {by_scale}), {record['images_per_s']:.0f} images/s"
+        self.progress.update(self.task, status=status)
+        if not self.console.is_terminal and self.num_records % QUIET_LINE_EVERY == 0:
+            remaining_min = record["remaining_s"] / 60
+            self.say(f"step {record['step']:,}: {status}, about {remaining_min:.1f} min left")
+        self.num_records += 1
+
+    def log_image(self, name: str, path: Path, step: int) -> None:
+        """Send a picture to wandb; the file is there in any case."""
+        if self.wandb_run is not None:
+            import wandb
+
+            self.wandb_run.log({name: wandb.Image(str(path))}, step=step)
+
+    def say(self, message: str) -> None:
+        """Print a line above the bar."""
+        self.progress.console.print(message, highlight=False, markup=False)
+
+    def _keep_records_until(self, step: int) -> None:
+        if not self.file.exists():
+            return
+        kept = []
+        for line in self.file.read_text().splitlines(keepends=True):
+            if not line.endswith("\n"):
+                break  # a process that died while writing left half a line
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        replacement = self.file.with_name("." + self.file.name)
+        replacement.write_text("".join(kept))
+        os.replace(replacement, self.file)
+
+
+def _start_wandb(run_dir: Path, config: WandbConfig, settings: dict[str, object]) -> object | None:
+    """Return the wandb run, the same one after every restart, or None where it is disabled."""
+    if config.mode == "disabled":
+        return None
+    import wandb
+
+    id_file = run_dir / WANDB_ID_FILE
+    run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
+    id_file.write_text(run_id + "\n")
+    return wandb.init(
+        id=run_id,
+        resume="allow",
+        mode=config.mode,
+        project=config.project,
+        entity=config.entity,
+        name=config.name or run_dir.name,
+        dir=str(run_dir),
+        config=settings,
+    )
