@@ -4,7 +4,6 @@ Read next: schema.py for what is written, flowar/data.py for how it is read.
 """
 
 import logging
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -122,7 +121,7 @@ def main(config: PrepareConfig, dry_run: bool = False) -> None:
     write_passport(passport, partial)
     if out_dir.exists():
         out_dir.rmdir()
-    os.replace(partial, out_dir)
+    partial.replace(out_dir)
     measured = np.sqrt(np.mean(np.square(passport.latent_std)))
     print(
         f"wrote {passport.num_samples:,} samples to {out_dir}; latent std x multiplier = "
@@ -213,6 +212,6 @@ def encode(config: PrepareConfig, source: Source, vae: VAE, folder: Path) -> Pas
 
 
 if __name__ == "__main__":
-    from flowar.cli import main as command
+    from flowar.cli import run_verb
 
-    command(["prepare"])
+    run_verb("prepare")

@@ -55,8 +55,8 @@ def save_checkpoint(
         _sync(folder.parent)
     except OSError as error:
         raise UserError(
-            f"can't save checkpoint {folder}: {error.strerror or error}; the older checkpoints are whole, make room or mend "
-            "the folder and start the same command again"
+            f"can't save checkpoint {folder}: {error.strerror or error}; the older checkpoints are whole; make room or "
+            "mend the folder and start the same command again"
         ) from error
     for old in list_checkpoints(run_dir)[:-keep]:
         doomed = old.with_name("." + old.name)  # a name that no one takes for complete, before anything is deleted

@@ -53,13 +53,11 @@ VERBS = {
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run `flowar VERB [CONFIG.yaml] [key=value ...] [--dry-run]`; `arguments` before those of the command line."""
-    words = (arguments or []) + sys.argv[1:]
+    """Run `flowar VERB [CONFIG.yaml] [key=value ...] [--dry-run]`; the command line's words if none are given."""
+    words = sys.argv[1:] if arguments is None else arguments
     listing = "\n".join(f"  {name:10}{verb.summary}" for name, verb in VERBS.items())
     if not words or words[0] in ("-h", "--help"):
-        print(
-            f"usage: flowar VERB [CONFIG.yaml] [key=value ...] [--dry-run]\n\n{listing}\n\nflowar VERB --help tells more"
-        )
+        print(f"usage: flowar VERB [CONFIG.yaml] [key=value ...] [--dry-run]\n\n{listing}\n\nMore: flowar VERB --help")
         return
     name = words[0]
     if name not in VERBS:
@@ -103,3 +101,8 @@ def _parse(verb: Verb, words: list[str]) -> object:
 def _settings(schema: type) -> str:
     lines = configs.describe_config(schema).splitlines()
     return "\n".join(f"  {line}".replace("???", "(required)") for line in lines)
+
+
+def run_verb(name: str) -> None:
+    """Run one verb with the words of the command line: what `python -m flowar.VERB ...` does."""
+    main([name, *sys.argv[1:]])

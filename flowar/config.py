@@ -67,7 +67,9 @@ class ModelConfig:
         return self.scales[-1] * self.patch_size
 
 
-def _variant(name: str, ar: tuple[int, int, int], flow: tuple[int, int, int], block: str, **others) -> ModelConfig:
+def _variant(
+    name: str, ar: tuple[int, int, int], flow: tuple[int, int, int], block: str, **others: object
+) -> ModelConfig:
     return ModelConfig(
         variant=name, ar_depth=ar[0], ar_width=ar[1], ar_heads=ar[2],
         flow_depth=flow[0], flow_width=flow[1], flow_heads=flow[2], flow_block=block, **others,
@@ -191,8 +193,8 @@ class TrainConfig:
 # Settings that may differ when a run resumes, because they change neither the weights nor the order of the data; that
 # data.path still holds the same shards is checked by their passport.
 FREE_ON_RESUME = (
-    "run_dir", "data.path", "data.num_workers", "log_every_steps", "save_every_steps", "keep_checkpoints", "preview", "wandb",
-    "device", "vae.weights",
+    "run_dir", "data.path", "data.num_workers", "log_every_steps", "save_every_steps", "keep_checkpoints",
+    "preview", "wandb", "device", "vae.weights",
 )  # fmt: skip
 
 

@@ -107,7 +107,7 @@ class StepOrder(Sampler):
 def make_loader(
     shards: LatentShards, config: DataConfig, *, batch_size: int, seed: int, first_step: int, num_steps: int
 ) -> DataLoader:
-    """Return an iterable of one Batch per step, from `first_step` on; the number of workers doesn't change the order."""
+    """Return an iterable of one Batch per step, from `first_step` on, in an order that no worker changes."""
     return DataLoader(
         shards,
         batch_sampler=StepOrder(len(shards), batch_size, seed, first_step=first_step, num_steps=num_steps),
@@ -123,10 +123,10 @@ def check_fits(passport: Passport, model: ModelConfig, path: str) -> None:
     """Raise a UserError where the shards don't hold the latents and classes that the model is made for."""
     if passport.latent_channels != model.latent_channels or passport.latent_size != model.latent_size:
         raise UserError(
-            f"data.path={path} holds latents of {passport.latent_channels} channels and side {passport.latent_size} (VAE "
-            f"{passport.vae_name}, {passport.image_size} px), but the model is made for {model.latent_channels} channels "
-            f"and side {model.latent_size}; set model.latent_channels, model.scales and model.patch_size, or use other "
-            "shards"
+            f"data.path={path} holds latents of {passport.latent_channels} channels and side {passport.latent_size} "
+            f"(VAE {passport.vae_name}, {passport.image_size} px), but the model is made for {model.latent_channels} "
+            f"channels and side {model.latent_size}; set model.latent_channels, model.scales and "
+            "model.patch_size, or use other shards"
         )
     if len(passport.class_names) != model.num_classes:
         raise UserError(

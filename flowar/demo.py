@@ -162,6 +162,6 @@ def _say(part: int, what: str) -> None:
 
 
 if __name__ == "__main__":
-    from flowar.cli import main as command
+    from flowar.cli import run_verb
 
-    command(["demo"])
+    run_verb("demo")

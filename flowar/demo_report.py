@@ -10,8 +10,10 @@ REPORT_FILE = "report.html"
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em; color: #222; }
 h1 { margin-bottom: 0; } h2 { margin-top: 2em; } img { max-width: 100%; image-rendering: pixelated; }
-img.curve { image-rendering: auto; } table { border-collapse: collapse; } td, th { padding: .3em 1em; text-align: right; }
-th:first-child, td:first-child { text-align: left; } tr { border-bottom: 1px solid #ddd; } pre { background: #f5f5f5; padding: 1em; }
+img.curve { image-rendering: auto; } table { border-collapse: collapse; }
+td, th { padding: .3em 1em; text-align: right; }
+th:first-child, td:first-child { text-align: left; } tr { border-bottom: 1px solid #ddd; }
+pre { background: #f5f5f5; padding: 1em; }
 .note { color: #666; }
 """
 
@@ -34,8 +36,9 @@ def write_report(run_dir: Path, config: DemoConfig, numbers: dict[str, float]) -
 <h1>FlowAR on handwritten digits</h1>
 <p class="note">Trained from scratch in this run on scikit-learn's digits; {numbers["minutes"]:.1f} minutes in all.</p>
 <h2>Numbers</h2>
-<p><b>{numbers["class_accuracy"]:.1%}</b> of {config.num_samples} samples show the digit they were asked for, by a classifier
-that was trained on the real training digits and knows {numbers["judge_accuracy"]:.1%} of the real held-out ones.</p>
+<p><b>{numbers["class_accuracy"]:.1%}</b> of {config.num_samples} samples show the digit they were asked for, by a
+classifier that was trained on the real training digits and knows {numbers["judge_accuracy"]:.1%} of the real held-out
+ones.</p>
 <table><tr><th>against the held-out digits</th><th>samples</th><th>real training digits</th></tr>{rows}</table>
 <p class="note">On the classifier's 64 features, by torch-fidelity. The samples are {ratio:.2f} times as far from the
 held-out digits as the training digits are.</p>

@@ -150,8 +150,8 @@ def _create_extractor(
         )
     except OSError as error:  # urllib's URLError is one
         raise UserError(
-            f"the weights of extractor={name} are not here and can't be fetched ({error}); on a machine with a network, "
-            "torch-fidelity downloads them to ~/.cache/torch/hub/checkpoints; copy that file here and set "
+            f"the weights of extractor={name} are not here and can't be fetched ({error}); on a machine with a "
+            "network, torch-fidelity downloads them to ~/.cache/torch/hub/checkpoints; copy that file here and set "
             "extractor_weights=/path/to/it"
         ) from error
 
@@ -178,6 +178,6 @@ def _double(statistics: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 if __name__ == "__main__":
-    from flowar.cli import main as command
+    from flowar.cli import run_verb
 
-    command(["evaluate"])
+    run_verb("evaluate")

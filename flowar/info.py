@@ -29,7 +29,7 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 
 
 def count_training_flops(config: ModelConfig) -> int:
-    """Return the FLOPs of one image's forward and backward pass (matrix products and attention; a product-sum is two)."""
+    """Return the FLOPs of one image's forward and backward pass (matrix products and attention; multiply-add is 2)."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         model = FlowAR(config).eval()
         latents = torch.empty(1, config.latent_channels, config.latent_size, config.latent_size)
@@ -100,6 +100,6 @@ def main(config: InfoConfig, dry_run: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    from flowar.cli import main as command
+    from flowar.cli import run_verb
 
-    command(["info"])
+    run_verb("info")

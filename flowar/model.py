@@ -1,4 +1,4 @@
-"""FlowAR: an autoregressive Transformer over scales gives semantics, a flow matching Transformer turns them into velocity.
+"""FlowAR: an autoregressive Transformer over scales gives semantics, a flow matching one turns them into velocity.
 
 Here is no loss, no solver, no rank and no file. Read next: flow.py. Shapes: B batch, C latent channels, p patch side,
 D width of the AR Transformer, E width of the flow Transformer, N tokens at hand, L tokens of all K scales.
@@ -132,7 +132,7 @@ class FlowBlock(nn.Module):
 
 
 class CrossAttentionFlowBlock(nn.Module):
-    """Time-modulated attention, cross-attention to the semantics, Spatial-adaLN MLP (`attn_cross_mlp`, released -L, -H)."""
+    """Time-modulated attention, cross-attention to the semantics, Spatial-adaLN MLP (`attn_cross_mlp`)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -208,7 +208,7 @@ class FlowMatchingTransformer(nn.Module):
 
 
 class FlowAR(nn.Module):
-    """FlowAR (arXiv:2412.15205): both Transformers. Training calls it whole, generation calls `ar` and `flow` by scale."""
+    """FlowAR (arXiv:2412.15205): both Transformers. Training calls it whole, generation its parts, by scale."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()

@@ -14,7 +14,7 @@ def save_png(image: Tensor, path: Path) -> None:
     """Write a uint8 image (3, H, W); the file appears whole or not at all."""
     hidden = path.with_name(f".{path.name}.{os.getpid()}")
     Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(hidden, format="PNG")
-    os.replace(hidden, path)
+    hidden.replace(path)
 
 
 def save_grid(images: Tensor, path: Path, *, columns: int, enlarge: int = 1) -> None:

@@ -1,7 +1,6 @@
 """What a run says of itself: metrics.jsonl, the progress bar, wandb. Formats numbers, never computes them."""
 
 import json
-import os
 from pathlib import Path
 
 from rich.console import Console
@@ -95,7 +94,7 @@ class TrainingReport:
                 kept.append(line)
         replacement = self.file.with_name("." + self.file.name)
         replacement.write_text("".join(kept))
-        os.replace(replacement, self.file)
+        replacement.replace(self.file)
 
 
 def _start_wandb(run_dir: Path, config: WandbConfig, settings: dict[str, object]) -> object | None:

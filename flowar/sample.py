@@ -153,7 +153,7 @@ def sample_latents(
 
 
 def draw_noise(config: ModelConfig, images: Iterable[int], seed: int) -> Tensor:
-    """Return the noise of the images with these numbers, (B, L, C p p): a function of (seed, number), drawn on the CPU."""
+    """Return the noise of the images with these numbers, (B, L, C p p): each a function of (seed, number)."""
     shape = (num_tokens(config.scales), config.token_width)
     generators = (torch.Generator().manual_seed(derive_seed(seed, NOISE_STREAM, image)) for image in images)
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
@@ -184,9 +184,7 @@ def main(config: SampleConfig, dry_run: bool = False) -> None:
         out_dir / IMAGES_FOLDER / f"{i:06d}_class{classes[i % len(classes)]:04d}.png" for i in range(config.num_images)
     ]
     remaining = [i for i, file in enumerate(files) if not file.exists()]
-    print(
-        f"{config.num_images:,} images of {len(classes)} classes from {folder}, {len(remaining):,} still to draw; {device}"
-    )
+    print(f"{config.num_images:,} images, {len(classes)} classes from {folder}, {len(remaining):,} still to draw")
     if dry_run:
         return
 
@@ -271,6 +269,6 @@ def check_same_samples(out_dir: Path, record: dict[str, object]) -> None:
 
 
 if __name__ == "__main__":
-    from flowar.cli import main as command
+    from flowar.cli import run_verb
 
-    command(["sample"])
+    run_verb("sample")

@@ -3,7 +3,7 @@
 Read next: layers.py. Shapes: B batch, C latent channels, p patch side, N tokens of one scale, L tokens of all scales.
 """
 
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +74,7 @@ def training_inputs(latents: Tensor, scales: tuple[int, ...], patch_size: int) -
     """
     inputs = [
         next_input(downsample(latents, coarser * patch_size), side, scales, patch_size)
-        for coarser, side in zip(scales[:-1], scales[1:], strict=True)
+        for coarser, side in pairwise(scales)
     ]
     return torch.cat(inputs, dim=1) if inputs else latents.new_zeros(len(latents), 0, latents.shape[1] * patch_size**2)
 

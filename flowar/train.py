@@ -51,8 +51,8 @@ def main(config: TrainConfig, dry_run: bool = False) -> None:
     warmup_steps = config.optim.warmup_epochs * passport.num_samples / config.batch_size
     print(
         f"{passport.num_samples:,} samples / batch of {config.batch_size:,} = "
-        f"{passport.num_samples / config.batch_size:,.1f} steps per epoch; {config.epochs:g} epochs = {num_steps:,} steps, "
-        f"{warmup_steps:,.0f} of them warm-up; {device}, {config.precision}, attention {config.model.attention}"
+        f"{passport.num_samples / config.batch_size:,.1f} steps per epoch; {config.epochs:g} epochs = {num_steps:,} "
+        f"steps, {warmup_steps:,.0f} of them warm-up; {device}, {config.precision}, attention {config.model.attention}"
     )
     check_resumable(run_dir, config, passport)
     vae = load_vae(config.vae.name, config.vae.weights) if config.preview.every_steps else None
@@ -271,6 +271,6 @@ def save_preview(model: FlowAR, ema: EMA, vae: VAE, config: TrainConfig, path: P
 
 
 if __name__ == "__main__":
-    from flowar.cli import main as command
+    from flowar.cli import run_verb
 
-    command(["train"])
+    run_verb("train")

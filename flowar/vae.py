@@ -135,8 +135,8 @@ def _load_diffusers(source: str | Path) -> nn.Module:
         return AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False)
     except (OSError, ValueError) as error:
         raise UserError(
-            f"vae.name={source} is no VAE: {str(error).splitlines()[0]}; use mar, sd-vae-ft-ema, sd-vae-ft-mse, demo, or "
-            "an AutoencoderKL in diffusers' layout (a folder, or a hub id that was downloaded before)"
+            f"vae.name={source} is no VAE: {str(error).splitlines()[0]}; use mar, sd-vae-ft-ema, sd-vae-ft-mse, demo, "
+            "or an AutoencoderKL in diffusers' layout (a folder, or a hub id that was downloaded before)"
         ) from error
 
 

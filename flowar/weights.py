@@ -249,8 +249,8 @@ def _released_config(state_dict: dict[str, Tensor], ar_heads: int | None) -> Mod
     tokens = shape("encoder_pos_embed_learned")[1]
     if tokens != num_tokens(RELEASED_SCALES):
         raise UserError(
-            f"encoder_pos_embed_learned holds {tokens} tokens, but the released models have {num_tokens(RELEASED_SCALES)} "
-            f"(scales {RELEASED_SCALES})"
+            f"encoder_pos_embed_learned holds {tokens} tokens, but the released models have "
+            f"{num_tokens(RELEASED_SCALES)} (scales {RELEASED_SCALES})"
         )
     rows, ar_width = shape("class_emb.weight")
     flow_width, latent_channels = shape("flownet.input_proj.weight")
@@ -287,7 +287,8 @@ def _download(hub_id: str) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise UserError(
-            f"there is no folder {hub_id}, and the Hugging Face hub gave no model of that name: {str(error).splitlines()[0]}"
+            f"there is no folder {hub_id}, and the Hugging Face hub gave no model of that name: "
+            f"{str(error).splitlines()[0]}"
         ) from error
 
 
@@ -303,6 +304,6 @@ def _few(names: list[str], limit: int = 5) -> str:
 
 
 if __name__ == "__main__":
-    from flowar.cli import main as command
+    from flowar.cli import run_verb
 
-    command(["convert"])
+    run_verb("convert")

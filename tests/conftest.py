@@ -1,0 +1,80 @@
+"""Tiny real objects that the tests share: a model, images of two classes, their shards, the authors' vectors."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from flowar.config import ModelConfig
+
+DATA = Path(__file__).parent / "data"
+
+
+def load_vectors(name: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of one of the authors' test vectors."""
+    with safe_open(DATA / f"{name}.safetensors", "pt") as file:
+        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is no mapping
+
+
+def released_state(vectors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return the authors' state dict among the vectors."""
+    return {name.removeprefix("state."): tensor for name, tensor in vectors.items() if name.startswith("state.")}
+
+
+def tiny_config(**changes: object) -> ModelConfig:
+    """Return a model small enough for any test; it fits the demo VAE's latents."""
+    settings = {
+        "variant": "tiny",
+        "scales": (1, 2, 4),
+        "latent_channels": 3,
+        "num_classes": 5,
+        "ar_depth": 4,
+        "ar_width": 32,
+        "ar_heads": 2,
+        "flow_depth": 2,
+        "flow_width": 32,
+        "flow_heads": 2,
+        "flow_block": "attn_mlp",
+        "dropout": 0.0,
+    }
+    return ModelConfig(**(settings | changes))
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Give every parameter a random value, so that no zero bias and no weight of one hides a mistake."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + (parameter.ndim == 1) * 0.5)
+    return model
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 24 small images of two classes."""
+    root = tmp_path_factory.mktemp("images")
+    random = np.random.default_rng(0)
+    for name, brightness in (("dark", 60), ("light", 200)):
+        (root / name).mkdir()
+        for index in range(12):
+            pixels = (brightness + random.normal(0, 20, (40, 36, 3))).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{index}.png")
+    return root
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
+    """A dataset prepared from `image_folder` with the demo VAE."""
+    from data_prep import encode
+    from flowar.config import PrepareConfig, VAEConfig
+
+    out_dir = tmp_path_factory.mktemp("data") / "shards"
+    encode.main(
+        PrepareConfig(
+            images=str(image_folder), out_dir=str(out_dir), vae=VAEConfig(name="demo"), image_size=32, num_workers=0
+        )
+    )
+    return out_dir

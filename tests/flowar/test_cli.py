@@ -1,0 +1,61 @@
+import re
+import subprocess
+import sys
+
+import pytest
+
+from flowar.cli import VERBS, main
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, "-m", "flowar", *arguments], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help_with_an_example_and_its_settings(verb, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([verb, "--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert f"flowar {verb} " in text.split("example:")[1]
+    assert "settings and their defaults" in text
+
+
+def test_help_lists_every_verb():
+    result = run("--help")
+    assert result.returncode == 0
+    assert all(re.search(rf"^  {verb} ", result.stdout, re.M) for verb in VERBS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "'trian' is no verb; did you mean train?"),
+        (["train", "run_dir=a", "data.pth=b"], "data.pth is not a setting; did you mean data.path?"),
+        (["train", "none.yaml"], "there is no config file none.yaml"),
+        (["train", "a.yaml", "b.yaml"], "one config file at a time"),
+        (["train", "somewhere"], "'somewhere' is neither a .yaml file nor a setting"),
+        (["info", "flowar-xs"], "no model is called 'flowar-xs'; did you mean flowar-s?"),
+        (["prepare", "images=/none", "out_dir=/tmp/none"], "images=/none does not exist"),
+    ],
+)
+def test_mistakes_end_with_one_line_and_no_traceback(arguments, message):
+    result = run(*arguments)
+    assert result.returncode == 1
+    assert message in result.stderr.splitlines()[0]
+    assert "Traceback" not in result.stderr
+
+
+def test_dry_run_prints_the_resolved_config_and_writes_nothing(shards, tmp_path):
+    settings = [f"run_dir={tmp_path / 'run'}", f"data.path={shards}", "model.variant=flowar-demo", "vae.name=demo"]
+    result = run("train", *settings, "model.num_classes=2", "--dry-run")
+    assert result.returncode == 0, result.stderr
+    assert "lr: 0.0004" in result.stdout and "M parameters; dry run" in result.stdout
+    assert "24 samples / batch of 2,048" in result.stdout
+    assert not (tmp_path / "run").exists()
+
+
+def test_info_prints_parameters_tokens_and_flops(capsys):
+    main(["info", "flowar-demo", "num_steps=4"])
+    text = capsys.readouterr().out
+    assert all(word in text for word in ("flow: blocks", "total", "8 x 8", "GFLOPs per image"))

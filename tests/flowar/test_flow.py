@@ -1,0 +1,110 @@
+import pytest
+import torch
+
+from flowar.flow import (
+    interpolate,
+    per_token,
+    released_time_grid,
+    scale_losses,
+    scale_weights,
+    solve_euler,
+    training_loss,
+    uniform_time_grid,
+)
+from flowar.model import FlowAR
+from flowar.scales import pack
+from tests.conftest import randomise, tiny_config
+
+SCALES = (1, 2, 4)
+
+
+def test_the_path_starts_at_the_data_and_ends_at_the_noise():
+    tokens, noise = torch.randn(2, 2, 5, 3).unbind(0)
+    assert torch.equal(interpolate(tokens, noise, torch.zeros(2, 5)), tokens)
+    assert torch.equal(interpolate(tokens, noise, torch.ones(2, 5)), noise)
+    torch.testing.assert_close(interpolate(tokens, noise, torch.full((2, 5), 0.5)), (tokens + noise) / 2)
+
+
+def test_euler_is_exact_on_a_constant_field():
+    noise, field = torch.randn(2, 2, 5, 3).unbind(0)
+    for grid in (uniform_time_grid(1), uniform_time_grid(7), released_time_grid(25)):
+        torch.testing.assert_close(solve_euler(lambda state, time: field, noise, grid), noise - field)
+
+
+def test_euler_carries_noise_to_the_data_along_the_true_velocity():
+    tokens, noise = torch.randn(2, 2, 5, 3).unbind(0)
+    arrived = solve_euler(lambda state, time: noise - tokens, noise, released_time_grid(12))
+    torch.testing.assert_close(arrived, tokens)
+
+
+def test_euler_converges_to_the_closed_form_at_first_order():
+    start = torch.ones(1, dtype=torch.float64)
+    exact = torch.exp(torch.tensor(-1.0, dtype=torch.float64))  # dx/dt = x from t=1 to 0
+    errors = [
+        abs(solve_euler(lambda state, time: state, start, uniform_time_grid(n)) - exact).item() for n in (50, 100)
+    ]
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.05)
+
+
+def test_released_time_grids():
+    assert torch.equal(released_time_grid(50), uniform_time_grid(50))
+    grid = released_time_grid(25)
+    assert len(grid) == 25  # 24 steps
+    assert grid.dtype == torch.float64
+    assert grid[0] == 1 and grid[-1] == 0 and (grid.diff() < 0).all()
+    assert grid[11].item() == pytest.approx(0.3) and grid[12].item() == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="num_steps=1"):
+        released_time_grid(1)
+
+
+def test_a_perfect_velocity_has_no_loss_and_none_at_all_has_that_of_its_target():
+    latents, labels, time, noise = (
+        torch.randn(2, 3, 4, 4),
+        torch.tensor([0, 1]),
+        torch.rand(2, 3),
+        torch.randn(2, 21, 3),
+    )
+    target = noise - pack(latents, SCALES, 1)
+    arguments = {"scales": SCALES, "patch_size": 1, "time": time, "noise": noise}
+    perfect = scale_losses(lambda *_: target, latents, labels, **arguments)
+    torch.testing.assert_close(perfect, torch.zeros(3))
+    nothing = scale_losses(lambda *_: torch.zeros_like(target), latents, labels, **arguments)
+    torch.testing.assert_close(nothing, torch.stack([part.square().mean() for part in target.split([1, 4, 16], dim=1)]))
+
+
+def test_the_model_sees_every_scale_at_its_own_time():
+    latents, labels, noise = torch.randn(2, 3, 4, 4), torch.tensor([0, 1]), torch.randn(2, 21, 3)
+    time = torch.tensor([[0.0, 0.5, 1.0], [1.0, 0.0, 0.5]])
+    seen = {}
+
+    def velocity(inputs, labels, noisy, time):
+        seen["noisy"] = noisy
+        return noisy
+
+    scale_losses(velocity, latents, labels, scales=SCALES, patch_size=1, time=time, noise=noise)
+    tokens = pack(latents, SCALES, 1)
+    assert torch.equal(seen["noisy"][0, 0], tokens[0, 0])
+    assert torch.equal(seen["noisy"][0, 5:], noise[0, 5:])
+    assert torch.equal(seen["noisy"][1, 1:5], tokens[1, 1:5])
+
+
+def test_scales_weigh_by_their_share_of_the_finest_one():
+    assert scale_weights((1, 2, 4, 8, 16)) == (1 / 256, 4 / 256, 16 / 256, 64 / 256, 1)
+
+
+def test_per_token_repeats_each_scale():
+    assert per_token(torch.tensor([[1.0, 2.0]]), (1, 2)).tolist() == [[1, 2, 2, 2, 2]]
+
+
+def test_training_loss_draws_what_is_not_given_and_refuses_other_shapes():
+    model = randomise(FlowAR(tiny_config())).eval()
+    latents, labels = torch.randn(2, 3, 4, 4), torch.tensor([0, 5])
+    assert training_loss(model, latents, labels).isfinite()
+    torch.manual_seed(1)
+    first = training_loss(model, latents, labels)
+    torch.manual_seed(1)
+    assert torch.equal(first, training_loss(model, latents, labels))
+    with pytest.raises(ValueError, match=r"latents has shape \(2, 3, 8, 8\).*\(2, 3, 4, 4\)"):
+        training_loss(model, torch.randn(2, 3, 8, 8), labels)
+    with pytest.raises(ValueError, match=r"noise has shape"):
+        training_loss(model, latents, labels, noise=torch.randn(2, 20, 3))

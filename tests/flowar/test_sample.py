@@ -1,0 +1,183 @@
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from flowar.config import SampleConfig, VAEConfig
+from flowar.errors import UserError
+from flowar.flow import released_time_grid, uniform_time_grid
+from flowar.model import FlowAR
+from flowar.sample import draw_noise, find_guided_times, main, sample_latents, sample_token_maps, scale_guidance
+from flowar.vae import DEMO_VAE
+from flowar.weights import create_model, save_model
+from tests.conftest import randomise, tiny_config
+
+
+def make(**changes):
+    return randomise(FlowAR(tiny_config(**changes))).eval()
+
+
+def count_flow_samples(model, **settings):
+    """Return how many samples each call of the AR and of the flow Transformer had."""
+    counts = {"ar": [], "flow": []}
+    hooks = [
+        part.register_forward_hook(lambda _module, arguments, _output, own=counts[name]: own.append(len(arguments[0])))
+        for name, part in (("ar", model.ar), ("flow", model.flow))
+    ]
+    sample_latents(model, torch.tensor([0, 1]), noise=torch.randn(2, 21, 3), **settings)
+    for hook in hooks:
+        hook.remove()
+    return counts
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("block", ["attn_mlp", "attn_cross_mlp"])
+def test_a_batch_gives_what_its_members_give_alone(guidance, block):
+    model = make(flow_block=block)
+    labels, noise = torch.tensor([0, 4, 2]), torch.randn(3, 21, 3)
+    settings = {"time_grid": released_time_grid(6), "guidance": guidance, "guidance_interval": (0.2, 0.9)}
+    together = sample_latents(model, labels, noise=noise, **settings)
+    alone = [sample_latents(model, labels[i : i + 1], noise=noise[i : i + 1], **settings) for i in range(3)]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_guidance_of_exactly_one_costs_and_changes_nothing():
+    model = make()
+    counts = count_flow_samples(model, time_grid=uniform_time_grid(4), guidance=1.0)
+    assert counts == {"ar": [2] * 3, "flow": [2] * 12}
+
+
+def test_the_unconditional_half_is_computed_only_where_guidance_acts():
+    counts = count_flow_samples(make(), time_grid=uniform_time_grid(4), guidance=3.0, guidance_interval=(0.3, 0.8))
+    assert counts["ar"] == [4] * 3  # its keys are in the cache for later scales
+    assert counts["flow"] == [2] * 4 + [2, 4, 4, 2] * 2  # not at the first scale, and only at t = 0.75 and 0.5
+    nowhere = count_flow_samples(make(), time_grid=uniform_time_grid(4), guidance=3.0, guidance_interval=(0.3, 0.4))
+    assert nowhere == {"ar": [2] * 3, "flow": [2] * 12}
+
+
+def test_guidance_follows_its_formula():
+    model = make(scales=(4,))
+    labels, noise = torch.tensor([0, 1]), torch.randn(2, 16, 3)
+    grid = uniform_time_grid(1)
+    towards = sample_latents(model, labels, noise=noise, time_grid=grid)
+    away = sample_latents(model, torch.full_like(labels, 5), noise=noise, time_grid=grid)
+    guided = sample_latents(model, labels, noise=noise, time_grid=grid, guidance=3.0)
+    torch.testing.assert_close(guided, away + 3 * (towards - away), rtol=1e-4, atol=1e-4)
+
+
+def test_guidance_grows_linearly_over_the_scales():
+    assert [scale_guidance(3.0, k, 5) for k in range(5)] == [1.0, 1.5, 2.0, 2.5, 3.0]
+    assert scale_guidance(3.0, 0, 1) == 3.0
+
+
+def test_ends_of_the_guidance_interval_belong_to_it():
+    grid = uniform_time_grid(10)
+    assert len(find_guided_times(grid, (0.3, 0.7))) == 5
+    assert len(find_guided_times(grid, (0.0, 1.0))) == 10  # no step starts at 0
+
+
+@pytest.mark.parametrize("changes", [{"num_classes": 1}, {"patch_size": 2}, {"scales": (4,)}, {"scales": (1, 4)}])
+def test_other_shapes_sample(changes):
+    model = make(**changes)
+    latents = sample_latents(model, torch.tensor([0]), time_grid=uniform_time_grid(2), guidance=2.0)
+    side = model.config.latent_size
+    assert latents.shape == (1, 3, side, side)
+    assert latents.isfinite().all()
+
+
+def test_the_last_map_is_the_sample_and_maps_grow():
+    model = make()
+    settings = {"time_grid": uniform_time_grid(2), "noise": torch.randn(1, 21, 3)}
+    maps = sample_token_maps(model, torch.tensor([1]), **settings)
+    assert [own.shape[-1] for own in maps] == [1, 2, 4]
+    assert torch.equal(maps[-1], sample_latents(model, torch.tensor([1]), **settings))
+
+
+def test_noise_comes_from_the_generator():
+    model = make()
+    settings = {"time_grid": uniform_time_grid(2)}
+    first, second = (
+        sample_latents(model, torch.tensor([1]), generator=torch.Generator().manual_seed(3), **settings)
+        for _ in range(2)
+    )
+    assert torch.equal(first, second)
+
+
+def test_bad_arguments_are_refused():
+    with pytest.raises(ValueError, match="guidance=0.5 is below 1"):
+        sample_latents(make(), torch.tensor([1]), time_grid=uniform_time_grid(2), guidance=0.5)
+    with pytest.raises(ValueError, match=r"noise has shape \(1, 20, 3\).*\(1, 21, 3\)"):
+        sample_latents(make(), torch.tensor([1]), time_grid=uniform_time_grid(2), noise=torch.randn(1, 20, 3))
+
+
+def test_noise_of_an_image_does_not_depend_on_the_others():
+    config = tiny_config()
+    assert torch.equal(draw_noise(config, [0, 7, 3], seed=1)[1], draw_noise(config, [7], seed=1)[0])
+    assert not torch.equal(draw_noise(config, [7], seed=1), draw_noise(config, [7], seed=2))
+
+
+@pytest.fixture(scope="module")
+def demo_shaped(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    model = randomise(create_model("flowar-demo", ar_depth=2, flow_depth=1))
+    save_model(model.config, model.state_dict(), folder)
+    return folder
+
+
+def sampling(demo_shaped, out_dir, **changes):
+    settings = {"num_images": 12, "batch_size": 5, "num_steps": 2, "vae": VAEConfig(name="demo")}
+    return SampleConfig(model=str(demo_shaped), out_dir=str(out_dir), **(settings | changes))
+
+
+def read(folder):
+    return {file.name: np.asarray(Image.open(file)).astype(int) for file in sorted((folder / "images").glob("*.png"))}
+
+
+def test_images_are_class_balanced_and_do_not_depend_on_the_batch_size(demo_shaped, tmp_path):
+    main(sampling(demo_shaped, tmp_path / "a"))
+    main(sampling(demo_shaped, tmp_path / "b", batch_size=12))
+    first, second = read(tmp_path / "a"), read(tmp_path / "b")
+    assert list(first) == [f"{i:06d}_class{i % 10:04d}.png" for i in range(12)]
+    assert first["000000_class0000.png"].shape == (32, 32, 3)
+    assert max(np.abs(first[name] - second[name]).max() for name in first) <= 1
+    assert (tmp_path / "a" / "grid.png").exists()
+
+
+def test_running_again_draws_only_what_is_missing(demo_shaped, tmp_path):
+    main(sampling(demo_shaped, tmp_path))
+    before = read(tmp_path)
+    lost, kept = tmp_path / "images" / "000003_class0003.png", tmp_path / "images" / "000004_class0004.png"
+    lost.unlink()
+    stamp = kept.stat().st_mtime_ns
+    main(sampling(demo_shaped, tmp_path, num_images=13))
+    after = read(tmp_path)
+    assert len(after) == 13 and kept.stat().st_mtime_ns == stamp
+    assert np.abs(after[lost.name] - before[lost.name]).max() <= 1
+
+
+def test_other_settings_in_the_same_folder_are_refused(demo_shaped, tmp_path):
+    main(sampling(demo_shaped, tmp_path))
+    with pytest.raises(UserError, match=r"guidance was 2.4, now 3.0"):
+        main(sampling(demo_shaped, tmp_path, guidance=3.0))
+    record = json.loads((tmp_path / "samples.json").read_text())
+    assert record["seed"] == 0 and len(record["weights_sha256"]) == 64
+
+
+def test_another_vae_than_the_models_is_refused(demo_shaped, shards, tmp_path):
+    passport = json.loads((shards / "dataset.json").read_text())
+    folder = tmp_path / "model"
+    shutil.copytree(demo_shaped, folder)
+    (folder / "dataset.json").write_text(json.dumps(passport | {"vae_name": "other", "vae_sha256": "0" * 64}))
+    with pytest.raises(UserError, match=r"made with VAE other \(weights 000000000000\), but vae.name=demo"):
+        main(sampling(folder, tmp_path / "out"))
+    assert DEMO_VAE.is_dir()
+
+
+def test_classes_can_be_chosen_and_are_checked(demo_shaped, tmp_path):
+    main(sampling(demo_shaped, tmp_path / "a", classes=(7, 2), num_images=3))
+    assert [name[-8:-4] for name in read(tmp_path / "a")] == ["0007", "0002", "0007"]
+    with pytest.raises(UserError, match="must lie in 0 to 9"):
+        main(sampling(demo_shaped, tmp_path / "b", classes=(10,)))
