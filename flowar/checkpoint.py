@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -53,9 +54,9 @@ def save_checkpoint(
             _sync(path)
         hidden.rename(folder)
         _sync(folder.parent)
-    except OSError as error:
+    except (OSError, SafetensorError, RuntimeError) as error:  # the last two: a failed write in Rust or C++
         raise UserError(
-            f"can't save checkpoint {folder}: {error.strerror or error}; the older checkpoints are whole; make room or "
+            f"can't save checkpoint {folder}: {error}; the older checkpoints are whole; make room or "
             "mend the folder and start the same command again"
         ) from error
     for old in list_checkpoints(run_dir)[:-keep]:

@@ -18,11 +18,14 @@ from flowar.errors import UserError
 Schema = TypeVar("Schema")
 
 
+CUSTOM_VARIANT = "custom"  # a model that is no row of MODEL_VARIANTS
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Shape of one FlowAR. The defaults are FlowAR-L as released; MODEL_VARIANTS holds the others."""
 
-    variant: str = "flowar-l"  # the row of MODEL_VARIANTS that the other settings start from
+    variant: str = "flowar-l"  # the row of MODEL_VARIANTS that the other settings start from, or "custom"
     scales: tuple[int, ...] = (1, 2, 4, 8, 16)  # side lengths of the token maps, coarse to fine
     latent_channels: int = 16
     patch_size: int = 1  # 1 for VAEs of stride 16, 2 for stride 8
@@ -312,7 +315,7 @@ def load_config(schema: type[Schema], path: str | Path | None = None, overrides:
     try:
         for section in ("model", "train.model"):
             variant = OmegaConf.select(given, f"{section}.variant")
-            if variant is not None and OmegaConf.select(defaults, section) is not None:
+            if variant not in (None, CUSTOM_VARIANT) and OmegaConf.select(defaults, section) is not None:
                 layer = dataclasses.asdict(variant_config(str(variant)))
                 for part in reversed(section.split(".")):
                     layer = {part: layer}

@@ -7,8 +7,8 @@ epoch in silence when a shard is missing, this way the error reaches us. Read ne
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +24,7 @@ WORKER_TIMEOUT_S = 60  # a reader that gives nothing for so long has died or han
 ORDER_STREAM = 1  # keeps the order's seeds apart from those of the training draws
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Samples of one step."""
 
     moments: Tensor  # (B, 2 C, h, w), as stored
@@ -51,8 +50,12 @@ class LatentShards(Dataset):
     def __len__(self) -> int:
         return self.shards.size
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int, int]:
-        sample = self.shards[index]
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int, int] | UserError:
+        shard, place = self.shards.spanner[index]
+        try:
+            sample = self.shards.shards[shard][place]  # not self.shards[index]: it waits for ever where a file is gone
+        except (OSError, IndexError, ValueError) as error:
+            return UserError(f"can't read shard {shard} of data.path={self.folder}: {error}")
         return sample["moments"], int(sample["label"]), index
 
 
@@ -104,11 +107,15 @@ class StepOrder(Sampler):
             yield [int(permutations[place // self.num_samples][place % self.num_samples]) for place in places]
 
 
-def make_loader(
+def read_batches(
     shards: LatentShards, config: DataConfig, *, batch_size: int, seed: int, first_step: int, num_steps: int
-) -> DataLoader:
-    """Return an iterable of one Batch per step, from `first_step` on, in an order that no worker changes."""
-    return DataLoader(
+) -> Iterator[Batch]:
+    """Yield one Batch per step, from `first_step` on, in an order that the number of workers doesn't change.
+
+    Raises:
+        UserError: if a shard can't be read, by name.
+    """
+    loader = DataLoader(
         shards,
         batch_sampler=StepOrder(len(shards), batch_size, seed, first_step=first_step, num_steps=num_steps),
         num_workers=config.num_workers,
@@ -117,6 +124,10 @@ def make_loader(
         multiprocessing_context="fork" if config.num_workers else None,
         pin_memory=torch.cuda.is_available(),
     )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
 
 
 def check_fits(passport: Passport, model: ModelConfig, path: str) -> None:
@@ -144,6 +155,10 @@ def check_same_vae(passport: Passport, vae_name: str, vae_sha256: str, path: str
         )
 
 
-def _collate(samples: list[tuple[np.ndarray, int, int]]) -> Batch:
+def _collate(samples: list[tuple[np.ndarray, int, int] | UserError]) -> Batch | UserError:
+    """Return the batch, or the first error among its samples: as a value, it leaves a worker without a traceback."""
+    errors = [sample for sample in samples if isinstance(sample, UserError)]
+    if errors:
+        return errors[0]
     moments, labels, numbers = zip(*samples, strict=True)
     return Batch(torch.from_numpy(np.stack(moments)), torch.tensor(labels), torch.tensor(numbers))

@@ -1,6 +1,7 @@
 """What a run says of itself: metrics.jsonl, the progress bar, wandb. Formats numbers, never computes them."""
 
 import json
+import secrets
 from pathlib import Path
 
 from rich.console import Console
@@ -104,7 +105,7 @@ def _start_wandb(run_dir: Path, config: WandbConfig, settings: dict[str, object]
     import wandb
 
     id_file = run_dir / WANDB_ID_FILE
-    run_id = id_file.read_text().strip() if id_file.exists() else wandb.util.generate_id()
+    run_id = id_file.read_text().strip() if id_file.exists() else secrets.token_hex(4)
     id_file.write_text(run_id + "\n")
     return wandb.init(
         id=run_id,

@@ -17,7 +17,7 @@ from torch import Tensor
 from data_prep.schema import Passport, read_passport, write_passport
 from flowar.checkpoint import find_latest, load_checkpoint, remove_unfinished, save_checkpoint
 from flowar.config import FREE_ON_RESUME, ModelConfig, TrainConfig, changed_settings, load_config, save_config
-from flowar.data import Batch, LatentShards, check_fits, check_same_vae, make_loader
+from flowar.data import Batch, LatentShards, check_fits, check_same_vae, read_batches
 from flowar.distributed import pick_device, refuse_many_processes
 from flowar.ema import EMA
 from flowar.errors import UserError
@@ -80,7 +80,7 @@ def main(config: TrainConfig, dry_run: bool = False) -> None:
     if latest is not None:
         first_step = load_checkpoint(latest, model, ema, optimizer)
         print(f"resuming from {latest}")
-    loader = make_loader(
+    batches = read_batches(
         shards,
         config.data,
         batch_size=config.batch_size,
@@ -93,7 +93,7 @@ def main(config: TrainConfig, dry_run: bool = False) -> None:
     settings = dataclasses.asdict(config)
     with TrainingReport(run_dir, config.wandb, settings, first_step=first_step, num_steps=num_steps) as report:
         interval = Interval(first_step, len(config.model.scales), device)
-        for step, batch in enumerate(loader, start=first_step + 1):
+        for step, batch in enumerate(batches, start=first_step + 1):
             interval.data_arrived()
             lr = learning_rate(
                 step - 1, num_steps=num_steps, warmup_steps=warmup_steps, lr=config.optim.lr, min_lr=config.optim.min_lr

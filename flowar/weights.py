@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from flowar.config import MODEL_VARIANTS, ConvertConfig, ModelConfig, load_config, variant_config
+from flowar.config import CUSTOM_VARIANT, MODEL_VARIANTS, ConvertConfig, ModelConfig, load_config, variant_config
 from flowar.errors import UserError
 from flowar.model import FlowAR
 from flowar.scales import num_tokens
@@ -263,7 +263,7 @@ def _released_config(state_dict: dict[str, Tensor], ar_heads: int | None) -> Mod
             )
         ar_heads = ar_width // (4 * len(state_dict[frequencies]))  # a quarter of a head's width
     config = ModelConfig(
-        variant="released",
+        variant=CUSTOM_VARIANT,
         scales=RELEASED_SCALES,
         latent_channels=latent_channels,
         num_classes=rows - 1,

@@ -27,7 +27,7 @@ def released_state(vectors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def tiny_config(**changes: object) -> ModelConfig:
     """Return a model small enough for any test; it fits the demo VAE's latents."""
     settings = {
-        "variant": "tiny",
+        "variant": "custom",
         "scales": (1, 2, 4),
         "latent_channels": 3,
         "num_classes": 5,
