@@ -69,15 +69,16 @@ def final_state(run_dir):
     return tensors
 
 
+def losses(run_dir):
+    return [(record["step"], record["lr"], record["loss"]) for record in read_metrics(run_dir)]
+
+
 def assert_same_run(run_dir, finished):
     mine, theirs = final_state(run_dir), final_state(finished)
     assert mine.keys() == theirs.keys()
     different = [name for name in mine if not torch.equal(mine[name], theirs[name])]
     assert not different
-    keys = ("step", "lr")
-    assert [[r[k] for k in keys] for r in read_metrics(run_dir)] == [
-        [r[k] for k in keys] for r in read_metrics(finished)
-    ]
+    assert losses(run_dir) == losses(finished)
 
 
 def test_a_run_leaves_checkpoints_metrics_config_and_passport(finished):
@@ -171,9 +172,7 @@ def test_shards_of_another_vae_are_refused(shards, tmp_path):
     content = json.loads((shards / "dataset.json").read_text())
     (other / "dataset.json").write_text(json.dumps(content | {"vae_name": "mar", "vae_sha256": "0" * 64}))
     config = training(shards, tmp_path / "run", data=DataConfig(path=str(other)), preview=PreviewConfig(every_steps=10))
-    with pytest.raises(
-        UserError, match=r"was made with VAE mar \(weights 000000000000\), but vae.name=demo has weights"
-    ):
+    with pytest.raises(UserError, match=r"made with VAE mar \(weights 000000000000\), but vae.name=demo has"):
         main(config)
     assert not (tmp_path / "run").exists()
 
