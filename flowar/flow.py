@@ -92,7 +92,7 @@ def training_loss(
         ValueError: if the latents or the noise don't have the shape that the model was made for.
     """
     config = model.config
-    check_shape("latents", latents, (len(labels), config.latent_channels, config.latent_size, config.latent_size))
+    check_shape("latents", latents, (len(labels), *config.latent_shape))
     packed = (len(labels), num_tokens(config.scales), config.token_width)
     if time is None:
         time = sample_time(len(labels), len(config.scales)).to(latents.device)

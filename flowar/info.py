@@ -32,7 +32,7 @@ def count_training_flops(config: ModelConfig) -> int:
     """Return the FLOPs of one image's forward and backward pass (matrix products and attention; multiply-add is 2)."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         model = FlowAR(config).eval()
-        latents = torch.empty(1, config.latent_channels, config.latent_size, config.latent_size)
+        latents = torch.empty(1, *config.latent_shape)
         training_loss(model, latents, torch.zeros(1, dtype=torch.int64)).backward()
     return counter.get_total_flops()
 
