@@ -22,7 +22,7 @@ $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flowar needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
 	@echo "== setting up $(VENV): downloads and installs about 5 GB, some minutes =="
 	@$(PYTHON) -m venv $(VENV)
-	@$(RUN)/pip install --progress-bar off --disable-pip-version-check -e '.[dev]' | sed -u -n -e 's/^Collecting \([^ ]*\).*/  fetching \1/p' -e '/^Installing\|^Successfully\|^ERROR/p'
+	@$(RUN)/pip install --progress-bar off --disable-pip-version-check -e '.[dev]' | sed -u -n -e 's/^Collecting \([^ <>=!;]*\).*/  fetching \1/p' -e 's/^Installing collected.*/  installing, a minute or two/p' -e '/^ERROR/p'
 	@touch $@
 
 clean:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from flowar.errors import UserError
+from flowar.files import write_text
 
 SCHEMA_VERSION = 1
 PASSPORT_FILE = "dataset.json"  # written last: without it a dataset is not finished
@@ -50,7 +51,7 @@ class Passport:
 
 def write_passport(passport: Passport, folder: Path) -> None:
     """Write dataset.json into `folder`."""
-    (folder / PASSPORT_FILE).write_text(json.dumps(dataclasses.asdict(passport), indent=2) + "\n")
+    write_text(folder / PASSPORT_FILE, json.dumps(dataclasses.asdict(passport), indent=2) + "\n")
 
 
 def read_passport(folder: str | Path) -> Passport:

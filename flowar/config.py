@@ -39,7 +39,6 @@ class ModelConfig:
     flow_block: Literal["attn_mlp", "attn_cross_mlp"] = "attn_cross_mlp"  # the paper: attn_mlp
     dropout: float = 0.1  # in the AR Transformer while training; none in the flow Transformer
     zero_init: bool = False  # zero the last linear, as the authors meant to
-    attention: Literal["sdpa", "flash"] = "sdpa"  # flash: the flash-attn package, CUDA and precision=bf16
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scales", tuple(self.scales))  # JSON and YAML give a list
@@ -178,6 +177,7 @@ class TrainConfig:
     label_dropout: float = 0.1  # share of labels replaced by "no class", for guidance
     ema_decay: float = 0.9999
     precision: Literal["fp32", "tf32", "bf16"] = "tf32"  # authors: tf32; bf16 keeps weights, norms and loss in float32
+    attention: Literal["sdpa", "flash"] = "sdpa"  # flash: the flash-attn package, on CUDA, with precision=bf16
     seed: int = 0
     log_every_steps: int = 50
     save_every_steps: int = 1000
@@ -194,8 +194,8 @@ class TrainConfig:
             raise UserError(f"label_dropout={self.label_dropout} must lie in [0, 1)")
         if not 0 <= self.ema_decay < 1:
             raise UserError(f"ema_decay={self.ema_decay} must lie in [0, 1)")
-        if self.model.attention == "flash" and self.precision != "bf16":
-            raise UserError(f"model.attention=flash needs precision=bf16, got precision={self.precision}")
+        if self.attention == "flash" and self.precision != "bf16":
+            raise UserError(f"attention=flash needs precision=bf16, got precision={self.precision}")
 
 
 # Settings that may differ when a run resumes, because they change neither the weights nor the order of the data; that
@@ -273,7 +273,7 @@ def _demo_training() -> TrainConfig:
         model=MODEL_VARIANTS["flowar-demo"],
         vae=VAEConfig(name="demo"),
         optim=OptimConfig(lr=3e-3, min_lr=1e-4, warmup_epochs=5),
-        epochs=56,
+        epochs=66,
         batch_size=64,
         ema_decay=0.995,
         precision="fp32",
@@ -338,13 +338,8 @@ def load_config(schema: type[Schema], path: str | Path | None = None, overrides:
         raise UserError(f"{str(error.msg or error).splitlines()[0]}{expected}") from error
 
 
-def save_config(config: object, path: str | Path) -> None:
-    """Write the resolved config as YAML; `load_config` reads it back to an equal value."""
-    OmegaConf.save(OmegaConf.structured(config), path)
-
-
 def describe_config(config: object) -> str:
-    """Return the resolved config as YAML text."""
+    """Return the resolved config as YAML text, which `load_config` reads back to an equal value."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 

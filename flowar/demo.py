@@ -26,6 +26,7 @@ from flowar.digits import (
     write_image_folders,
 )
 from flowar.distributed import refuse_many_processes
+from flowar.files import write_text
 from flowar.flow import released_time_grid
 from flowar.pictures import save_grid, save_loss_curve
 from flowar.report import read_metrics
@@ -88,7 +89,7 @@ def main(config: DemoConfig, dry_run: bool = False) -> None:
     numbers = measure(run_dir, judge_file, config.num_samples)
     draw_pictures(run_dir, training, sampling)
     numbers["minutes"] = (time.perf_counter() - started) / 60
-    (run_dir / "numbers.json").write_text(json.dumps(numbers, indent=2) + "\n")
+    write_text(run_dir / "numbers.json", json.dumps(numbers, indent=2) + "\n")
     report = write_report(run_dir, config, numbers)
     print(
         f"\nclassified as asked: {numbers['class_accuracy']:.1%} of {config.num_samples} samples (the classifier knows "
@@ -127,7 +128,7 @@ def draw_pictures(run_dir: Path, training: TrainConfig, sampling: SampleConfig) 
     files = sorted((run_dir / "samples" / sample.IMAGES_FOLDER).glob("*.png"))
     columns = min(SHEET_COLUMNS, len(files) // NUM_CLASSES)
     by_class = [file for label in range(NUM_CLASSES) for file in files[label::NUM_CLASSES][:columns]]
-    save_grid(load_pngs(by_class), run_dir / "contact_sheet.png", columns=columns)
+    save_grid(load_pngs(by_class), run_dir / "contact_sheet.png", columns=columns, enlarge=2)
 
     images, labels = load_splits()["held_out"]
     real = [image for label in range(NUM_CLASSES) for image in images[labels == label][:columns]]
@@ -135,6 +136,7 @@ def draw_pictures(run_dir: Path, training: TrainConfig, sampling: SampleConfig) 
         torch.stack([torch.from_numpy(i) for i in real]).permute(0, 3, 1, 2),
         run_dir / "real_digits.png",
         columns=columns,
+        enlarge=2,
     )
 
     model, vae = load_model(training.run_dir), load_vae(training.vae.name, training.vae.weights)

@@ -5,6 +5,7 @@ from html import escape
 from pathlib import Path
 
 from flowar.config import DemoConfig, describe_config
+from flowar.files import write_text
 
 REPORT_FILE = "report.html"
 STYLE = """
@@ -56,7 +57,7 @@ held-out digits as the training digits are.</p>
 </body></html>
 """
     file = run_dir / REPORT_FILE
-    file.write_text(page)
+    write_text(file, page)
     return file
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from flowar.errors import UserError
+from flowar.files import write_whole
 
 IMAGE_SIZE = 32
 NUM_CLASSES = 10
@@ -106,7 +107,7 @@ def accuracy(model: DigitClassifier, images: np.ndarray, labels: np.ndarray) -> 
 
 def save_classifier(model: DigitClassifier, path: Path) -> None:
     """Write the classifier as safetensors."""
-    save_file(model.state_dict(), path)
+    write_whole(path, lambda hidden: save_file(model.state_dict(), hidden))
 
 
 def load_classifier(path: str | Path) -> DigitClassifier:

@@ -20,6 +20,7 @@ from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_
 from flowar.config import EvaluateConfig
 from flowar.distributed import pick_device, refuse_many_processes
 from flowar.errors import UserError
+from flowar.files import write_text
 from flowar.sample import IMAGES_FOLDER, RECORD_FILE
 
 DEMO_EXTRACTOR = "demo-classifier"
@@ -131,7 +132,7 @@ def main(config: EvaluateConfig, dry_run: bool = False) -> None:
     Console().print(table)
     file = Path(config.metrics_file or Path(config.samples) / "metrics.json")
     record = {"samples": config.samples, "reference": config.reference, "extractor": config.extractor, **metrics}
-    file.write_text(json.dumps(record, indent=2) + "\n")
+    write_text(file, json.dumps(record, indent=2) + "\n")
     print(f"wrote {file}")
 
 

@@ -91,7 +91,7 @@ def attend(
     if kernel == "flash":
         flash_attn_func = import_flash_attention()
         if query.dtype == torch.float32:
-            raise UserError("model.attention=flash needs bfloat16 or float16, got float32; set precision=bf16")
+            raise UserError("attention=flash needs bfloat16 or float16, got float32; set precision=bf16")
         parts = [flash_attn_func(query[:, q], key[:, k], value[:, k], dropout_p=dropout) for q, k in segments]
         return torch.cat(parts, dim=1)
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, H, N, d)
@@ -108,8 +108,8 @@ def import_flash_attention():  # noqa: ANN201 - the type lives in an optional pa
         from flash_attn import flash_attn_func
     except ModuleNotFoundError as error:
         raise UserError(
-            "model.attention=flash needs the flash-attn package, which is not installed; install it with "
-            "`pip install --no-build-isolation 'flowar[cuda]'`, or set model.attention=sdpa"
+            "attention=flash needs the flash-attn package, which is not installed; install it with "
+            "`pip install --no-build-isolation 'flowar[cuda]'`, or set attention=sdpa"
         ) from error
     return flash_attn_func
 
@@ -117,10 +117,10 @@ def import_flash_attention():  # noqa: ANN201 - the type lives in an optional pa
 class SelfAttention(nn.Module):
     """Multi-head attention with rotary positions over the segments it is given, and an optional cache of past keys."""
 
-    def __init__(self, width: int, heads: int, *, qkv_bias: bool, dropout: float = 0.0, kernel: str = "sdpa") -> None:
+    def __init__(self, width: int, heads: int, *, qkv_bias: bool, dropout: float = 0.0) -> None:
         super().__init__()
         self.heads = heads
-        self.kernel = kernel
+        self.kernel = "sdpa"
         self.dropout = dropout
         self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
         self.output = nn.Linear(width, width)
@@ -143,10 +143,10 @@ class SelfAttention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention from the flow tokens to the semantics at the same positions, rotary on both; as released for -L, -H."""
 
-    def __init__(self, width: int, heads: int, *, context_width: int, kernel: str = "sdpa") -> None:
+    def __init__(self, width: int, heads: int, *, context_width: int) -> None:
         super().__init__()
         self.heads = heads
-        self.kernel = kernel
+        self.kernel = "sdpa"
         self.query = nn.Linear(width, width, bias=False)
         self.key_value = nn.Linear(context_width, 2 * width, bias=False)
         self.output = nn.Linear(width, width)

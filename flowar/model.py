@@ -25,7 +25,7 @@ class AutoregressiveBlock(nn.Module):
         width, dropout = config.ar_width, config.dropout
         self.modulation = nn.Linear(width, 6 * width)
         self.attention_norm = rms_norm(width, weight=False)
-        self.attention = SelfAttention(width, config.ar_heads, qkv_bias=True, dropout=dropout, kernel=config.attention)
+        self.attention = SelfAttention(width, config.ar_heads, qkv_bias=True, dropout=dropout)
         self.mlp_norm = rms_norm(width, weight=False)
         self.mlp = GatedMLP(width, dropout)
 
@@ -111,7 +111,7 @@ class FlowBlock(nn.Module):
         width = config.flow_width
         self.modulation = nn.Linear(width, 6 * width)
         self.attention_norm = rms_norm(width, weight=False)
-        self.attention = SelfAttention(width, config.flow_heads, qkv_bias=False, kernel=config.attention)
+        self.attention = SelfAttention(width, config.flow_heads, qkv_bias=False)
         self.mlp_norm = rms_norm(width, weight=False)
         self.mlp = GatedMLP(width)
 
@@ -139,12 +139,10 @@ class CrossAttentionFlowBlock(nn.Module):
         width = config.flow_width
         self.attention_modulation = nn.Linear(width, 3 * width)
         self.attention_norm = rms_norm(width, weight=False)
-        self.attention = SelfAttention(width, config.flow_heads, qkv_bias=False, kernel=config.attention)
+        self.attention = SelfAttention(width, config.flow_heads, qkv_bias=False)
         self.query_norm = rms_norm(width, weight=True)
         self.semantics_norm = rms_norm(config.ar_width, weight=True)
-        self.cross_attention = CrossAttention(
-            width, config.flow_heads, context_width=config.ar_width, kernel=config.attention
-        )
+        self.cross_attention = CrossAttention(width, config.flow_heads, context_width=config.ar_width)
         self.mlp_modulation = nn.Linear(width, 3 * width)
         self.mlp_norm = rms_norm(width, weight=False)
         self.mlp = GatedMLP(width)
@@ -229,6 +227,12 @@ class FlowAR(nn.Module):
         span = range(len(self.config.scales))
         semantics, _ = self.ar(inputs, labels, span)
         return self.flow(noisy, time, semantics, span)
+
+    def set_attention(self, kernel: str) -> None:
+        """Choose what computes attention: "sdpa" (torch) or "flash" (the flash-attn package)."""
+        for module in self.modules():
+            if isinstance(module, (SelfAttention, CrossAttention)):
+                module.kernel = kernel
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -1,20 +1,20 @@
 """Grids and curves as PNG files. Read next: demo_report.py."""
 
-import os
 from pathlib import Path
 
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
+from flowar.files import write_whole
+
 GRID_PADDING = 2  # pixels between the images of a grid
 
 
 def save_png(image: Tensor, path: Path) -> None:
     """Write a uint8 image (3, H, W); the file appears whole or not at all."""
-    hidden = path.with_name(f".{path.name}.{os.getpid()}")
-    Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(hidden, format="PNG")
-    hidden.replace(path)
+    picture = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+    write_whole(path, lambda hidden: picture.save(hidden, format="PNG"))
 
 
 def save_grid(images: Tensor, path: Path, *, columns: int, enlarge: int = 1) -> None:

@@ -82,7 +82,7 @@ class TrainingReport:
 
     def say(self, message: str) -> None:
         """Print a line above the bar."""
-        self.progress.console.print(message, highlight=False, markup=False)
+        self.progress.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def _keep_records_until(self, step: int) -> None:
         if not self.file.exists():

@@ -20,6 +20,7 @@ from flowar.config import ModelConfig, SampleConfig
 from flowar.data import check_same_vae
 from flowar.distributed import pick_device, refuse_many_processes
 from flowar.errors import UserError
+from flowar.files import write_text
 from flowar.flow import check_shape, released_time_grid, solve_euler, uniform_time_grid
 from flowar.model import FlowAR
 from flowar.pictures import save_grid, save_png
@@ -189,7 +190,7 @@ def main(config: SampleConfig, dry_run: bool = False) -> None:
         return
 
     files[0].parent.mkdir(parents=True, exist_ok=True)
-    (out_dir / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n")
+    write_text(out_dir / RECORD_FILE, json.dumps(record, indent=2) + "\n")
     time_grid = make_time_grid(config.time_grid, config.num_steps)
     columns = (
         BarColumn(),
@@ -211,7 +212,12 @@ def main(config: SampleConfig, dry_run: bool = False) -> None:
                 noise=draw_noise(model.config, numbers, config.seed).to(device),
             )
             with torch.inference_mode():
-                images = to_uint8(vae.decode(latents)).cpu()
+                decoded = vae.decode(latents)
+            if not decoded.isfinite().all():
+                raise UserError(
+                    f"images {numbers[0]} to {numbers[-1]} are not finite; the weights in {folder} are broken"
+                )
+            images = to_uint8(decoded).cpu()
             for i, image in zip(numbers, images, strict=True):
                 save_png(image, files[i])
             progress.update(task, advance=len(numbers), speed=progress.tasks[task].speed or 0.0)

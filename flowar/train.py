@@ -16,11 +16,12 @@ from torch import Tensor
 
 from data_prep.schema import Passport, read_passport, write_passport
 from flowar.checkpoint import find_latest, load_checkpoint, remove_unfinished, save_checkpoint
-from flowar.config import FREE_ON_RESUME, ModelConfig, TrainConfig, changed_settings, load_config, save_config
+from flowar.config import FREE_ON_RESUME, ModelConfig, TrainConfig, changed_settings, describe_config, load_config
 from flowar.data import Batch, LatentShards, check_fits, check_same_vae, read_batches
 from flowar.distributed import pick_device, refuse_many_processes
 from flowar.ema import EMA
 from flowar.errors import UserError
+from flowar.files import write_text
 from flowar.flow import released_time_grid, sample_time, scale_losses, weigh
 from flowar.layers import import_flash_attention
 from flowar.model import FlowAR
@@ -43,7 +44,7 @@ def main(config: TrainConfig, dry_run: bool = False) -> None:
     refuse_many_processes("train")
     run_dir = Path(config.run_dir)
     device = pick_device(config.device)
-    if config.model.attention == "flash":
+    if config.attention == "flash":
         import_flash_attention()
     passport = read_passport(config.data.path)
     check_fits(passport, config.model, config.data.path)
@@ -52,7 +53,7 @@ def main(config: TrainConfig, dry_run: bool = False) -> None:
     print(
         f"{passport.num_samples:,} samples / batch of {config.batch_size:,} = "
         f"{passport.num_samples / config.batch_size:,.1f} steps per epoch; {config.epochs:g} epochs = {num_steps:,} "
-        f"steps, {warmup_steps:,.0f} of them warm-up; {device}, {config.precision}, attention {config.model.attention}"
+        f"steps, {warmup_steps:,.0f} of them warm-up; {device}, {config.precision}, attention {config.attention}"
     )
     check_resumable(run_dir, config, passport)
     vae = load_vae(config.vae.name, config.vae.weights) if config.preview.every_steps else None
@@ -70,6 +71,7 @@ def main(config: TrainConfig, dry_run: bool = False) -> None:
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
     model = create_model(config.model).to(device).train()
+    model.set_attention(config.attention)
     ema = EMA(model, config.ema_decay)
     optimizer = make_optimizer(model, config.optim)
     shards = LatentShards(config.data.path)
@@ -244,7 +246,7 @@ def prepare_run_dir(run_dir: Path, config: TrainConfig, passport: Passport) -> N
         (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
         remove_unfinished(run_dir)
         write_passport(passport, run_dir)
-        save_config(config, run_dir / CONFIG_FILE)
+        write_text(run_dir / CONFIG_FILE, describe_config(config))
     except OSError as error:
         raise UserError(f"can't write to run_dir={run_dir}: {error.strerror or error}") from error
 
@@ -252,6 +254,7 @@ def prepare_run_dir(run_dir: Path, config: TrainConfig, passport: Passport) -> N
 def save_preview(model: FlowAR, ema: EMA, vae: VAE, config: TrainConfig, path: Path) -> None:
     """Write a grid of images drawn with the averaged weights; always the same noise, classes in turn."""
     averaged = copy.deepcopy(model).eval()
+    averaged.set_attention("sdpa")  # flash-attn has no float32
     ema.copy_to(averaged)
     device = next(model.parameters()).device
     preview = config.preview

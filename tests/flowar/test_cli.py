@@ -58,4 +58,4 @@ def test_dry_run_prints_the_resolved_config_and_writes_nothing(shards, tmp_path)
 def test_info_prints_parameters_tokens_and_flops(capsys):
     main(["info", "flowar-demo", "num_steps=4"])
     text = capsys.readouterr().out
-    assert all(word in text for word in ("flow: blocks", "total", "8 x 8", "GFLOPs per image"))
+    assert all(word in text for word in ("flow: blocks", "total", "4 x 4", "GFLOPs per image"))

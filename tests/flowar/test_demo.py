@@ -31,7 +31,7 @@ def test_the_demo_ends_in_a_report_and_runs_again_in_place(tmp_path):
     assert numbers["judge_accuracy"] >= 0.98
     assert 0 <= numbers["class_accuracy"] <= 1 and numbers["frechet_training"] > 0
     with Image.open(tmp_path / "contact_sheet.png") as sheet:
-        assert sheet.size == (2 + 4 * 34, 2 + 10 * 34)  # four of each of ten classes
+        assert sheet.size == (2 + 4 * 66, 2 + 10 * 66)  # four of each of ten classes
 
     weights = {file: file.read_bytes() for file in (tmp_path / "train").rglob("model.safetensors")}
     second = demo(tmp_path)

@@ -34,7 +34,7 @@ def test_unmasked_segments_equal_one_masked_call(make_segments):
 @pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed here")
 def test_asking_for_flash_without_the_package_says_how_to_install_it():
     heads = torch.randn(1, TOKENS, 2, 8)
-    with pytest.raises(UserError, match=r"pip install .*flowar\[cuda\].*model.attention=sdpa"):
+    with pytest.raises(UserError, match=r"pip install .*flowar\[cuda\].*attention=sdpa"):
         attend(heads, heads, heads, local_segments(SCALES, range(3)), dropout=0.0, kernel="flash")
 
 

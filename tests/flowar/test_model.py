@@ -1,7 +1,10 @@
+import importlib.util
+
 import pytest
 import torch
 
 from flowar.config import MODEL_VARIANTS
+from flowar.errors import UserError
 from flowar.model import FlowAR
 from flowar.scales import num_tokens, token_offsets, training_inputs
 from tests.conftest import randomise, tiny_config
@@ -109,3 +112,16 @@ def test_initial_weights_are_xavier_and_tables_are_narrow():
     for table in (model.ar.class_embedding.weight, model.ar.lower_position, model.ar.output_position):
         assert table.std().item() == pytest.approx(0.02, rel=0.1)
     assert all(not p.any() for name, p in model.named_parameters() if name.endswith("bias"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed here")
+@pytest.mark.parametrize("block", BLOCKS)
+def test_choosing_flash_reaches_every_attention(block):
+    model = make(flow_block=block)
+    model.set_attention("flash")
+    with pytest.raises(UserError, match="attention=flash needs the flash-attn package"):
+        model.ar(torch.randn(2, 20, 3), torch.tensor([0, 1]), range(3))
+    with pytest.raises(UserError, match="attention=flash needs the flash-attn package"):
+        model.flow(torch.randn(2, 21, 3), torch.rand(2, 3), torch.randn(2, 21, 32), range(3))
+    kernels = [module.kernel for module in model.modules() if hasattr(module, "kernel")]
+    assert len(kernels) == 4 + 2 * (2 if block == "attn_cross_mlp" else 1) and set(kernels) == {"flash"}

@@ -181,3 +181,13 @@ def test_classes_can_be_chosen_and_are_checked(demo_shaped, tmp_path):
     assert [name[-8:-4] for name in read(tmp_path / "a")] == ["0007", "0002", "0007"]
     with pytest.raises(UserError, match="must lie in 0 to 9"):
         main(sampling(demo_shaped, tmp_path / "b", classes=(10,)))
+
+
+def test_broken_weights_give_an_error_and_no_black_images(demo_shaped, tmp_path):
+    model = randomise(create_model("flowar-demo", ar_depth=2, flow_depth=1))
+    with torch.no_grad():
+        model.flow.output_projection.bias.fill_(float("nan"))
+    save_model(model.config, model.state_dict(), tmp_path / "model")
+    with pytest.raises(UserError, match=r"images 0 to 4 are not finite; the weights in .* are broken"):
+        main(sampling(tmp_path / "model", tmp_path / "out"))
+    assert not list((tmp_path / "out" / "images").iterdir())
