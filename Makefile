@@ -10,7 +10,7 @@ RUN := $(VENV)/bin
 .PHONY: demo test clean
 
 demo: $(VENV)/.installed
-	@echo "== flowar demo: about six minutes on two CPU cores =="
+	@echo "== flowar demo: about five minutes on two CPU cores =="
 	@$(RUN)/flowar demo
 
 test: $(VENV)/.installed

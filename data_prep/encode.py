@@ -62,6 +62,7 @@ def centre_crop(image: Image.Image, size: int) -> np.ndarray:
 
     Halved by box averages while the short side is at least twice `size`, then bicubic to `size`, then cropped.
     """
+    # ADM ignores EXIF; ImageNet's few turned images are upright here.
     image = ImageOps.exif_transpose(image).convert("RGB")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)

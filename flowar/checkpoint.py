@@ -1,12 +1,6 @@
-"""Save, find the latest, resume. Does not decide when to save. Read next: train.py.
-
-RUN_DIR/checkpoints/step_00001000/     complete as soon as it has this name: it is written as .step_00001000 and renamed
-    raw/, ema/                         model folders (model.safetensors, config.json, dataset.json)
-    training.pt                        {"step", "optimizer"}
-"""
+"""Save and resume. Does not decide when to save. Read next: train.py; run_folder.py has the layout."""
 
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -19,9 +13,8 @@ from data_prep.schema import Passport, write_passport
 from flowar.ema import EMA
 from flowar.errors import UserError
 from flowar.model import FlowAR
+from flowar.run_folder import CHECKPOINTS, checkpoint_folder, list_checkpoints
 from flowar.weights import WEIGHTS_FILE, load_strictly, save_model
-
-STEP_FOLDER = re.compile(r"step_(\d{8})")
 
 
 def save_checkpoint(
@@ -41,7 +34,7 @@ def save_checkpoint(
     Raises:
         UserError: if it can't be written; the older checkpoints are then still there.
     """
-    folder = run_dir / "checkpoints" / f"step_{step:08d}"
+    folder = checkpoint_folder(run_dir, step)
     hidden = folder.with_name("." + folder.name)
     try:
         if hidden.exists():
@@ -66,19 +59,6 @@ def save_checkpoint(
     return folder
 
 
-def list_checkpoints(run_dir: str | Path) -> list[Path]:
-    """Return the complete checkpoints of a run, oldest first."""
-    folder = Path(run_dir) / "checkpoints"
-    found = [entry for entry in folder.iterdir() if STEP_FOLDER.fullmatch(entry.name)] if folder.is_dir() else []
-    return sorted(found)
-
-
-def find_latest(run_dir: str | Path) -> Path | None:
-    """Return the newest complete checkpoint of a run, or None."""
-    complete = list_checkpoints(run_dir)
-    return complete[-1] if complete else None
-
-
 def load_checkpoint(folder: Path, model: nn.Module, ema: EMA, optimizer: torch.optim.Optimizer) -> int:
     """Load all of a checkpoint and return the number of steps that it has behind it.
 
@@ -94,7 +74,7 @@ def load_checkpoint(folder: Path, model: nn.Module, ema: EMA, optimizer: torch.o
 
 def remove_unfinished(run_dir: Path) -> None:
     """Delete what a process that died while saving or deleting has left."""
-    for entry in (run_dir / "checkpoints").glob(".step_*"):
+    for entry in (run_dir / CHECKPOINTS).glob(".step_*"):
         shutil.rmtree(entry)
 
 

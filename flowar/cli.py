@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         sys.exit(f"flowar {name}: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"flowar {name}: stopped; the same command goes on from what is saved")
+        sys.exit(f"flowar {name}: stopped")
 
 
 def _parse(verb: Verb, words: list[str]) -> object:

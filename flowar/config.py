@@ -141,6 +141,11 @@ class OptimConfig:
     weight_decay: float = 0.02  # on matrices and tables; none on biases and norm weights
     max_grad_norm: float = 3.0
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "min_lr", "max_grad_norm"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"optim.{name}={getattr(self, name)} must be above 0")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewConfig:
@@ -151,6 +156,9 @@ class PreviewConfig:
     num_steps: int = 25  # of the released time grid
     guidance: float = 2.4
     guidance_interval: tuple[float, float] = (0.0, 0.9)
+
+    def __post_init__(self) -> None:
+        check_sampling(self, prefix="preview.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +182,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     epochs: float = 400
     batch_size: int = 2048  # global
+    micro_batch_size: int | None = None  # samples on the device at once, whose gradients add up; None: all of them
     label_dropout: float = 0.1  # share of labels replaced by "no class", for guidance
     ema_decay: float = 0.9999
     precision: Literal["fp32", "tf32", "bf16"] = "tf32"  # authors: tf32; bf16 keeps weights, norms and loss in float32
@@ -190,6 +199,15 @@ class TrainConfig:
         for name in ("batch_size", "log_every_steps", "save_every_steps", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        micro = self.micro_batch_size
+        if micro is not None and (micro < 1 or self.batch_size % micro):
+            fitting = max((n for n in range(1, max(1, micro) + 1) if self.batch_size % n == 0), default=1)
+            raise UserError(
+                f"batch_size={self.batch_size} is not a multiple of micro_batch_size={micro}; "
+                f"try micro_batch_size={fitting}"
+            )
+        if self.epochs <= 0:
+            raise UserError(f"epochs={self.epochs} must be above 0")
         if not 0 <= self.label_dropout < 1:
             raise UserError(f"label_dropout={self.label_dropout} must lie in [0, 1)")
         if not 0 <= self.ema_decay < 1:
@@ -198,11 +216,12 @@ class TrainConfig:
             raise UserError(f"attention=flash needs precision=bf16, got precision={self.precision}")
 
 
-# Settings that may differ when a run resumes, because they change neither the weights nor the order of the data; that
-# data.path still holds the same shards is checked by their passport.
+# Settings that may differ when a run resumes: those that change neither the weights nor the order of the data (that
+# data.path still holds the same shards is checked by their passport), and those that help a run that became unstable.
 FREE_ON_RESUME = (
     "run_dir", "data.path", "data.num_workers", "log_every_steps", "save_every_steps", "keep_checkpoints",
-    "preview", "wandb", "device", "vae.weights",
+    "preview", "wandb", "device", "vae.weights", "micro_batch_size", "precision", "attention",
+    "optim.lr", "optim.min_lr", "optim.max_grad_norm",
 )  # fmt: skip
 
 
@@ -225,11 +244,9 @@ class SampleConfig:
     device: str = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("num_images", "batch_size", "num_steps"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.guidance < 1:
-            raise UserError(f"guidance={self.guidance} is below 1, which is no guidance; use 1 or more")
+        check_sampling(self)
+        if self.batch_size < 1:
+            raise UserError(f"batch_size={self.batch_size} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,6 +281,9 @@ class InfoConfig:
     guidance: float = 2.4
     guidance_interval: tuple[float, float] = (0.0, 0.9)
 
+    def __post_init__(self) -> None:
+        check_sampling(self)
+
 
 def _demo_training() -> TrainConfig:
     """Return the demo's training: digits, 32 px, small enough for two CPU cores and a few minutes."""
@@ -293,6 +313,24 @@ class DemoConfig:
     num_steps: int = 25
     guidance: float = 1.25
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        check_sampling(self)
+
+
+def check_sampling(config: object, prefix: str = "") -> None:
+    """Raise a UserError if the sampling settings of `config` make no sense: steps, guidance, interval, images."""
+    for name in ("num_images", "num_samples"):
+        if getattr(config, name, 1) < 1:
+            raise UserError(f"{prefix}{name}={getattr(config, name)} must be at least 1")
+    least = 1 if getattr(config, "time_grid", "released") == "uniform" else 2
+    if config.num_steps < least:
+        raise UserError(f"{prefix}num_steps={config.num_steps} must be at least {least}")
+    if config.guidance < 1:
+        raise UserError(f"{prefix}guidance={config.guidance} is below 1, which is no guidance; use 1 or more")
+    low, high = config.guidance_interval
+    if not 0 <= low <= high <= 1:
+        raise UserError(f"{prefix}guidance_interval=[{low}, {high}] must be [low, high] with 0 <= low <= high <= 1")
 
 
 def variant_config(name: str) -> ModelConfig:

@@ -122,7 +122,6 @@ def read_batches(
         collate_fn=_collate,
         timeout=WORKER_TIMEOUT_S if config.num_workers else 0,
         multiprocessing_context="fork" if config.num_workers else None,
-        pin_memory=torch.cuda.is_available(),
     )
     for batch in loader:
         if isinstance(batch, UserError):

@@ -65,6 +65,7 @@ def main(config: DemoConfig, dry_run: bool = False) -> None:
                 vae=training.vae,
                 image_size=IMAGE_SIZE,
                 num_workers=0,
+                device=training.device,
             )
         )
     _say(3, "train FlowAR on the shards; killed at any time, the same command goes on")
@@ -80,6 +81,7 @@ def main(config: DemoConfig, dry_run: bool = False) -> None:
         vae=training.vae,
         num_images=config.num_samples,
         batch_size=100,
+        device=training.device,
         num_steps=config.num_steps,
         guidance=config.guidance,
         guidance_interval=config.guidance_interval,

@@ -35,7 +35,8 @@ def write_report(run_dir: Path, config: DemoConfig, numbers: dict[str, float]) -
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>FlowAR demo</title><style>{STYLE}</style></head><body>
 <h1>FlowAR on handwritten digits</h1>
-<p class="note">Trained from scratch in this run on scikit-learn's digits; {numbers["minutes"]:.1f} minutes in all.</p>
+<p class="note">Trained from scratch on scikit-learn's digits; the
+last call of the demo took {numbers["minutes"]:.1f} minutes.</p>
 <h2>Numbers</h2>
 <p><b>{numbers["class_accuracy"]:.1%}</b> of {config.num_samples} samples show the digit they were asked for, by a
 classifier that was trained on the real training digits and knows {numbers["judge_accuracy"]:.1%} of the real held-out

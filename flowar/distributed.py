@@ -1,4 +1,4 @@
-"""Which device this process uses, and which of how many processes it is. Read next: train.py."""
+"""Which device this process uses, and that it is the only one. Read next: train.py."""
 
 import os
 
@@ -21,6 +21,12 @@ def pick_device(name: str) -> torch.device:
         raise UserError(f"device={name} is no device; use auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device={name} was asked for, but torch {torch.__version__} sees no GPU here; use device=cpu")
+    if device.type == "cuda" and device.index is not None:
+        if device.index >= torch.cuda.device_count():
+            raise UserError(
+                f"device={name} was asked for, but there are {torch.cuda.device_count()} GPUs, counted from 0"
+            )
+        torch.cuda.set_device(device)  # for libraries that use the current one
     return device
 
 

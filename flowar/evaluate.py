@@ -4,10 +4,12 @@ Read next: digits.py, which holds the demo's feature extractor.
 """
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -65,9 +67,11 @@ def compare(
     layer = kind.get_default_feature_layer_for_metric("fid")
 
     samples, reference = Path(samples), Path(reference)
+    asked = None
     if (samples / RECORD_FILE).is_file():
+        asked = json.loads((samples / RECORD_FILE).read_text())["num_images"]
         samples = samples / IMAGES_FOLDER
-    _check_images("samples", samples)
+    _check_images("samples", samples, asked)
     statistics = _load_statistics(reference) if reference.suffix == ".npz" else None
     if statistics is None:
         _check_images("reference", reference)
@@ -106,7 +110,7 @@ def compare(
             f"{len(generated_statistics['mu'])}; use statistics of the same extractor"
         )
     metrics |= fid_statistics_to_metric(_double(generated_statistics), _double(statistics), verbose=False)
-    return {name: float(value) for name, value in metrics.items()}
+    return {"num_samples": len(generated[layer]), **{name: float(value) for name, value in metrics.items()}}
 
 
 def main(config: EvaluateConfig, dry_run: bool = False) -> None:
@@ -128,7 +132,7 @@ def main(config: EvaluateConfig, dry_run: bool = False) -> None:
     )
     table = Table("metric", "value", title=f"{config.samples} against {config.reference}, {config.extractor}")
     for name, value in metrics.items():
-        table.add_row(name.replace("_", " "), f"{value:.4f}")
+        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
     Console().print(table)
     file = Path(config.metrics_file or Path(config.samples) / "metrics.json")
     record = {"samples": config.samples, "reference": config.reference, "extractor": config.extractor, **metrics}
@@ -157,19 +161,35 @@ def _create_extractor(
         ) from error
 
 
-def _check_images(name: str, folder: Path) -> None:
+def _check_images(name: str, folder: Path, asked: int | None = None) -> None:
+    """Raise a UserError if there are too few images, not as many as were asked for, or images of several sizes."""
     if not folder.is_dir():
         raise UserError(f"{name}={folder} does not exist; it has to be a folder of images")
-    count = sum(file.suffix.lower().lstrip(".") in IMAGE_SUFFIXES for file in folder.rglob("*"))
-    if count < MIN_IMAGES:
-        raise UserError(f"{name}={folder} holds {count} images, but at least {MIN_IMAGES} are needed")
+    files = [file for file in folder.rglob("*") if file.suffix.lower().lstrip(".") in IMAGE_SUFFIXES]
+    if len(files) < MIN_IMAGES:
+        raise UserError(f"{name}={folder} holds {len(files)} images, but at least {MIN_IMAGES} are needed")
+    if asked not in (None, len(files)):
+        raise UserError(
+            f"{name}={folder} holds {len(files)} images, but {asked} were asked for; run the same `flowar sample` "
+            "again to draw what is missing, or sample into a new folder"
+        )
+    sizes: dict[tuple[int, int], Path] = {}
+    for file in files:
+        with Image.open(file) as image:  # reads the header only
+            sizes.setdefault(image.size, file)
+    if len(sizes) > 1:
+        (size, file), (other_size, other) = list(sizes.items())[:2]
+        raise UserError(
+            f"{name}={folder} holds images of {len(sizes)} sizes, {file.name} has {size} pixels and {other.name} "
+            f"{other_size}; resize and crop them to one size first"
+        )
 
 
 def _load_statistics(file: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(file) as content:
             return {"mu": content["mu"], "sigma": content["sigma"]}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
         raise UserError(f"reference={file} is no .npz with mu and sigma: {error}") from error
 
 

@@ -1,6 +1,7 @@
 """The parts both Transformers are built of: norm, gated MLP, rotary embedding, attention, time embedding.
 
-They know tensors, not scales or labels. Read next: model.py. Shapes: B batch, N tokens, D width, H heads, d = D / H.
+They know tensors, not labels; of the scales only where their tokens stand. Read next: model.py.
+Shapes: B batch, N tokens, D width, H heads, d = D / H.
 """
 
 import contextlib
@@ -106,9 +107,9 @@ def import_flash_attention():  # noqa: ANN201 - the type lives in an optional pa
     """Return flash-attn's attention function; it is imported here only, and only when asked for."""
     try:
         from flash_attn import flash_attn_func
-    except ModuleNotFoundError as error:
+    except ImportError as error:
         raise UserError(
-            "attention=flash needs the flash-attn package, which is not installed; install it with "
+            f"attention=flash needs the flash-attn package, which does not import ({error}); install it with "
             "`pip install --no-build-isolation 'flowar[cuda]'`, or set attention=sdpa"
         ) from error
     return flash_attn_func

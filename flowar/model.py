@@ -193,7 +193,7 @@ class FlowMatchingTransformer(nn.Module):
         """
         segments = local_segments(self.scales, span)
         angles = self.angles[token_range(self.scales, span)]
-        tokens = self.input_projection(noisy)
+        tokens = self.input_projection(noisy).to(noisy.dtype)  # under autocast the residual stream stays float32
         per_scale = self.time_embedding(time).split(1, dim=1)  # (B, 1, E) each
         time = torch.cat(
             [own.expand(-1, self.scales[k] ** 2, -1) for own, k in zip(per_scale, span, strict=True)], dim=1

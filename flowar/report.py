@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from flowar.config import WandbConfig
+from flowar.run_folder import METRICS_FILE
 
-METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_id.txt"
 QUIET_LINE_EVERY = 10  # where no terminal shows the bar, every so many records give a line
 

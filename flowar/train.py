@@ -1,7 +1,7 @@
 """`flowar train`: the loop, read top to bottom. Read next: flow.py for the loss, data.py for the order of the samples.
 
 Everything random in a step follows from (seed, step) alone, and so does the learning rate: a run that was killed and
-started again gives the same weights, bit for bit on the same machine.
+started again gives the same weights, on a CPU bit for bit (on a GPU some kernels add up in an order of their own).
 """
 
 import contextlib
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from data_prep.schema import Passport, read_passport, write_passport
-from flowar.checkpoint import find_latest, load_checkpoint, remove_unfinished, save_checkpoint
+from flowar.checkpoint import load_checkpoint, remove_unfinished, save_checkpoint
 from flowar.config import FREE_ON_RESUME, ModelConfig, TrainConfig, changed_settings, describe_config, load_config
-from flowar.data import Batch, LatentShards, check_fits, check_same_vae, read_batches
+from flowar.data import Batch, LatentShards, check_fits, check_same_vae, check_shards, read_batches
 from flowar.distributed import pick_device, refuse_many_processes
 from flowar.ema import EMA
 from flowar.errors import UserError
@@ -28,6 +28,7 @@ from flowar.model import FlowAR
 from flowar.optim import learning_rate, make_optimizer, set_learning_rate
 from flowar.pictures import save_grid
 from flowar.report import TrainingReport
+from flowar.run_folder import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, find_latest
 from flowar.sample import draw_noise, sample_latents
 from flowar.scales import num_tokens
 from flowar.seeding import derive_seed
@@ -35,7 +36,6 @@ from flowar.vae import VAE, load_vae, sample_posterior, to_uint8
 from flowar.weights import create_model
 
 DRAW_STREAM = 2  # keeps the seeds of the steps' draws apart from those of the data's order
-CONFIG_FILE = "config.yaml"
 
 
 def main(config: TrainConfig, dry_run: bool = False) -> None:
@@ -46,12 +46,16 @@ def main(config: TrainConfig, dry_run: bool = False) -> None:
     device = pick_device(config.device)
     if config.attention == "flash":
         import_flash_attention()
+        if device.type != "cuda":
+            raise UserError(f"attention=flash needs a GPU, but device is {device}; set attention=sdpa")
     passport = read_passport(config.data.path)
     check_fits(passport, config.model, config.data.path)
+    check_shards(config.data.path)
     num_steps = math.ceil(config.epochs * passport.num_samples / config.batch_size)
     warmup_steps = config.optim.warmup_epochs * passport.num_samples / config.batch_size
+    in_parts = f" (in parts of {config.micro_batch_size})" if config.micro_batch_size else ""
     print(
-        f"{passport.num_samples:,} samples / batch of {config.batch_size:,} = "
+        f"{passport.num_samples:,} samples / batch of {config.batch_size:,}{in_parts} = "
         f"{passport.num_samples / config.batch_size:,.1f} steps per epoch; {config.epochs:g} epochs = {num_steps:,} "
         f"steps, {warmup_steps:,.0f} of them warm-up; {device}, {config.precision}, attention {config.attention}"
     )
@@ -59,6 +63,11 @@ def main(config: TrainConfig, dry_run: bool = False) -> None:
     vae = load_vae(config.vae.name, config.vae.weights) if config.preview.every_steps else None
     if vae is not None:
         check_same_vae(passport, vae.name, vae.weights_sha256, config.data.path)
+    elif passport.vae_name != config.vae.name:  # without previews the VAE isn't loaded, its weights may not be here
+        raise UserError(
+            f"data.path={config.data.path} was made with VAE {passport.vae_name}, but vae.name={config.vae.name}; set "
+            f"vae.name={passport.vae_name}, or use other shards"
+        )
     if dry_run:
         with torch.device("meta"):
             parameters = sum(p.numel() for p in FlowAR(config.model).parameters())
@@ -115,7 +124,7 @@ def main(config: TrainConfig, dry_run: bool = False) -> None:
                 save_preview(model, ema, vae.to(device), config, path)
                 report.log_image("preview", path, step)
             interval.step_ended()
-    print(f"finished {num_steps:,} steps; weights in {find_latest(run_dir)}, metrics in {run_dir / 'metrics.jsonl'}")
+    print(f"finished {num_steps:,} steps; weights in {find_latest(run_dir)}, metrics in {run_dir / METRICS_FILE}")
 
 
 def train_step(
@@ -135,28 +144,35 @@ def train_step(
     torch.manual_seed(derive_seed(config.seed, DRAW_STREAM, step))  # for the draws below and for dropout
     latents, labels, at, noise = draw(batch, config.model, config.label_dropout, latent_multiplier, device)
     autocast = torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else contextlib.nullcontext()
-    with autocast:
-        losses = scale_losses(
-            model,
-            latents,
-            labels,
-            scales=config.model.scales,
-            patch_size=config.model.patch_size,
-            time=at,
-            noise=noise,
-        )
-    loss = weigh(losses, config.model.scales)
+    micro = config.micro_batch_size or len(labels)
+    losses = torch.zeros(len(config.model.scales), device=device)
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()
+    for start in range(0, len(labels), micro):
+        part = slice(start, start + micro)
+        with autocast:
+            part_losses = scale_losses(
+                model,
+                latents[part],
+                labels[part],
+                scales=config.model.scales,
+                patch_size=config.model.patch_size,
+                time=at[part],
+                noise=noise[part],
+            )
+        share = micro / len(labels)
+        (weigh(part_losses, config.model.scales) * share).backward()
+        losses += part_losses.detach() * share
+    loss = weigh(losses, config.model.scales)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
     if not torch.isfinite(loss + grad_norm):
         by_scale = dict(zip(config.model.scales, losses.tolist(), strict=True))
         raise UserError(
             f"loss is {loss.item()} and gradient norm {grad_norm.item()} at step {step}; losses by scale: {by_scale}; "
-            f"newest checkpoint: {find_latest(config.run_dir)}; a lower optim.lr or precision=tf32 may help"
+            f"samples: {batch.samples.tolist()}; newest checkpoint: {find_latest(config.run_dir)}; going on from "
+            "there with a lower optim.lr or precision=tf32 may help"
         )
     optimizer.step()
-    return losses.detach(), grad_norm.detach()
+    return losses, grad_norm.detach()
 
 
 def draw(
@@ -222,11 +238,11 @@ def check_resumable(run_dir: Path, config: TrainConfig, passport: Passport) -> N
     if not (run_dir / CONFIG_FILE).exists():
         return
     before = load_config(TrainConfig, run_dir / CONFIG_FILE)
-    changed = {
-        key: pair
-        for key, pair in changed_settings(before, config).items()
-        if not any(key == free or key.startswith(f"{free}.") for free in FREE_ON_RESUME)
-    }
+    changed = changed_settings(before, config)
+    free = {key for key in changed if any(key == name or key.startswith(f"{name}.") for name in FREE_ON_RESUME)}
+    for key in sorted(free):
+        old, new = changed.pop(key)
+        print(f"{key} was {old}, now {new}")
     if changed:
         listed = "; ".join(f"{key} was {old}, now {new}" for key, (old, new) in changed.items())
         raise UserError(f"run_dir={run_dir} holds another run: {listed}; give another run_dir, or the same settings")
@@ -243,7 +259,7 @@ def check_resumable(run_dir: Path, config: TrainConfig, passport: Passport) -> N
 def prepare_run_dir(run_dir: Path, config: TrainConfig, passport: Passport) -> None:
     """Make the folder, write the resolved config and the data's passport, remove what a killed process left."""
     try:
-        (run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         remove_unfinished(run_dir)
         write_passport(passport, run_dir)
         write_text(run_dir / CONFIG_FILE, describe_config(config))

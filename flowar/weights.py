@@ -7,6 +7,7 @@ import dataclasses
 import json
 import pickle
 import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from flowar.config import CUSTOM_VARIANT, MODEL_VARIANTS, ConvertConfig, ModelConfig, load_config, variant_config
 from flowar.errors import UserError
 from flowar.model import FlowAR
+from flowar.run_folder import CHECKPOINTS, find_latest
 from flowar.scales import num_tokens
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"  # the layout of huggingface_hub's PyTorchModelHubMixin
@@ -126,10 +128,8 @@ def load_model(path: str | Path, weights: str = "ema") -> HubFlowAR:
 
 def find_model_folder(path: str | Path, weights: str = "ema") -> Path:
     """Return the folder with model.safetensors that `path` means; arguments and errors as `load_model`."""
-    from flowar.checkpoint import find_latest
-
     folder = Path(path)
-    if (folder / "checkpoints").is_dir():
+    if (folder / CHECKPOINTS).is_dir():
         latest = find_latest(folder)
         if latest is None:
             raise UserError(f"{folder} has no complete checkpoint yet; let `flowar train` run until it saves one")
@@ -212,8 +212,8 @@ def main(config: ConvertConfig, dry_run: bool = False) -> None:
         raise UserError(
             f"there is no file {source}; download FlowAR-S.pth, FlowAR-L.pth or FlowAR-H.pth from the authors' release"
         )
-    if (target / WEIGHTS_FILE).exists():
-        raise UserError(f"{target} already holds a model; give another out_dir, or remove it first")
+    if target.exists():
+        raise UserError(f"{target} already exists; give another out_dir, or remove it first")
     try:
         state_dict = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
@@ -226,7 +226,10 @@ def main(config: ConvertConfig, dry_run: bool = False) -> None:
     if dry_run:
         print(f"would write {target / WEIGHTS_FILE} and {target / CONFIG_FILE}")
         return
-    save_model(model.config, model.state_dict(), target)
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
+    save_model(model.config, model.state_dict(), partial)
+    partial.rename(target)
     print(f"wrote {target / WEIGHTS_FILE} and {target / CONFIG_FILE}")
 
 

@@ -25,7 +25,7 @@ def released_state(vectors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def tiny_config(**changes: object) -> ModelConfig:
-    """Return a model small enough for any test; it fits the demo VAE's latents."""
+    """Return a model small enough for any test."""
     settings = {
         "variant": "custom",
         "scales": (1, 2, 4),

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from data_prep.schema import read_passport
-from flowar.checkpoint import find_latest, list_checkpoints, load_checkpoint, remove_unfinished, save_checkpoint
+from flowar.checkpoint import load_checkpoint, remove_unfinished, save_checkpoint
 from flowar.config import OptimConfig
 from flowar.ema import EMA
 from flowar.errors import UserError
 from flowar.optim import make_optimizer
+from flowar.run_folder import find_latest, list_checkpoints
 from flowar.weights import create_model, load_model
 from tests.conftest import randomise, tiny_config
 

@@ -51,6 +51,7 @@ def test_metrics_equal_torch_fidelitys_own(digits):
         save_cpu_ram=True,
         verbose=False,
     )
+    assert found["num_samples"] == 1437
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=1e-4), name
 
@@ -126,3 +127,15 @@ def test_the_trained_judge_knows_the_held_out_digits():
     images, labels = load_splits()["held_out"]
     assert len(images) == 360 and sorted(np.unique(labels)) == list(range(10))
     assert accuracy(train_classifier(), images, labels) >= 0.98
+
+
+def test_half_drawn_samples_and_mixed_sizes_are_refused(digits, tmp_path):
+    (tmp_path / "images").mkdir()
+    for index in range(12):
+        Image.new("RGB", (32, 32)).save(tmp_path / "images" / f"{index}.png")
+    (tmp_path / "samples.json").write_text(json.dumps({"num_images": 20}))
+    with pytest.raises(UserError, match="holds 12 images, but 20 were asked for; run the same `flowar sample`"):
+        compare(tmp_path, digits / "held_out", **settings(digits))
+    Image.new("RGB", (30, 32)).save(tmp_path / "images" / "11.png")
+    with pytest.raises(UserError, match=r"holds images of 2 sizes, .*\(30, 32\).*resize and crop"):
+        compare(tmp_path / "images", digits / "held_out", **settings(digits))

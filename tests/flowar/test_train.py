@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from data_prep.schema import read_passport
-from flowar.checkpoint import find_latest, list_checkpoints
 from flowar.config import (
     DataConfig,
     OptimConfig,
@@ -24,6 +23,7 @@ from flowar.data import Batch
 from flowar.errors import UserError
 from flowar.optim import make_optimizer
 from flowar.report import read_metrics
+from flowar.run_folder import find_latest, list_checkpoints
 from flowar.train import draw, main, train_step
 from flowar.weights import create_model
 from tests.conftest import tiny_config
@@ -210,7 +210,7 @@ def test_a_step_that_is_not_finite_stops_and_leaves_the_weights(tmp_path):
     before = [p.detach().clone() for p in model.parameters()]
     moments = torch.full((2, 6, 4, 4), float("nan"))
     batch = Batch(moments, torch.zeros(2, dtype=torch.int64), torch.arange(2))
-    with pytest.raises(UserError, match=r"loss is nan .* at step 9; losses by scale: \{1: nan"):
+    with pytest.raises(UserError, match=r"loss is nan .* at step 9; losses by scale: \{1: nan.*samples: \[0, 1\]"):
         train_step(model, optimizer, batch, 9, config, 1.0, torch.device("cpu"))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
@@ -252,3 +252,29 @@ def test_bfloat16_keeps_weights_and_loss_in_float32_and_stays_near_float32(tmp_p
 def test_a_run_logs_to_wandb_offline(shards, tmp_path):
     main(training(shards, tmp_path, epochs=2, wandb=WandbConfig(mode="offline")))
     assert len(list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
+
+
+def test_micro_batches_add_up_to_the_whole_batch(tmp_path):
+    results = {}
+    for micro in (None, 2):
+        paths = {"run_dir": str(tmp_path), "data": DataConfig(path="none")}
+        config = TrainConfig(**paths, model=tiny_config(), precision="fp32", batch_size=6, micro_batch_size=micro)
+        torch.manual_seed(0)
+        model = create_model(config.model).train()
+        batch = Batch(torch.randn(6, 6, 4, 4), torch.zeros(6, dtype=torch.int64), torch.arange(6))
+        losses, norm = train_step(
+            model, make_optimizer(model, config.optim), batch, 1, config, 1.0, torch.device("cpu")
+        )
+        results[micro] = (losses, norm, model.flow.output_projection.weight.grad)
+    for whole, parts in zip(results[None], results[2], strict=True):
+        torch.testing.assert_close(whole, parts, rtol=1e-5, atol=1e-6)
+
+
+def test_another_vae_is_refused_by_name_where_none_is_loaded(shards, tmp_path):
+    with pytest.raises(UserError, match=r"was made with VAE demo, but vae.name=mar; set vae.name=demo"):
+        main(training(shards, tmp_path / "run", vae=VAEConfig(name="mar")))
+
+
+def test_an_unstable_run_may_go_on_with_another_learning_rate(shards, finished, capsys):
+    main(training(shards, finished, optim=OptimConfig(lr=1e-4, warmup_epochs=1)), dry_run=True)
+    assert "optim.lr was 0.001, now 0.0001" in capsys.readouterr().out

@@ -36,7 +36,7 @@ def test_convert_does_not_overwrite_a_model(released, tmp_path):
     torch.save(released, tmp_path / "a.pth")
     config = ConvertConfig(checkpoint=str(tmp_path / "a.pth"), out_dir=str(tmp_path / "model"))
     main(config)
-    with pytest.raises(UserError, match="already holds a model"):
+    with pytest.raises(UserError, match="already exists; give another out_dir"):
         main(config)
 
 
@@ -137,3 +137,12 @@ def test_weights_of_another_shape_are_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(settings | {"num_classes": 7}))
     with pytest.raises(UserError, match=r"ar\.class_embedding\.weight is \(6, 32\), needs \(8, 32\)"):
         load_model(tmp_path)
+
+
+def test_an_interrupted_conversion_is_done_again(released, tmp_path):
+    torch.save(released, tmp_path / "a.pth")
+    (tmp_path / "model.partial").mkdir()
+    (tmp_path / "model.partial" / "model.safetensors").write_bytes(b"half")
+    main(ConvertConfig(checkpoint=str(tmp_path / "a.pth"), out_dir=str(tmp_path / "model")))
+    assert load_model(tmp_path / "model").config.ar_heads == 4
+    assert not (tmp_path / "model.partial").exists()
