@@ -293,13 +293,13 @@ def _demo_training() -> TrainConfig:
         model=MODEL_VARIANTS["flowar-demo"],
         vae=VAEConfig(name="demo"),
         optim=OptimConfig(lr=3e-3, min_lr=1e-4, warmup_epochs=5),
-        epochs=66,
+        epochs=56,
         batch_size=64,
         ema_decay=0.995,
         precision="fp32",
         log_every_steps=20,
         save_every_steps=200,
-        preview=PreviewConfig(every_steps=400, num_images=40, num_steps=16, guidance=1.25),
+        preview=PreviewConfig(every_steps=400, num_images=40, num_steps=16, guidance=1.1),
     )
 
 
@@ -310,9 +310,9 @@ class DemoConfig:
     run_dir: str = "runs/demo"
     train: TrainConfig = field(default_factory=_demo_training)
     num_samples: int = 1440  # as many as training images, so that both Frechet distances have the same bias
-    num_steps: int = 25
-    guidance: float = 1.25
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    num_steps: int = 40
+    guidance: float = 1.1
+    guidance_interval: tuple[float, float] = (0.0, 0.7)
 
     def __post_init__(self) -> None:
         check_sampling(self)
