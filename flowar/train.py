@@ -50,7 +50,6 @@ def main(config: TrainConfig, dry_run: bool = False) -> None:
             raise UserError(f"attention=flash needs a GPU, but device is {device}; set attention=sdpa")
     passport = read_passport(config.data.path)
     check_fits(passport, config.model, config.data.path)
-    check_shards(config.data.path)
     num_steps = math.ceil(config.epochs * passport.num_samples / config.batch_size)
     warmup_steps = config.optim.warmup_epochs * passport.num_samples / config.batch_size
     in_parts = f" (in parts of {config.micro_batch_size})" if config.micro_batch_size else ""
@@ -68,6 +67,7 @@ def main(config: TrainConfig, dry_run: bool = False) -> None:
             f"data.path={config.data.path} was made with VAE {passport.vae_name}, but vae.name={config.vae.name}; set "
             f"vae.name={passport.vae_name}, or use other shards"
         )
+    check_shards(config.data.path)
     if dry_run:
         with torch.device("meta"):
             parameters = sum(p.numel() for p in FlowAR(config.model).parameters())
