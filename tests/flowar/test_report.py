@@ -39,4 +39,5 @@ def test_wandb_offline_keeps_its_run_id_over_restarts(tmp_path):
             assert run.wandb_run.id == (tmp_path / "wandb_id.txt").read_text().strip()
     runs = list((tmp_path / "wandb").glob("offline-run-*"))
     assert len(runs) == 2
-    assert all(folder.name.endswith((tmp_path / "wandb_id.txt").read_text().strip()) for folder in runs)
+    run_id = (tmp_path / "wandb_id.txt").read_text().strip()
+    assert all(run_id in folder.name for folder in runs)  # wandb adds a number if both began in one second
