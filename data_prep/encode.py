@@ -1,215 +1,362 @@
-"""`flowar prepare`: images in one folder per class -> VAE moments -> MDS shards. No training-time scaling.
+"""`flowar prepare`: images -> VAE moments -> MDS shards, by any number of workers. No training-time scaling.
 
-Read next: schema.py for what is written, flowar/data.py for how it is read.
+The images are cut into chunks of a fixed order. Each worker claims a chunk, writes it, claims the next; the last one
+puts the index together. Whatever is killed, the same command goes on, and the bytes are the same.
+Read next: chunks.py for the files, sources.py and crops.py for the images, schema.py for what is written.
 """
 
-import logging
+import contextlib
+import itertools
+import json
+import platform
+import random
 import shutil
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from PIL import Image
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data_prep.schema import MOMENTS_DTYPE, PASSPORT_FILE, SCHEMA_VERSION, Passport, shard_columns, write_passport
+from data_prep.chunks import PLAN_FILE, ChunkWriter, chunk_name, finish, finished_chunks, is_finished, merge_chunks
+from data_prep.crops import decode_image, make_views, num_views, resize_side
+from data_prep.progress import PrepareProgress
+from data_prep.schema import LISTING_FILE, PASSPORT_FILE, Passport, read_passport
+from data_prep.sources import Source, open_source
 from flowar.config import PrepareConfig
-from flowar.distributed import pick_device, refuse_many_processes
+from flowar.distributed import pick_device
 from flowar.errors import UserError
-from flowar.vae import VAE, from_uint8, load_vae, sample_posterior
+from flowar.files import write_text
+from flowar.leases import Leases
+from flowar.vae import VAE, from_uint8, load_vae
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm")
-SHARD_HASH = "xxh64"
 MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Source:
-    """The images of a folder, in a fixed order, with their class numbers."""
-
-    class_names: list[str]
-    files: list[Path]
-    labels: list[int]
-
-
-def list_images(root: str | Path) -> Source:
-    """Return the images below `root`, one sub-folder per class; classes and files in the order of their names.
-
-    Raises:
-        UserError: if the folder is missing, has no sub-folders, or one of them has no image.
-    """
-    root = Path(root)
-    if not root.is_dir():
-        raise UserError(f"images={root} does not exist; it has to be a folder with one sub-folder of images per class")
-    folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if not folders:
-        raise UserError(f"images={root} has no sub-folders; put the images of each class into a sub-folder of its own")
-    files: list[Path] = []
-    labels: list[int] = []
-    for label, folder in enumerate(folders):
-        found = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-        if not found:
-            raise UserError(f"class folder {folder} has no image ({', '.join(IMAGE_SUFFIXES)}); fill it or remove it")
-        files += found
-        labels += [label] * len(found)
-    return Source([folder.name for folder in folders], files, labels)
-
-
-def centre_crop(image: Image.Image, size: int) -> np.ndarray:
-    """Return the central square of `image`, (size, size, 3) uint8, resized as ADM does (Dhariwal & Nichol, 2021).
-
-    Halved by box averages while the short side is at least twice `size`, then bicubic to `size`, then cropped.
-    """
-    # ADM ignores EXIF; ImageNet's few turned images are upright here.
-    image = ImageOps.exif_transpose(image).convert("RGB")
-    while min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    factor = size / min(image.size)
-    image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size)))
-
-
-class ImageFiles(Dataset):
-    """Cropped images by number, or why one can't be read: (image uint8 (3, size, size) or None, label, reason)."""
-
-    def __init__(self, source: Source, image_size: int) -> None:
-        self.source = source
-        self.image_size = image_size
-
-    def __len__(self) -> int:
-        return len(self.source.files)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor | None, int, str]:
-        file = self.source.files[index]
-        try:
-            with Image.open(file) as image:
-                pixels = centre_crop(image, self.image_size)
-        except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            return None, self.source.labels[index], f"{file} ({str(error).splitlines()[0]})"
-        return torch.from_numpy(pixels.copy()).permute(2, 0, 1), self.source.labels[index], ""
+WAIT_S = 2  # between two looks at what other workers do
+CLAIMS_PER_LOOK = 8  # of other workers while waiting: a thousand of them must not wear out the file system
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
+RECORDED_VERSIONS = ("flowar", "torch", "diffusers", "pillow", "numpy", "mosaicml-streaming")
 
 
 def main(config: PrepareConfig, dry_run: bool = False) -> None:
-    """Encode a folder of images into a finished dataset, or nothing: until the end it is called OUT_DIR.partial."""
-    refuse_many_processes("prepare")
+    """Encode a source into a finished dataset, together with all others who were given the same command."""
     out_dir = Path(config.out_dir)
-    source = list_images(config.images)
+    if not is_finished(out_dir):
+        check_images_exist(config)
+    device = pick_device(config.device)
     vae = load_vae(config.vae.name, config.vae.weights)
     if config.image_size % vae.stride:
         raise UserError(
             f"image_size={config.image_size} is not a multiple of the stride {vae.stride} of VAE {vae.name}"
         )
-    side = config.image_size // vae.stride
-    moments_shape = (2 * vae.latent_channels, side, side)
-    num_bytes = len(source.files) * int(np.prod(moments_shape)) * np.dtype(MOMENTS_DTYPE).itemsize
-    print(
-        f"{len(source.files):,} images of {len(source.class_names)} classes in {config.images} -> moments "
-        f"{moments_shape} of VAE {vae.name}, {num_bytes / MIB:,.1f} MiB in {out_dir}"
-    )
-    if (out_dir / PASSPORT_FILE).exists():
-        raise UserError(f"out_dir={out_dir} already holds a finished dataset; use it, or remove it to prepare it again")
-    if out_dir.exists() and any(out_dir.iterdir()):
-        raise UserError(f"out_dir={out_dir} is not empty and no dataset; give a new folder")
+    settings = decisive_settings(config, vae)
     if dry_run:
+        print(describe(open_images(config), settings, config))
         return
-    partial = out_dir.with_name(out_dir.name + ".partial")
-    if partial.exists():
-        shutil.rmtree(partial)  # what an interrupted run left
-    passport = encode(config, source, vae, partial)
-    write_passport(passport, partial)
-    if out_dir.exists():
-        out_dir.rmdir()
-    partial.replace(out_dir)
-    measured = np.sqrt(np.mean(np.square(passport.latent_std)))
-    print(
-        f"wrote {passport.num_samples:,} samples to {out_dir}; latent std x multiplier = "
-        f"{measured * passport.latent_multiplier:.3f} (1 is ideal)"
+    job = Job(config, settings, out_dir, out_dir.with_name(out_dir.name + ".partial"), vae.to(device), device)
+    claims = out_dir.with_name(out_dir.name + ".claims")
+    try:
+        if not is_finished(out_dir):
+            if out_dir.exists() and any(out_dir.iterdir()):
+                raise UserError(f"out_dir={out_dir} is not empty and no dataset; give a new folder")
+            job.partial.mkdir(parents=True, exist_ok=True)
+            with Leases(claims, config.lease_s) as leases:
+                work(job, leases)
+        check_same_settings(settings, vars(read_passport(out_dir)), f"out_dir={out_dir} holds a dataset with")
+        shutil.rmtree(claims, ignore_errors=True)  # what killed workers left
+    except OSError as error:
+        raise UserError(f"can't write to {job.partial}: {error}; mend that and start the same command again") from error
+    finally:
+        for folder in (job.partial, claims):  # nothing was begun
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+    print_summary(read_passport(out_dir), out_dir)
+
+
+class Job(NamedTuple):
+    """What a worker needs to know."""
+
+    config: PrepareConfig
+    settings: dict
+    out_dir: Path
+    partial: Path
+    vae: VAE
+    device: torch.device
+
+
+def decisive_settings(config: PrepareConfig, vae: VAE) -> dict:
+    """Return all settings that the bytes of the dataset depend on, as they stand in the passport."""
+    names = (
+        "images", "image_size", "crop", "flip", "seed", "moments_dtype", "batch_size", "chunk_images", "shard_size_mib",
+        "precision", "skip_unreadable",
+    )  # fmt: skip
+    side = config.image_size // vae.stride
+    return {name: getattr(config, name) for name in names} | {
+        "resize": resize_side(config),
+        "views": num_views(config),
+        "vae_name": vae.name,
+        "vae_sha256": vae.weights_sha256,
+        "latent_multiplier": vae.latent_multiplier,
+        "latent_shift": vae.latent_shift,
+        "moments_shape": [2 * vae.latent_channels, side, side],
+    }
+
+
+def check_same_settings(settings: dict, found: dict, where: str) -> None:
+    """Raise a UserError that names the settings in which two workers, or a worker and a dataset, differ."""
+    differing = [f"{key}={found.get(key)}, not {value}" for key, value in settings.items() if found.get(key) != value]
+    if differing:
+        raise UserError(f"{where} {'; '.join(differing)}; use the same settings, or another out_dir")
+
+
+def open_images(config: PrepareConfig) -> Source:
+    """Return the listing of the source."""
+    return open_source(config.images, image_column=config.image_column, label_column=config.label_column)
+
+
+def check_images_exist(config: PrepareConfig) -> None:
+    """Raise the source's UserError before anything is written, where that takes no listing."""
+    if not Path(config.images).exists() and not any(mark in config.images for mark in "*?["):
+        open_images(config)
+
+
+def describe(source: Source, settings: dict, config: PrepareConfig) -> str:
+    """Return what will be done, in one line."""
+    rows = len(source) * settings["views"]
+    num_bytes = rows * int(np.prod(settings["moments_shape"])) * np.dtype(settings["moments_dtype"]).itemsize
+    return (
+        f"{len(source):,} images of {len(source.class_names):,} classes in {config.images} ({source.kind}) x "
+        f"{settings['views']} views ({config.crop}) -> moments {tuple(settings['moments_shape'])} of VAE "
+        f"{settings['vae_name']}, {num_bytes / MIB:,.1f} MiB in {config.out_dir}"
     )
 
 
-def encode(config: PrepareConfig, source: Source, vae: VAE, folder: Path) -> Passport:
-    """Write the shards and their index into `folder`, in the order of `source`, and return the passport."""
-    from streaming import MDSWriter
+def work(job: Job, leases: Leases) -> None:
+    """Do what is left to do, until the dataset is finished."""
+    plan = agree_on_plan(job, leases)
+    if plan is None:
+        return
+    print(describe(plan.source, job.settings, job.config))
+    with PrepareProgress(len(plan.source), job.config.chunk_images, plan.done()) as progress:
+        encoded = 0
+        while not is_finished(job.out_dir):
+            try:
+                unfinished = plan.unfinished()
+                if not encoded and progress.waits:
+                    unfinished = random.sample(unfinished, min(CLAIMS_PER_LOOK, len(unfinished)))
+                encoded = encode_free_chunks(job, plan, unfinished, leases, progress)
+                if not unfinished and leases.claim("merge") and not is_finished(job.out_dir):
+                    if not is_finished(job.partial):
+                        merge_chunks(job.partial, job.settings | plan.identity(), plan.source.class_names)
+                    finish(job.partial, job.out_dir)
+                elif unfinished and not encoded:
+                    progress.wait_for([f"chunk {n}, held by {leases.holder(chunk_name(n))}" for n in unfinished[:3]])
+                    time.sleep(WAIT_S)
+                elif not unfinished:
+                    time.sleep(WAIT_S)
+            except FileNotFoundError:
+                if not is_finished(job.out_dir):  # else another worker has just given the dataset its name
+                    raise
 
-    logging.getLogger("streaming").setLevel(logging.ERROR)
-    device = pick_device(config.device)
-    vae.to(device)
-    side = config.image_size // vae.stride
-    moments_shape = (2 * vae.latent_channels, side, side)
+
+@dataclass
+class Plan:
+    """Which images there are, cut into which chunks: the same for all workers."""
+
+    source: Source
+    listing_sha256: str
+    chunk_images: int
+    partial: Path
+
+    def identity(self) -> dict[str, str]:
+        """Return the source's fields of the passport."""
+        return {"source_kind": self.source.kind, "listing_sha256": self.listing_sha256}
+
+    def images_of(self, chunk: int) -> range:
+        """Return the numbers of a chunk's images."""
+        return range(chunk * self.chunk_images, min((chunk + 1) * self.chunk_images, len(self.source)))
+
+    def unfinished(self) -> list[int]:
+        """Return the chunks that are still to do."""
+        done = finished_chunks(self.partial)
+        return [chunk for chunk in range(-(-len(self.source) // self.chunk_images)) if chunk not in done]
+
+    def done(self) -> int:
+        """Return how many images are in finished chunks."""
+        return len(self.source) - sum(len(self.images_of(chunk)) for chunk in self.unfinished())
+
+
+def agree_on_plan(job: Job, leases: Leases) -> Plan | None:
+    """Return the plan that the first worker made, or make it; None if the dataset is finished.
+
+    Raises:
+        UserError: if the plan was made with other settings.
+    """
+    file = job.partial / PLAN_FILE
+    while not is_finished(job.out_dir):
+        if file.exists():
+            recorded = json.loads(file.read_text())
+            advice = f"{job.partial} was begun with"
+            check_same_settings(job.settings, recorded, advice)
+            source = Source.load(job.partial / LISTING_FILE)
+            return Plan(source, recorded["listing_sha256"], job.config.chunk_images, job.partial)
+        if is_finished(job.partial):  # merged, and cut off while it was tidied up
+            if leases.claim("merge"):
+                finish(job.partial, job.out_dir)
+        elif leases.claim("plan"):
+            if not file.exists() and not is_finished(job.out_dir):
+                source = open_images(job.config)
+                source.save(job.partial / LISTING_FILE)
+                write_text(file, json.dumps(job.settings | {"listing_sha256": source.sha256()}))
+            leases.release("plan")
+        else:
+            time.sleep(WAIT_S)
+    return None
+
+
+class Decoded(NamedTuple):
+    """One image of a chunk, or why it can't be read."""
+
+    chunk: int
+    number: int
+    views: Tensor | None  # (V, 3, size, size) uint8
+    reason: str
+
+
+class DecodedImages(Dataset):
+    """The views of the images, by (chunk, number)."""
+
+    def __init__(self, source: Source, config: PrepareConfig) -> None:
+        self.source = source
+        self.config = config
+
+    def __getitem__(self, key: tuple[int, int]) -> Decoded:
+        chunk, number = key
+        try:
+            views = make_views(decode_image(self.source.read(number)), self.config, number)
+        except UNREADABLE as error:
+            problem = (str(error) or type(error).__name__).splitlines()[0]
+            return Decoded(chunk, number, None, f"{self.source.names[number]} ({problem})")
+        return Decoded(chunk, number, torch.from_numpy(views).permute(0, 3, 1, 2), "")
+
+
+def encode_free_chunks(job: Job, plan: Plan, unfinished: list[int], leases: Leases, progress: PrepareProgress) -> int:
+    """Claim and write chunks until none is free; return how many were written.
+
+    Raises:
+        UserError: if an image can't be read and skip_unreadable is off.
+    """
+    config, source = job.config, plan.source
     loader = DataLoader(
-        ImageFiles(source, config.image_size),
-        batch_size=config.batch_size,
+        DecodedImages(source, config),
+        batch_sampler=claimed_batches(plan, unfinished, leases, max(1, config.batch_size // job.settings["views"])),
         num_workers=config.num_workers,
         collate_fn=list,
+        multiprocessing_context="fork" if config.num_workers else None,
     )
-    generator = torch.Generator().manual_seed(0)
-    total, squares = np.zeros(vae.latent_channels), np.zeros(vae.latent_channels)
-    counts = [0] * len(source.class_names)
-    unreadable: list[str] = []
-    seen = 0
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]:.1f} images/s"),
-        TimeRemainingColumn(),
-    )
-    with (
-        MDSWriter(
-            out=str(folder),
-            columns=shard_columns(moments_shape),
-            hashes=[SHARD_HASH],
-            size_limit=config.shard_size_mib * MIB,
-        ) as writer,
-        Progress(TextColumn("encoding"), *columns) as progress,
-    ):
-        task = progress.add_task("encoding", total=len(source.files), speed=0.0)
-        for batch in loader:
-            seen += len(batch)
-            unreadable += [reason for _, _, reason in batch if reason]
-            if unreadable and not config.skip_unreadable:
+    encoded_with = describe_worker(job.device)
+    writer, written = None, 0
+    try:
+        for batch, moments in encode_ahead(loader, job):
+            chunk = batch[0].chunk
+            if writer is None:
+                writer = ChunkWriter(job.partial, chunk, job.settings, encoded_with)
+            good = [image for image in batch if image.views is not None]
+            for image in batch:
+                if image.views is None:
+                    writer.skip(image.number, image.reason)
+            if writer.skipped and not config.skip_unreadable:
                 raise UserError(
-                    f"{len(unreadable)} of the first {seen} images can't be read: {', '.join(unreadable[:5])}; mend or "
-                    "remove them, or leave such images out with skip_unreadable=true"
+                    f"images can't be read: {', '.join(writer.skipped.values())}; mend or remove them, or leave such "
+                    "images out, with a list in dataset.json, by skip_unreadable=true"
                 )
-            good = [(pixels, label) for pixels, label, _ in batch if pixels is not None]
             if good:
-                images = from_uint8(torch.stack([pixels for pixels, _ in good]).to(device))
-                with torch.inference_mode():
-                    moments = vae.encode(images).cpu()
-                stored = moments.numpy().astype(MOMENTS_DTYPE)
-                for (_, label), sample in zip(good, stored, strict=True):
-                    writer.write({"label": label, "moments": sample})
-                    counts[label] += 1
-                noise = torch.randn(moments.chunk(2, dim=1)[0].shape, generator=generator)
-                latents = sample_posterior(moments, noise, latent_multiplier=1.0).double().numpy()
-                total += latents.sum(axis=(0, 2, 3))
-                squares += np.square(latents).sum(axis=(0, 2, 3))
-            progress.update(task, advance=len(batch), speed=progress.tasks[task].speed or 0.0)
-    num_samples = sum(counts)
-    if not num_samples:
-        raise UserError(f"none of the {len(source.files)} images in {config.images} can be read")
-    if unreadable:
-        print(f"left out {len(unreadable)} images that can't be read: {', '.join(unreadable[:5])}")
-    values = num_samples * side * side
-    mean = total / values
-    return Passport(
-        schema_version=SCHEMA_VERSION,
-        vae_name=vae.name,
-        vae_sha256=vae.weights_sha256,
-        latent_multiplier=vae.latent_multiplier,
-        latent_mean=mean.tolist(),
-        latent_std=np.sqrt(squares / values - np.square(mean)).tolist(),
-        image_size=config.image_size,
-        crop="center",
-        moments_shape=list(moments_shape),
-        class_names=source.class_names,
-        class_counts=counts,
-        num_samples=num_samples,
-        skipped=unreadable,
+                numbers = [image.number for image in good]
+                writer.add(moments, [source.labels[n] for n in numbers], [source.names[n] for n in numbers])
+            progress.advance(len(batch))
+            if batch[-1].number == plan.images_of(chunk)[-1]:
+                if leases.is_mine(chunk_name(chunk)):
+                    writer.publish()
+                else:  # this process slept, and another took it for dead
+                    writer.discard()
+                leases.release(chunk_name(chunk))
+                writer, written = None, written + 1
+                progress.chunk_done(chunk, plan.done())
+    finally:
+        if writer is not None:
+            writer.discard()
+    return written
+
+
+def claimed_batches(
+    plan: Plan, unfinished: list[int], leases: Leases, images_per_batch: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Claim one free chunk after the other, and yield its images in batches that are the same for every worker."""
+    first = random.randrange(len(unfinished)) if unfinished and any(leases.folder.iterdir()) else 0
+    for chunk in unfinished[first:] + unfinished[:first]:
+        if not leases.claim(chunk_name(chunk)):
+            continue
+        if (plan.partial / chunk_name(chunk)).exists():  # finished by another since we looked
+            leases.release(chunk_name(chunk))
+            continue
+        images = plan.images_of(chunk)
+        for start in range(0, len(images), images_per_batch):
+            yield [(chunk, number) for number in images[start : start + images_per_batch]]
+
+
+def encode_ahead(batches: Iterable[list[Decoded]], job: Job) -> Iterator[tuple[list[Decoded], np.ndarray]]:
+    """Yield each batch with its moments (rows, 2 C, h, w), one late: a GPU encodes the next while it is written."""
+    waiting: tuple[list[Decoded], list[Tensor]] | None = None
+    for batch in batches:
+        encoded = encode([image.views for image in batch if image.views is not None], job)
+        if waiting is not None:
+            yield waiting[0], _to_numpy(waiting[1])
+        waiting = batch, encoded
+    if waiting is not None:
+        yield waiting[0], _to_numpy(waiting[1])
+
+
+@torch.inference_mode()
+def encode(views: list[Tensor], job: Job) -> list[Tensor]:
+    """Return the moments of all views, at most `batch_size` together; on a GPU without waiting for them."""
+    rows = torch.cat(views).split(job.config.batch_size) if views else []
+    with cudnn_precision(job.config.precision):
+        return [job.vae.encode(from_uint8(part.to(job.device, non_blocking=True))).float() for part in rows]
+
+
+@contextlib.contextmanager
+def cudnn_precision(precision: str) -> Iterator[None]:
+    """Have convolutions on a GPU run in float32 or TF32, by the same algorithm each time."""
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=precision == "tf32"):
+        yield
+
+
+def _to_numpy(parts: list[Tensor]) -> np.ndarray:
+    return torch.cat(parts).cpu().numpy() if parts else np.empty(0)
+
+
+def describe_worker(device: torch.device) -> dict[str, str]:
+    """Return versions and device: the bytes are the same where these are."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}"
+    return {package: version(package) for package in RECORDED_VERSIONS} | {"device": name}
+
+
+def print_summary(passport: Passport, out_dir: Path) -> None:
+    """Say what is there."""
+    ratio = passport.latent_multiplier / passport.measured_multiplier
+    print(
+        f"{out_dir / PASSPORT_FILE}: {passport.num_images:,} images x {passport.views} views in "
+        f"{len(passport.shard_hashes):,} shards; latent std x multiplier = {ratio:.3f} (1 is ideal); rounding to "
+        f"{passport.moments_dtype} changed moments by at most {passport.rounding_error_max:.2g}"
     )
+    if passport.skipped:
+        some = ", ".join(itertools.islice(passport.skipped.values(), 5))
+        print(f"left out {len(passport.skipped)} images that can't be read: {some}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Save and resume. Does not decide when to save. Read next: train.py; run_folder.py has the layout."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import nn
 from data_prep.schema import Passport, write_passport
 from flowar.ema import EMA
 from flowar.errors import UserError
+from flowar.files import publish_folder
 from flowar.model import FlowAR
 from flowar.run_folder import CHECKPOINTS, checkpoint_folder, list_checkpoints
 from flowar.weights import WEIGHTS_FILE, load_strictly, save_model
@@ -43,10 +43,7 @@ def save_checkpoint(
             save_model(model.config, weights, hidden / name)
             write_passport(passport, hidden / name)
         torch.save({"step": step, "optimizer": optimizer.state_dict()}, hidden / "training.pt")
-        for path in (*hidden.rglob("*"), hidden):
-            _sync(path)
-        hidden.rename(folder)
-        _sync(folder.parent)
+        publish_folder(hidden, folder)
     except (OSError, SafetensorError, RuntimeError) as error:  # the last two: a failed write in Rust or C++
         raise UserError(
             f"can't save checkpoint {folder}: {error}; the older checkpoints are whole; make room or "
@@ -76,12 +73,3 @@ def remove_unfinished(run_dir: Path) -> None:
     """Delete what a process that died while saving or deleting has left."""
     for entry in (run_dir / CHECKPOINTS).glob(".step_*"):
         shutil.rmtree(entry)
-
-
-def _sync(path: Path) -> None:
-    """Have the system write a file or a folder's list of names to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -22,8 +22,12 @@ class Verb:
 
 VERBS = {
     "prepare": Verb(
-        "data_prep.encode", configs.PrepareConfig, "encode an image folder into MDS shards of VAE moments",
+        "data_prep.encode", configs.PrepareConfig, "images -> MDS shards of VAE moments, by any number of workers",
         "flowar prepare images=/data/imagenet/train out_dir=/data/in256 vae.name=mar vae.weights=kl16.ckpt",
+    ),
+    "check": Verb(
+        "data_prep.check", configs.CheckConfig, "is a dataset what its passport says? hashes, counts, a sample",
+        "flowar check /data/in256 vae.name=mar vae.weights=kl16.ckpt", ("path",),
     ),
     "train": Verb(
         "flowar.train", configs.TrainConfig, "train a model on prepared shards; run it again to resume",

@@ -103,22 +103,68 @@ MODEL_VARIANTS = {
 class VAEConfig:
     """Which tokenizer, and where its weights are."""
 
-    name: str = "mar"  # mar, sd-vae-ft-ema, sd-vae-ft-mse, demo, or a diffusers AutoencoderKL: a folder or a hub id
+    # mar, sd-vae-ft-ema, sd-vae-ft-mse, dc-ae-f32c32, demo, or diffusers' AutoencoderKL or -DC: a folder or a hub id
+    name: str = "mar"
     weights: str | None = None  # mar: the file kl16.ckpt
 
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    """Images in one folder per class -> moments in MDS shards."""
+    """Images -> moments in MDS shards."""
 
-    images: str = MISSING  # folder with one sub-folder of images per class
+    images: str = MISSING  # folder with a sub-folder per class, folder or pattern of *.tar or *.parquet
     out_dir: str = MISSING  # the dataset to write
     vae: VAEConfig = field(default_factory=VAEConfig)
-    image_size: int = 256  # side of the centre crop, pixels
-    batch_size: int = 32  # images encoded at once
-    num_workers: int = 2  # processes that decode images; 0 decodes in the main one
-    shard_size_mib: int = 64
+    image_size: int = 256  # side of the views, pixels
+    crop: Literal["center", "random", "ten_crop"] = "center"  # FlowAR: random; MAR: center
+    flip: bool = True  # center: store the mirror image too; random: mirror every other view; ten_crop: always
+    views: int = 10  # stored of each image with crop=random; an epoch uses one of them
+    resize: int | None = None  # short side before the crop; None: random 9/8 and ten_crop 1.1 of image_size
+    seed: int = 0  # of random crops
+    image_column: str = "image"  # parquet only
+    label_column: str = "label"
     skip_unreadable: bool = False  # leave damaged images out, with a list, instead of stopping
+    moments_dtype: Literal["float16", "float32"] = "float16"  # the rounding error is measured and recorded
+    batch_size: int = 32  # views encoded at once
+    chunk_images: int = 1024  # the piece of work that one worker claims
+    shard_size_mib: int = 256
+    precision: Literal["fp32", "tf32"] = "fp32"  # of the VAE on a GPU
+    num_workers: int = 2  # processes that decode images; 0 decodes in the main one
+    lease_s: float = 60  # a worker that gives no sign of life for so long is taken for dead
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "views", "batch_size", "chunk_images", "shard_size_mib"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.lease_s <= 0 or self.num_workers < 0 or self.seed < 0:
+            raise UserError(
+                f"lease_s={self.lease_s} must be above 0, num_workers={self.num_workers} and seed={self.seed} not below"
+            )
+        if self.crop == "center" and self.resize is not None:
+            raise UserError(
+                f"resize={self.resize} is for crop=random and crop=ten_crop; crop=center resizes to image_size"
+            )
+        if self.resize is not None and self.resize < self.image_size:
+            raise UserError(f"resize={self.resize} is below image_size={self.image_size}; a crop can't be larger")
+        if self.crop == "ten_crop" and not self.flip:
+            raise UserError(
+                "crop=ten_crop holds mirror images by definition; leave flip=true, or use crop=center flip=false"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig:
+    """Whether a dataset is what its passport says."""
+
+    path: str = MISSING  # folder that `flowar prepare` wrote, or a remote one
+    cache: str | None = None  # as data.cache
+    images: str | None = None  # the source, to encode a sample of it again; None: where the passport says it was
+    vae: VAEConfig | None = None  # None: the one that the passport names
+    num_images: int = 64  # images encoded again and shown; 0 only checks the files
+    picture: str | None = None  # contact sheet; None: PATH.check.png
+    seed: int = 0  # which images
+    max_error: float = 0.05  # accepted between stored and new means, in std of the latents
     device: str = "auto"
 
 
@@ -126,7 +172,10 @@ class PrepareConfig:
 class DataConfig:
     """Which shards, and how they are read."""
 
-    path: str = MISSING  # folder that `flowar prepare` wrote
+    path: str = (
+        MISSING  # folder that `flowar prepare` wrote, or its copy at s3://, gs://, oci://, ... (mosaicml-streaming)
+    )
+    cache: str | None = None  # folder for the shards of a remote path; None: flowar-USER below TMPDIR
     num_workers: int = 2  # processes that read ahead; 0 reads in the main one
 
 
@@ -219,7 +268,7 @@ class TrainConfig:
 # Settings that may differ when a run resumes: those that change neither the weights nor the order of the data (that
 # data.path still holds the same shards is checked by their passport), and those that help a run that became unstable.
 FREE_ON_RESUME = (
-    "run_dir", "data.path", "data.num_workers", "log_every_steps", "save_every_steps", "keep_checkpoints",
+    "run_dir", "data.path", "data.cache", "data.num_workers", "log_every_steps", "save_every_steps", "keep_checkpoints",
     "preview", "wandb", "device", "vae.weights", "micro_batch_size", "precision", "attention",
     "optim.lr", "optim.min_lr", "optim.max_grad_norm",
 )  # fmt: skip

@@ -1,11 +1,9 @@
-"""Shards -> batches of (moments, labels), in an order that is a function of (seed, step) alone. Never writes a shard.
+"""Shards -> batches of (moments, labels), in an order that is a function of (seed, step) alone.
 
-The shards are read by mosaicml-streaming's StreamingDataset, as a store with random access: its own iterator ends an
-epoch in silence when a shard is missing, this way the error reaches us. Read next: data_prep/schema.py, train.py.
+Read next: shards.py for how rows are read, train.py for who reads batches.
 """
 
-import json
-import logging
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -19,111 +17,141 @@ from data_prep.schema import Passport
 from flowar.config import DataConfig, ModelConfig
 from flowar.errors import UserError
 from flowar.seeding import derive_seed
+from flowar.shards import LatentShards
+from flowar.vae import VAE
 
 WORKER_TIMEOUT_S = 60  # a reader that gives nothing for so long has died or hangs
-ORDER_STREAM = 1  # keeps the order's seeds apart from those of the training draws
+BATCHES_AHEAD = 2  # per worker
+SHARED_MEMORY = Path("/dev/shm")  # where workers leave batches for the main process
+ORDER_STREAM, VIEW_STREAM = 1, 4  # keep these seeds apart from those of the training draws
+MIB = 2**20
 
 
 class Batch(NamedTuple):
-    """Samples of one step."""
+    """This rank's samples of one step."""
 
     moments: Tensor  # (B, 2 C, h, w), as stored
     labels: Tensor  # (B,) int64
-    samples: Tensor  # (B,) int64, numbers of the samples in the dataset
-
-
-class LatentShards(Dataset):
-    """Random access to the samples of a prepared dataset: (moments, label, number).
-
-    Raises:
-        UserError: if the index or a shard is missing or has another size than the index says.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        from streaming import StreamingDataset
-
-        logging.getLogger("streaming").setLevel(logging.ERROR)
-        check_shards(folder)
-        self.folder = Path(folder)
-        self.shards = StreamingDataset(local=str(folder), batch_size=1, num_canonical_nodes=1)
-
-    def __len__(self) -> int:
-        return self.shards.size
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int, int] | UserError:
-        shard, place = self.shards.spanner[index]
-        try:
-            sample = self.shards.shards[shard][place]  # not self.shards[index]: it waits for ever where a file is gone
-        except (OSError, IndexError, ValueError) as error:
-            return UserError(f"can't read shard {shard} of data.path={self.folder}: {error}")
-        return sample["moments"], int(sample["label"]), index
-
-
-def check_shards(folder: str | Path) -> None:
-    """Raise a UserError that names the first shard of a dataset that is missing or has the wrong size."""
-    index_file = Path(folder) / "index.json"
-    try:
-        shards = json.loads(index_file.read_text())["shards"]
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise UserError(
-            f"data.path={folder} has no readable index.json ({error}); prepare the dataset again"
-        ) from error
-    for shard in shards:
-        file, needed = Path(folder) / shard["raw_data"]["basename"], shard["raw_data"]["bytes"]
-        found = file.stat().st_size if file.is_file() else None
-        if found != needed:
-            problem = "is missing" if found is None else f"has {found:,} bytes"
-            raise UserError(
-                f"shard {file} {problem}, index.json says {needed:,} bytes; copy or prepare the dataset again"
-            )
+    samples: Tensor  # (B,) int64, numbers of the rows in the dataset
 
 
 class StepOrder(Sampler):
-    """The sample numbers of each step, from `first_step` up to `num_steps`.
+    """The rows of each of `steps` that one rank reads: its part, in rank order, of the batch of all ranks.
 
-    The sequence is one random permutation of all samples after the other; a batch may span two of them, so that every
-    epoch visits every sample once, and the numbers of a step follow from (seed, step, batch size) alone.
+    The sequence of images is one random permutation of all of them after the other; a batch may span two of them, so
+    that every epoch visits every image once, in one of its views. It follows from (seed, step, batch size) alone.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, seed: int, *, first_step: int, num_steps: int) -> None:
-        self.num_samples = num_samples
+    def __init__(
+        self,
+        num_images: int,
+        views: int,
+        *,
+        batch_size: int,
+        seed: int,
+        steps: range,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_size % world_size:
+            raise UserError(
+                f"batch_size={batch_size} can't be shared evenly by {world_size} ranks; use a multiple of {world_size}"
+            )
+        self.num_images = num_images
+        self.views = views
         self.batch_size = batch_size
         self.seed = seed
-        self.steps = range(first_step, num_steps)
+        self.steps = steps
+        self.part = range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
 
     def __len__(self) -> int:
         return len(self.steps)
 
     def __iter__(self) -> Iterator[list[int]]:
-        permutations: dict[int, np.ndarray] = {}
+        epochs: dict[int, np.ndarray] = {}
         for step in self.steps:
-            places = range(step * self.batch_size, (step + 1) * self.batch_size)
-            needed = range(places[0] // self.num_samples, places[-1] // self.num_samples + 1)
-            permutations = {epoch: permutations.get(epoch) for epoch in needed}
-            for epoch, known in permutations.items():
-                if known is None:
-                    random = np.random.default_rng(derive_seed(self.seed, ORDER_STREAM, epoch))
-                    permutations[epoch] = random.permutation(self.num_samples)
-            yield [int(permutations[place // self.num_samples][place % self.num_samples]) for place in places]
+            places = step * self.batch_size + np.arange(self.part.start, self.part.stop)
+            needed = range(places[0] // self.num_images, places[-1] // self.num_images + 1)
+            epochs = {epoch: epochs[epoch] if epoch in epochs else self._rows_of_epoch(epoch) for epoch in needed}
+            rows = [epochs[place // self.num_images][place % self.num_images] for place in places]
+            yield np.array(rows).tolist()
+
+    def _rows_of_epoch(self, epoch: int) -> np.ndarray:
+        """Return one row of each image, in the epoch's order."""
+        order = np.random.default_rng(derive_seed(self.seed, ORDER_STREAM, epoch)).permutation(self.num_images)
+        view = np.random.default_rng(derive_seed(self.seed, VIEW_STREAM, epoch)).integers(self.views, size=len(order))
+        return order * self.views + view
+
+
+class _Batches(Dataset):
+    """Lists of rows -> batches, or the error as a value: so it leaves a worker without a traceback."""
+
+    def __init__(self, shards: LatentShards) -> None:
+        self.shards = shards
+
+    def __getitems__(self, rows: list[int]) -> Batch | UserError:
+        try:
+            found = self.shards.read(rows)
+        except UserError as error:
+            return error
+        moments = torch.from_numpy(np.ascontiguousarray(found["moments"]))
+        return Batch(moments, torch.from_numpy(found["label"].copy()), torch.tensor(rows))
 
 
 def read_batches(
-    shards: LatentShards, config: DataConfig, *, batch_size: int, seed: int, first_step: int, num_steps: int
+    shards: LatentShards,
+    config: DataConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    steps: range,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[Batch]:
-    """Yield one Batch per step, from `first_step` on, in an order that the number of workers doesn't change.
+    """Yield this rank's Batch of each of `steps`: the same rows whatever the number of workers.
+
+    Args:
+        shards: where the rows are.
+        config: how many workers read ahead.
+        batch_size: of all ranks together.
+        seed: of the order.
+        steps: numbers of the steps, from 0.
+        rank: which part of each batch, of `world_size` equal ones.
+        world_size: number of ranks.
 
     Raises:
-        UserError: if a shard can't be read, by name.
+        UserError: if a row can't be read, with the name of the shard, or the workers give nothing for a minute.
     """
-    loader = DataLoader(
-        shards,
-        batch_sampler=StepOrder(len(shards), batch_size, seed, first_step=first_step, num_steps=num_steps),
-        num_workers=config.num_workers,
-        collate_fn=_collate,
-        timeout=WORKER_TIMEOUT_S if config.num_workers else 0,
-        multiprocessing_context="fork" if config.num_workers else None,
+    passport, workers = shards.passport, config.num_workers
+    order = StepOrder(
+        passport.num_images,
+        passport.views,
+        batch_size=batch_size,
+        seed=seed,
+        steps=steps,
+        rank=rank,
+        world_size=world_size,
     )
-    for batch in loader:
+    if workers:
+        _check_shared_memory(workers * BATCHES_AHEAD * len(order.part) * shards.dtype.itemsize, workers)
+    loader = DataLoader(
+        _Batches(shards),
+        batch_sampler=order,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        prefetch_factor=BATCHES_AHEAD if workers else None,
+        timeout=WORKER_TIMEOUT_S if workers else 0,
+        multiprocessing_context="fork" if workers else None,
+    )
+    batches = iter(loader)
+    for step in steps:
+        try:
+            batch = next(batches)
+        except RuntimeError as error:  # DataLoader: a worker was killed, or gave nothing in time
+            raise UserError(
+                f"no batch of step {step} from data.path={shards.path}: {error}; is its storage alive, and is there "
+                "memory enough? data.num_workers=0 reads without workers"
+            ) from error
         if isinstance(batch, UserError):
             raise batch
         yield batch
@@ -145,19 +173,32 @@ def check_fits(passport: Passport, model: ModelConfig, path: str) -> None:
         )
 
 
-def check_same_vae(passport: Passport, vae_name: str, vae_sha256: str, path: str) -> None:
+def check_same_vae(passport: Passport, vae: VAE, path: str) -> None:
     """Raise a UserError if the shards were made with another VAE than the one at hand, naming both."""
-    if passport.vae_sha256 != vae_sha256:
+    if passport.vae_sha256 != vae.weights_sha256:
         raise UserError(
             f"data.path={path} was made with VAE {passport.vae_name} (weights {passport.vae_sha256[:12]}), but "
-            f"vae.name={vae_name} has weights {vae_sha256[:12]}; use that VAE, or prepare the shards with this one"
+            f"vae.name={vae.name} has weights {vae.weights_sha256[:12]}; use that VAE, or prepare the shards anew"
         )
+    for name in ("latent_multiplier", "latent_shift"):
+        if getattr(passport, name) != getattr(vae, name):
+            raise UserError(
+                f"data.path={path} was made with {name}={getattr(passport, name)}, but vae.name={vae.name} has "
+                f"{getattr(vae, name)}; mend scaling_factor or shift_factor in the VAE's config.json"
+            )
 
 
-def _collate(samples: list[tuple[np.ndarray, int, int] | UserError]) -> Batch | UserError:
-    """Return the batch, or the first error among its samples: as a value, it leaves a worker without a traceback."""
-    errors = [sample for sample in samples if isinstance(sample, UserError)]
-    if errors:
-        return errors[0]
-    moments, labels, numbers = zip(*samples, strict=True)
-    return Batch(torch.from_numpy(np.stack(moments)), torch.tensor(labels), torch.tensor(numbers))
+def _as_it_is(batch: Batch | UserError) -> Batch | UserError:
+    return batch
+
+
+def _check_shared_memory(needed: int, workers: int) -> None:
+    """Raise a UserError where the batches that workers hold ready don't fit: it would end in a bus error."""
+    if not SHARED_MEMORY.is_dir():
+        return
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if needed > free:
+        raise UserError(
+            f"data.num_workers={workers} need {needed / MIB:,.0f} MiB of {SHARED_MEMORY}, which has {free / MIB:,.0f} "
+            "MiB free; use fewer workers (0 needs none), or give the container more (docker run --shm-size)"
+        )

@@ -64,6 +64,7 @@ def main(config: DemoConfig, dry_run: bool = False) -> None:
                 out_dir=str(run_dir / "data"),
                 vae=training.vae,
                 image_size=IMAGE_SIZE,
+                flip=False,  # no digit is its own mirror image
                 num_workers=0,
                 device=training.device,
             )

@@ -1,4 +1,4 @@
-"""Which device this process uses, and that it is the only one. Read next: train.py."""
+"""Which of the processes that a launcher started this is, and which device it uses. Read next: train.py."""
 
 import os
 
@@ -8,13 +8,19 @@ from flowar.errors import UserError
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device called `name`; "auto" is the GPU if there is one, else the CPU.
+    """Return the device called `name`; "auto" is this process's GPU if there are any, else the CPU.
 
     Raises:
-        UserError: if `name` is no device, or CUDA is asked for and not there.
+        UserError: if `name` is no device, CUDA is asked for and not there, or a GPU would have two processes.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{local_rank()}"
+        if local_rank() >= torch.cuda.device_count():
+            raise UserError(
+                f"LOCAL_RANK={local_rank()}, but there are {torch.cuda.device_count()} GPUs; start as many processes"
+            )
+    elif name == "auto":
+        return torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -28,6 +34,11 @@ def pick_device(name: str) -> torch.device:
             )
         torch.cuda.set_device(device)  # for libraries that use the current one
     return device
+
+
+def local_rank() -> int:
+    """Return the number of this process among those of its machine, as torchrun gives it."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def refuse_many_processes(verb: str) -> None:

@@ -18,3 +18,24 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     write_whole(path, lambda hidden: hidden.write_text(text))
+
+
+def publish_folder(hidden: Path, folder: Path) -> None:
+    """Give a filled folder its name, after all in it is on the disk: not even a power cut leaves half of it.
+
+    Raises:
+        OSError: if it can't be written, or `folder` is there already.
+    """
+    for path in (*hidden.rglob("*"), hidden):
+        _sync(path)
+    hidden.rename(folder)
+    _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    """Have the system write a file or a folder's list of names to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

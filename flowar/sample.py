@@ -243,7 +243,7 @@ def check_decodable(folder: Path, model: ModelConfig, vae: VAE) -> None:
             f"{vae.latent_channels}; set vae.name to the VAE that the model was trained with"
         )
     if (folder / PASSPORT_FILE).is_file():
-        check_same_vae(read_passport(folder), vae.name, vae.weights_sha256, str(folder))
+        check_same_vae(read_passport(folder), vae, str(folder))
 
 
 def describe_samples(config: SampleConfig, folder: Path, vae: VAE) -> dict[str, object]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from data_prep.schema import Passport, read_passport, write_passport
 from flowar.checkpoint import load_checkpoint, remove_unfinished, save_checkpoint
 from flowar.config import FREE_ON_RESUME, ModelConfig, TrainConfig, changed_settings, describe_config, load_config
-from flowar.data import Batch, LatentShards, check_fits, check_same_vae, check_shards, read_batches
+from flowar.data import Batch, check_fits, check_same_vae, read_batches
 from flowar.distributed import pick_device, refuse_many_processes
 from flowar.ema import EMA
 from flowar.errors import UserError
@@ -32,9 +32,11 @@ from flowar.run_folder import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, find_lates
 from flowar.sample import draw_noise, sample_latents
 from flowar.scales import num_tokens
 from flowar.seeding import derive_seed
+from flowar.shards import LatentShards
 from flowar.vae import VAE, load_vae, sample_posterior, to_uint8
 from flowar.weights import create_model
 
+FREE_IN_PASSPORT = ("images", "encoded_with")  # where and on what the shards were made; their hashes say what they are
 DRAW_STREAM = 2  # keeps the seeds of the steps' draws apart from those of the data's order
 
 
@@ -48,26 +50,26 @@ def main(config: TrainConfig, dry_run: bool = False) -> None:
         import_flash_attention()
         if device.type != "cuda":
             raise UserError(f"attention=flash needs a GPU, but device is {device}; set attention=sdpa")
-    passport = read_passport(config.data.path)
+    shards = LatentShards(config.data)
+    passport = shards.passport
     check_fits(passport, config.model, config.data.path)
-    num_steps = math.ceil(config.epochs * passport.num_samples / config.batch_size)
-    warmup_steps = config.optim.warmup_epochs * passport.num_samples / config.batch_size
+    num_steps = math.ceil(config.epochs * passport.num_images / config.batch_size)
+    warmup_steps = config.optim.warmup_epochs * passport.num_images / config.batch_size
     in_parts = f" (in parts of {config.micro_batch_size})" if config.micro_batch_size else ""
     print(
-        f"{passport.num_samples:,} samples / batch of {config.batch_size:,}{in_parts} = "
-        f"{passport.num_samples / config.batch_size:,.1f} steps per epoch; {config.epochs:g} epochs = {num_steps:,} "
+        f"{passport.num_images:,} images / batch of {config.batch_size:,}{in_parts} = "
+        f"{passport.num_images / config.batch_size:,.1f} steps per epoch; {config.epochs:g} epochs = {num_steps:,} "
         f"steps, {warmup_steps:,.0f} of them warm-up; {device}, {config.precision}, attention {config.attention}"
     )
     check_resumable(run_dir, config, passport)
     vae = load_vae(config.vae.name, config.vae.weights) if config.preview.every_steps else None
     if vae is not None:
-        check_same_vae(passport, vae.name, vae.weights_sha256, config.data.path)
+        check_same_vae(passport, vae, config.data.path)
     elif passport.vae_name != config.vae.name:  # without previews the VAE isn't loaded, its weights may not be here
         raise UserError(
             f"data.path={config.data.path} was made with VAE {passport.vae_name}, but vae.name={config.vae.name}; set "
             f"vae.name={passport.vae_name}, or use other shards"
         )
-    check_shards(config.data.path)
     if dry_run:
         with torch.device("meta"):
             parameters = sum(p.numel() for p in FlowAR(config.model).parameters())
@@ -83,7 +85,6 @@ def main(config: TrainConfig, dry_run: bool = False) -> None:
     model.set_attention(config.attention)
     ema = EMA(model, config.ema_decay)
     optimizer = make_optimizer(model, config.optim)
-    shards = LatentShards(config.data.path)
 
     # Resume.
     first_step = 0
@@ -96,8 +97,7 @@ def main(config: TrainConfig, dry_run: bool = False) -> None:
         config.data,
         batch_size=config.batch_size,
         seed=config.seed,
-        first_step=first_step,
-        num_steps=num_steps,
+        steps=range(first_step, num_steps),
     )
 
     # Loop: step counts finished steps.
@@ -247,12 +247,13 @@ def check_resumable(run_dir: Path, config: TrainConfig, passport: Passport) -> N
         listed = "; ".join(f"{key} was {old}, now {new}" for key, (old, new) in changed.items())
         raise UserError(f"run_dir={run_dir} holds another run: {listed}; give another run_dir, or the same settings")
     recorded = dataclasses.asdict(read_passport(run_dir))
-    differing = [key for key, value in dataclasses.asdict(passport).items() if recorded[key] != value]
+    found = dataclasses.asdict(passport)
+    differing = [key for key in found if key not in FREE_IN_PASSPORT and recorded[key] != found[key]]
     if differing:
         key = differing[0]
         raise UserError(
             f"run_dir={run_dir} was trained on other shards: {key} was {str(recorded[key])[:40]}, data.path="
-            f"{config.data.path} has {str(getattr(passport, key))[:40]}; give another run_dir, or those shards"
+            f"{config.data.path} has {str(found[key])[:40]}; give another run_dir, or those shards"
         )
 
 

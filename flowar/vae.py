@@ -1,10 +1,9 @@
 """Images -> moments -> latents -> images; only here are the pixel range and the VAE known. Read next: data.py.
 
-The networks are diffusers' AutoencoderKL; MAR's weights are mapped onto it.
+The networks are diffusers' AutoencoderKL and AutoencoderDC; MAR's weights are mapped onto the former.
 """
 
 import hashlib
-import json
 import pickle
 import re
 from functools import cached_property
@@ -16,7 +15,13 @@ from torch import Tensor, nn
 from flowar.errors import UserError
 
 DEMO_VAE = Path(__file__).parent / "assets" / "demo_vae"
-HUB_NAMES = {"sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema", "sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse"}
+HUB_NAMES = {
+    "sd-vae-ft-ema": "stabilityai/sd-vae-ft-ema",
+    "sd-vae-ft-mse": "stabilityai/sd-vae-ft-mse",
+    "dc-ae-f32c32": "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers",
+}
+DIFFUSERS_CLASSES = ("AutoencoderKL", "AutoencoderDC")
+MIN_LOG_VARIANCE, MAX_LOG_VARIANCE = -30.0, 20.0  # the bounds of diffusers' DiagonalGaussianDistribution
 
 MAR_LATENT_MULTIPLIER = 0.2325  # the released code of MAR and FlowAR: 1 / std of the latents of ImageNet
 MAR_CONFIG = {
@@ -50,26 +55,36 @@ MAR_NAMES = (
 
 
 class VAE(nn.Module):
-    """A KL autoencoder, frozen.
+    """An autoencoder, frozen.
 
     `latent_multiplier` is what brings its latents to about unit std: latents = multiplier x a sample of the moments.
+    Where the autoencoder has a shift too, the means are given with it taken off. A deterministic one (DC-AE) has
+    moments whose variance is as good as none.
     """
 
     def __init__(self, autoencoder: nn.Module, name: str) -> None:
         super().__init__()
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         self.name = name
-        self.latent_multiplier: float = autoencoder.config.scaling_factor
-        self.latent_channels: int = autoencoder.config.latent_channels
-        self.stride: int = 2 ** (len(autoencoder.config.block_out_channels) - 1)
+        config = autoencoder.config
+        self.latent_multiplier: float = config.scaling_factor
+        self.latent_shift: float = config.get("shift_factor") or 0.0
+        self.latent_channels: int = config.latent_channels
+        blocks = config.get("block_out_channels") or config.encoder_block_out_channels
+        self.stride: int = 2 ** (len(blocks) - 1)
 
     def encode(self, images: Tensor) -> Tensor:
         """Return the moments (B, 2 C, h, w), mean then log-variance, of images (B, 3, H, W) in [-1, 1]."""
-        return self.autoencoder.encode(images).latent_dist.parameters
+        encoded = self.autoencoder.encode(images)
+        if hasattr(encoded, "latent_dist"):
+            mean, log_variance = encoded.latent_dist.parameters.chunk(2, dim=1)
+        else:
+            mean, log_variance = encoded.latent, torch.full_like(encoded.latent, MIN_LOG_VARIANCE)
+        return torch.cat([mean - self.latent_shift, log_variance], dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images (B, 3, H, W), about [-1, 1], of latents (B, C, h, w) of about unit std."""
-        return self.autoencoder.decode(latents / self.latent_multiplier).sample
+        return self.autoencoder.decode(latents / self.latent_multiplier + self.latent_shift).sample
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -90,7 +105,7 @@ def sample_posterior(moments: Tensor, noise: Tensor, latent_multiplier: float) -
         latent_multiplier: of the VAE that made the moments.
     """
     mean, log_variance = moments.chunk(2, dim=1)
-    std = torch.exp(0.5 * log_variance.clamp(-30, 20))  # the bounds of diffusers' DiagonalGaussianDistribution
+    std = torch.exp(0.5 * log_variance.clamp(MIN_LOG_VARIANCE, MAX_LOG_VARIANCE))
     return (mean + std * noise) * latent_multiplier
 
 
@@ -108,8 +123,9 @@ def load_vae(name_or_path: str, weights: str | Path | None = None) -> VAE:
     """Return a VAE, in evaluation mode, float32 on the CPU.
 
     Args:
-        name_or_path: "mar" (the KL-16 VAE of MAR and FlowAR), "sd-vae-ft-ema" or "sd-vae-ft-mse", "demo" (ships with
-            this package), or an AutoencoderKL in diffusers' layout: a folder or a Hugging Face hub id.
+        name_or_path: "mar" (the KL-16 VAE of MAR and FlowAR), "sd-vae-ft-ema", "sd-vae-ft-mse", "dc-ae-f32c32", "demo"
+            (ships with this package), or an AutoencoderKL or AutoencoderDC in diffusers' layout: a folder or a Hugging
+            Face hub id.
         weights: the file kl16.ckpt, for "mar" only.
 
     Raises:
@@ -120,23 +136,25 @@ def load_vae(name_or_path: str, weights: str | Path | None = None) -> VAE:
     if weights is not None:
         raise UserError(f"vae.weights={weights} is for vae.name=mar only; vae.name={name_or_path} brings its own")
     source = DEMO_VAE if name_or_path == "demo" else HUB_NAMES.get(name_or_path, name_or_path)
-    return VAE(_load_diffusers(source), name_or_path)
+    return VAE(_load_diffusers(source, name_or_path), name_or_path)
 
 
-def _load_diffusers(source: str | Path) -> nn.Module:
-    from diffusers import AutoencoderKL
+def _load_diffusers(source: str | Path, name: str) -> nn.Module:
+    import diffusers
 
-    if Path(source).is_dir():
-        config_file = Path(source) / "config.json"
-        kind = json.loads(config_file.read_text()).get("_class_name") if config_file.is_file() else "no config.json"
-        if kind != "AutoencoderKL":
-            raise UserError(f"vae.name={source} holds {kind}, but an AutoencoderKL in diffusers' layout is needed")
     try:
-        return AutoencoderKL.from_pretrained(source, low_cpu_mem_usage=False)
+        kind = diffusers.AutoencoderKL.load_config(source).get("_class_name")
+        if kind not in DIFFUSERS_CLASSES:
+            raise UserError(f"vae.name={name} is a {kind}, but one of {', '.join(DIFFUSERS_CLASSES)} is needed")
+        return getattr(diffusers, kind).from_pretrained(source, low_cpu_mem_usage=False)
     except (OSError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        where = f"huggingface.co/{source}" if name in HUB_NAMES else "its source"
         raise UserError(
-            f"vae.name={source} is no VAE: {str(error).splitlines()[0]}; use mar, sd-vae-ft-ema, sd-vae-ft-mse, demo, "
-            "or an AutoencoderKL in diffusers' layout (a folder, or a hub id that was downloaded before)"
+            f"can't load vae.name={name}: {str(error).splitlines()[0]}; use mar, {', '.join(HUB_NAMES)}, demo, or a "
+            "folder or hub id in diffusers' layout. Without a network: copy config.json and "
+            f"diffusion_pytorch_model.safetensors from {where} into a folder and set vae.name to the folder"
         ) from error
 
 

@@ -67,14 +67,19 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
-    """A dataset prepared from `image_folder` with the demo VAE."""
+    """A dataset prepared from `image_folder` with the demo VAE: 24 images x 2 views in three shards."""
     from data_prep import encode
     from flowar.config import PrepareConfig, VAEConfig
 
     out_dir = tmp_path_factory.mktemp("data") / "shards"
     encode.main(
         PrepareConfig(
-            images=str(image_folder), out_dir=str(out_dir), vae=VAEConfig(name="demo"), image_size=32, num_workers=0
+            images=str(image_folder),
+            out_dir=str(out_dir),
+            vae=VAEConfig(name="demo"),
+            image_size=32,
+            chunk_images=10,
+            num_workers=0,
         )
     )
     return out_dir

@@ -1,86 +1,123 @@
 import json
+import multiprocessing
+import os
+import random
+import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from data_prep.encode import centre_crop, list_images, main
+from data_prep.crops import decode_image, make_views
+from data_prep.encode import main
 from data_prep.schema import read_passport
-from flowar.config import PrepareConfig, VAEConfig
-from flowar.data import LatentShards
+from data_prep.sources import Source, open_source
+from flowar.config import DataConfig, PrepareConfig, VAEConfig
 from flowar.errors import UserError
+from flowar.shards import LatentShards
 from flowar.vae import from_uint8, load_vae
+from tests.data_prep.test_sources import images_of, write_parquet, write_tars
 
 
 def preparing(images, out_dir, **changes):
-    settings = {"vae": VAEConfig(name="demo"), "image_size": 32, "num_workers": 0, "batch_size": 5}
+    settings = {"vae": VAEConfig(name="demo"), "image_size": 32, "num_workers": 0, "chunk_images": 10}
     return PrepareConfig(images=str(images), out_dir=str(out_dir), **(settings | changes))
 
 
-def test_shards_hold_the_moments_of_every_image_in_order(image_folder, shards):
-    latents, vae = LatentShards(shards), load_vae("demo")
-    source = list_images(image_folder)
-    assert len(latents) == len(source.files) == 24
-    for index in (0, 11, 23):
-        moments, label, _ = latents[index]
-        pixels = torch.from_numpy(centre_crop(Image.open(source.files[index]), 32).copy()).permute(2, 0, 1)
+def contents(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def open_shards(folder):
+    return LatentShards(DataConfig(path=str(folder)))
+
+
+def test_rows_hold_the_moments_of_every_view_of_every_image_in_order(image_folder, shards):
+    stored, vae, source = open_shards(shards), load_vae("demo"), open_source(str(image_folder))
+    assert len(stored) == 2 * len(source) == 48
+    rows = stored.read(range(48))
+    for image in (0, 9, 10, 23):
+        views = make_views(decode_image(source.read(image)), preparing("", ""), image)
         with torch.no_grad():
-            expected = vae.encode(from_uint8(pixels)[None])[0]
-        assert label == source.labels[index]
-        torch.testing.assert_close(torch.from_numpy(moments.copy()).float(), expected, rtol=2e-3, atol=2e-3)
+            expected = vae.encode(from_uint8(torch.from_numpy(views).permute(0, 3, 1, 2)))
+        found = rows[2 * image : 2 * image + 2]
+        assert found["label"].tolist() == [source.labels[image]] * 2
+        torch.testing.assert_close(torch.from_numpy(found["moments"]).float(), expected, rtol=2e-3, atol=2e-3)
 
 
-def test_workers_give_the_same_bytes(image_folder, shards, tmp_path):
-    main(preparing(image_folder, tmp_path / "a", num_workers=2, batch_size=32))
-    assert (tmp_path / "a" / "shard.00000.mds").read_bytes() == (shards / "shard.00000.mds").read_bytes()
+@pytest.mark.parametrize(
+    "changes", [{"crop": "random", "views": 3}, {"crop": "ten_crop"}, {"flip": False}, {"moments_dtype": "float32"}]
+)
+def test_every_policy_can_be_stored_and_read(image_folder, tmp_path, changes):
+    main(preparing(image_folder, tmp_path / "out", **changes))
+    passport = read_passport(tmp_path / "out")
+    views = {"random": 3, "ten_crop": 10, "center": 2}[passport.crop] if passport.flip else 1
+    assert (passport.num_images, passport.views, passport.num_rows) == (24, views, 24 * views)
+    rows = open_shards(tmp_path / "out").read(range(passport.num_rows))
+    assert rows["moments"].dtype == passport.moments_dtype
+    assert (passport.rounding_error_max == 0) == (passport.moments_dtype == "float32")
+
+
+def test_loader_processes_and_threads_give_the_same_bytes(image_folder, shards, tmp_path):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        main(preparing(image_folder, tmp_path / "a", num_workers=2))
+    finally:
+        torch.set_num_threads(threads)
+    assert contents(tmp_path / "a") == contents(shards)
+
+
+def test_tar_and_parquet_sources_give_the_same_rows(image_folder, shards, tmp_path):
+    images = images_of(image_folder)
+    write_tars(tmp_path / "tars", images)
+    write_parquet(tmp_path / "parquet", images, names=["dark", "light"])
+    needed = read_passport(shards)
+    for name, workers in (("tars", 2), ("parquet", 0)):
+        main(preparing(tmp_path / name, tmp_path / f"{name}_out", num_workers=workers))
+        found = read_passport(tmp_path / f"{name}_out")
+        assert found.shard_hashes == needed.shard_hashes
+        assert found.source_kind == {"tars": "webdataset", "parquet": "parquet"}[name]
 
 
 def test_shards_open_with_mosaicml_streaming_alone(shards):
     from streaming import StreamingDataset
 
-    dataset = StreamingDataset(local=str(shards), batch_size=4)
-    samples = list(dataset)
-    assert sorted(int(sample["label"]) for sample in samples) == [0] * 12 + [1] * 12
+    samples = list(StreamingDataset(local=str(shards), batch_size=4))
+    assert sorted(int(sample["label"]) for sample in samples) == [0] * 24 + [1] * 24
     assert samples[0]["moments"].dtype == np.float16
 
 
 def test_the_passport_says_what_was_made_and_how(image_folder, shards):
-    passport = read_passport(shards)
-    vae = load_vae("demo")
+    passport, vae = read_passport(shards), load_vae("demo")
     assert passport.vae_sha256 == vae.weights_sha256
     assert passport.latent_multiplier == vae.latent_multiplier
     assert passport.class_names == ["dark", "light"] and passport.class_counts == [12, 12]
-    assert (passport.num_samples, passport.image_size, passport.skipped) == (24, 32, [])
-    assert len(passport.latent_std) == vae.latent_channels and min(passport.latent_std) > 0
+    assert (passport.num_images, passport.image_size, passport.crop, passport.skipped) == (24, 32, "center", {})
+    assert passport.listing_sha256 == open_source(str(image_folder)).sha256()
+    assert passport.encoded_with[0]["torch"] == torch.__version__.split("+")[0]
+    assert sorted(passport.shard_hashes) == [f"{chunk:05d}/shard.00000.mds" for chunk in range(3)]
+    assert Source.load(shards / "listing.json.gz").names == open_source(str(image_folder)).names
 
 
-@pytest.mark.parametrize("size", [(100, 40), (33, 90), (32, 32), (200, 300), (20, 25)])
-def test_the_crop_is_the_central_square_at_the_asked_size(size):
-    width, height = size
-    columns = np.abs(np.linspace(-1, 1, width))[None, :] + np.abs(np.linspace(-1, 1, height))[:, None]
-    image = Image.fromarray((columns * 100).astype(np.uint8)).convert("RGB")
-    cropped = centre_crop(image, 32)
-    assert cropped.shape == (32, 32, 3)
-    assert np.abs(cropped.astype(int) - cropped[::-1, ::-1].astype(int)).max() <= 12  # symmetric about the centre
-
-
-def test_an_image_of_the_right_size_is_left_as_it_is():
-    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
-    assert np.array_equal(centre_crop(Image.fromarray(pixels), 32), pixels)
-
-
-def test_grey_palette_and_rotated_images_are_read(tmp_path):
-    pixels = np.zeros((32, 32, 3), np.uint8)
-    pixels[:16] = 255
-    upright = Image.fromarray(pixels)
-    exif = Image.Exif()
-    exif[0x0112] = 3  # turned by 180 degrees
-    upright.save(tmp_path / "turned.png", exif=exif)
-    assert centre_crop(Image.open(tmp_path / "turned.png"), 32)[0, 0].tolist() == [0, 0, 0]
-    for mode in ("L", "P", "RGBA", "CMYK", "1"):
-        assert centre_crop(upright.convert(mode), 32).shape == (32, 32, 3)
+def test_measured_figures_are_those_of_the_stored_moments(image_folder, shards, tmp_path):
+    passport = read_passport(shards)
+    mean, log_variance = np.split(open_shards(shards).read(range(48))["moments"].astype(np.float64), 2, axis=1)
+    latents = mean + np.exp(log_variance / 2) * np.random.default_rng(0).standard_normal(mean.shape)
+    assert passport.latent_mean == pytest.approx(mean.mean(axis=(0, 2, 3)))
+    assert passport.latent_std == pytest.approx(latents.std(axis=(0, 2, 3)), rel=0.01)
+    assert 1 / passport.measured_multiplier == pytest.approx(latents.std(), rel=0.01)
+    main(preparing(image_folder, tmp_path / "exact", moments_dtype="float32"))
+    exact = open_shards(tmp_path / "exact").read(range(48))["moments"]
+    error = exact.astype(np.float16).astype(np.float64) - exact
+    assert passport.rounding_error_max == pytest.approx(np.abs(error).max(), rel=0.01)
+    assert passport.rounding_error_rms == pytest.approx(np.sqrt(np.square(error).mean()), rel=0.01)
 
 
 def test_unreadable_images_stop_by_name_or_are_left_out_on_request(image_folder, tmp_path, capsys):
@@ -89,48 +126,174 @@ def test_unreadable_images_stop_by_name_or_are_left_out_on_request(image_folder,
     (images / "dark" / "3.png").write_bytes(b"no image")
     cut = images / "light" / "0.png"
     cut.write_bytes(cut.read_bytes()[:200])
-    message = r"1 of the first 5 images can't be read: .*3\.png .*; .*skip_unreadable=true"
-    with pytest.raises(UserError, match=message.replace("first 5", r"first \d+")):
+    with pytest.raises(UserError, match=r"images can't be read: dark/3\.png \(.*\); .*skip_unreadable=true"):
         main(preparing(images, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
-    main(preparing(images, tmp_path / "out", skip_unreadable=True))
-    passport = read_passport(tmp_path / "out")
-    assert passport.class_counts == [11, 11] and len(passport.skipped) == 2
+    out = tmp_path / "skipped"
+    main(preparing(images, out, skip_unreadable=True))
+    passport = read_passport(out)
+    assert passport.class_counts == [11, 11] and passport.num_images == 22
+    listed = open_source(str(images)).names
+    assert {listed[int(number)] for number in passport.skipped} == {"dark/3.png", "light/0.png"}
     assert "left out 2 images" in capsys.readouterr().out
-    assert len(LatentShards(tmp_path / "out")) == 22
+    assert open_shards(out).read([43])["label"] == 1
 
 
-def test_wrong_folders_are_one_clear_error(tmp_path):
-    with pytest.raises(UserError, match="does not exist; it has to be a folder with one sub-folder"):
-        main(preparing(tmp_path / "none", tmp_path / "out"))
-    with pytest.raises(UserError, match="has no sub-folders; put the images of each class"):
-        main(preparing(tmp_path, tmp_path / "out"))
-    (tmp_path / "cats").mkdir()
-    with pytest.raises(UserError, match=r"class folder .*cats has no image"):
-        main(preparing(tmp_path, tmp_path / "out"))
+def test_images_that_nobody_can_read_make_no_dataset(tmp_path):
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    (tmp_path / "images" / "a" / "0.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"none of the 1 images in .* can be read"):
+        main(preparing(tmp_path / "images", tmp_path / "out", skip_unreadable=True))
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_size_that_the_vae_cannot_encode_is_refused(image_folder, tmp_path):
-    with pytest.raises(UserError, match="image_size=30 is not a multiple of the stride"):
-        main(preparing(image_folder, tmp_path / "out", image_size=30))
+def test_a_wrong_source_or_size_leaves_nothing_behind(image_folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for images, changes, message in (
+        (tmp_path / "none", {}, "does not exist; it has to hold"),
+        (tmp_path / "empty", {}, "has no sub-folders"),
+        (image_folder, {"image_size": 30}, "image_size=30 is not a multiple of the stride"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main(preparing(images, tmp_path / "out", **changes))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["empty"]
 
 
-def test_a_finished_or_foreign_folder_is_not_overwritten(image_folder, shards, tmp_path):
-    before = (shards / "dataset.json").read_bytes()
-    with pytest.raises(UserError, match="already holds a finished dataset"):
-        main(preparing(image_folder, shards))
-    assert (shards / "dataset.json").read_bytes() == before
+def test_a_finished_dataset_is_left_alone_and_refused_for_other_settings(image_folder, shards, capsys):
+    before = contents(shards)
+    main(preparing(image_folder, shards))
+    assert "24 images x 2 views" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"holds a dataset with crop=center, not random; resize=32, not 36; views=2"):
+        main(preparing(image_folder, shards, crop="random"))
+    assert contents(shards) == before
+
+
+def test_a_foreign_folder_is_not_written_into(image_folder, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty and no dataset"):
         main(preparing(image_folder, tmp_path))
 
 
-def test_what_an_interrupted_run_left_is_not_taken_for_a_dataset(image_folder, tmp_path):
+def test_a_worker_with_other_settings_is_refused(image_folder, tmp_path):
     partial = tmp_path / "out.partial"
-    partial.mkdir()
-    (partial / "shard.00000.mds").write_bytes(b"half")
-    main(preparing(image_folder, tmp_path / "out"))
-    assert not partial.exists()
-    index = json.loads((tmp_path / "out" / "index.json").read_text())
-    assert sum(shard["samples"] for shard in index["shards"]) == 24
+    images = tmp_path / "images"
+    shutil.copytree(image_folder, images)
+    (images / "light" / "11.png").write_bytes(b"")
+    with pytest.raises(UserError, match="can't be read"):
+        main(preparing(images, tmp_path / "out"))
+    assert partial.exists()  # two of three chunks are done
+    with pytest.raises(UserError, match=r"out\.partial was begun with chunk_images=10, not 5; use the same settings"):
+        main(preparing(images, tmp_path / "out", chunk_images=5))
+
+
+def test_only_unfinished_chunks_are_done_again(image_folder, shards, tmp_path, capsys):
+    images, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(image_folder, images)
+    last = images / "light" / "9.png"  # the last by name
+    content = last.read_bytes()
+    last.write_bytes(b"")
+    with pytest.raises(UserError):
+        main(preparing(images, out))
+    last.write_bytes(content)
+    capsys.readouterr()
+    main(preparing(images, out))
+    assert re.findall(r"chunk (\d+) done", capsys.readouterr().out) == ["2"]
+    assert read_passport(out).shard_hashes == read_passport(shards).shard_hashes
+
+
+def test_a_full_disk_stops_with_a_message(image_folder, tmp_path):
+    code = (
+        "import resource, signal, sys; from flowar.cli import main\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
+        "main(['prepare', *sys.argv[1:]])\n"
+    )
+    words = [f"images={image_folder}", f"out_dir={tmp_path / 'out'}", "vae.name=demo", "image_size=32", "num_workers=0"]
+    found = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
+    assert found.returncode == 1
+    assert re.match(r"flowar prepare: can't write to .*out\.partial: .*File too large", found.stderr.splitlines()[-1])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def many_images(tmp_path_factory):
+    """3,000 images of five classes."""
+    root = tmp_path_factory.mktemp("many")
+    noise = np.random.default_rng(0).integers(0, 256, (3000, 32, 32, 3), dtype=np.uint8)
+    for number, pixels in enumerate(noise):
+        folder = root / str(number % 5)
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(folder / f"{number:04d}.png", compress_level=1)
+    return root
+
+
+def worker(config, log):
+    """What one of the processes of the test below does."""
+    torch.set_num_threads(1)
+    with log.open("a", buffering=1) as sys.stdout:
+        main(config)
+
+
+@pytest.mark.slow
+def test_sigkill_of_workers_at_random_moments_ends_in_the_same_bytes(many_images, tmp_path):
+    config = preparing(many_images, tmp_path / "killed", chunk_images=75, crop="random", views=4, lease_s=5)
+    undisturbed = preparing(many_images, tmp_path / "undisturbed", chunk_images=75, crop="random", views=4)
+    main(undisturbed)
+
+    context = multiprocessing.get_context("forkserver")  # each worker is a new process, without new imports
+    context.set_forkserver_preload(["data_prep.encode", "streaming", "diffusers", "tests.data_prep.test_encode"])
+    log, moments = tmp_path / "log", random.Random(0)
+
+    def start():
+        process = context.Process(target=worker, args=(config, log))
+        process.start()
+        return process
+
+    workers, kills = [start() for _ in range(4)], 0
+    while kills < 10:
+        time.sleep(moments.uniform(0.1, 1.0))
+        victim = moments.randrange(4)
+        if workers[victim].is_alive():
+            os.kill(workers[victim].pid, signal.SIGKILL)
+            workers[victim].join()
+            kills += workers[victim].exitcode == -signal.SIGKILL
+        assert not (tmp_path / "killed").exists(), f"finished after {kills} kills: too quick for this test"
+        workers[victim] = start()
+    for process in workers:
+        process.join(timeout=120)
+    assert [process.exitcode for process in workers] == [0] * 4
+    assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["killed", "log", "undisturbed"]
+    done = re.findall(r"chunk (\d+) done", log.read_text())
+    assert sorted(map(int, done)) == list(range(40))  # no chunk was finished twice
+
+
+@pytest.mark.slow
+def test_torchrun_ranks_share_the_work(image_folder, shards, tmp_path):
+    words = [f"images={image_folder}", f"out_dir={tmp_path / 'out'}", "vae.name=demo", "image_size=32", "num_workers=0"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "data_prep.encode"]
+    found = subprocess.run(
+        [sys.executable, *command, *words, "chunk_images=10"], capture_output=True, text=True, timeout=120
+    )
+    assert found.returncode == 0, found.stderr
+    assert contents(tmp_path / "out") == contents(shards)
+    encoded = [int(count) for count in re.findall(r"encoded (\d+) images", found.stdout)]
+    assert len(encoded) == 2 and sum(encoded) == 24
+
+
+def test_a_merge_that_was_cut_off_is_finished(image_folder, shards, tmp_path):
+    """Every state between the written passport and the renamed folder."""
+    needed = contents(shards)
+    for left_over in (["plan.json", "00002/chunk.json", "00001/index.json"], ["00002/chunk.json"], []):
+        partial = tmp_path / "out.partial"
+        shutil.copytree(shards, partial)
+        for name in left_over:
+            (partial / name).write_text("{}")
+        if "plan.json" in left_over:
+            record = json.loads((shards / "dataset.json").read_text())
+            (partial / "plan.json").write_text(json.dumps(record))
+        main(preparing(image_folder, tmp_path / "out"))
+        assert contents(tmp_path / "out") == needed
+        shutil.rmtree(tmp_path / "out")
+        assert not any(tmp_path.iterdir())

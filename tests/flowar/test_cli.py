@@ -51,7 +51,7 @@ def test_dry_run_prints_the_resolved_config_and_writes_nothing(shards, tmp_path)
     result = run("train", *settings, "model.num_classes=2", "--dry-run")
     assert result.returncode == 0, result.stderr
     assert "lr: 0.0004" in result.stdout and "M parameters; dry run" in result.stdout
-    assert "24 samples / batch of 2,048" in result.stdout
+    assert "24 images / batch of 2,048" in result.stdout
     assert not (tmp_path / "run").exists()
 
 

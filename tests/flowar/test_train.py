@@ -1,5 +1,6 @@
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,7 +160,7 @@ def test_another_model_or_seed_in_the_same_run_is_refused(shards, finished):
 
 def test_other_shards_in_the_same_run_are_refused(shards, finished, tmp_path):
     other = tmp_path / "shards"
-    other.mkdir()
+    shutil.copytree(shards, other)
     content = json.loads((shards / "dataset.json").read_text())
     (other / "dataset.json").write_text(json.dumps(content | {"vae_sha256": "0" * 64}))
     with pytest.raises(UserError, match=r"was trained on other shards: vae_sha256 was"):
@@ -168,7 +169,7 @@ def test_other_shards_in_the_same_run_are_refused(shards, finished, tmp_path):
 
 def test_shards_of_another_vae_are_refused(shards, tmp_path):
     other = tmp_path / "shards"
-    other.mkdir()
+    shutil.copytree(shards, other)
     content = json.loads((shards / "dataset.json").read_text())
     (other / "dataset.json").write_text(json.dumps(content | {"vae_name": "mar", "vae_sha256": "0" * 64}))
     config = training(shards, tmp_path / "run", data=DataConfig(path=str(other)), preview=PreviewConfig(every_steps=10))

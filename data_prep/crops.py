@@ -1,0 +1,86 @@
+"""Image bytes -> the square views of it that are stored, by a crop policy. Read next: encode.py."""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps
+from torchvision.transforms import functional as F
+from torchvision.transforms.functional import InterpolationMode
+
+from flowar.config import PrepareConfig
+from flowar.seeding import derive_seed
+
+CROP_STREAM = 5  # keeps the seeds of random crops apart from all others
+RANDOM_RESIZE = 288 / 256  # the authors' recipe: short side 288, then a random crop of 256
+TEN_CROP_RESIZE = 1.1  # the usual ratio where autoregressive image models store ten crops (LlamaGen)
+
+
+def num_views(config: PrepareConfig) -> int:
+    """Return how many views of each image are stored."""
+    if config.crop == "center":
+        return 2 if config.flip else 1
+    return 10 if config.crop == "ten_crop" else config.views
+
+
+def resize_side(config: PrepareConfig) -> int:
+    """Return the length in pixels to which the short side is resized before the crop."""
+    ratio = {"center": 1.0, "random": RANDOM_RESIZE, "ten_crop": TEN_CROP_RESIZE}[config.crop]
+    return config.resize or round(config.image_size * ratio)
+
+
+def decode_image(content: bytes) -> Image.Image:
+    """Return an upright RGB image; the first frame of an animated one, the 8 highest bits of a 16-bit one.
+
+    Raises:
+        OSError, ValueError, SyntaxError: if it can't be read: what Pillow raises.
+    """
+    image = Image.open(io.BytesIO(content))
+    image = ImageOps.exif_transpose(
+        image
+    )  # ADM and the authors ignore EXIF; ImageNet's few turned images are upright here
+    if image.mode.startswith("I"):  # Pillow would clip instead of scale
+        values = np.asarray(image, dtype=np.int64)
+        image = Image.fromarray((values >> 8 if values.max() > 255 else values).astype(np.uint8))
+    elif image.mode == "F":
+        raise ValueError("floating-point pixels have no known range")
+    return image.convert("RGB")
+
+
+def make_views(image: Image.Image, config: PrepareConfig, number: int) -> np.ndarray:
+    """Return the views of image `number` of the source, (views, size, size, 3) uint8; a function of these arguments.
+
+    center: ADM's centre crop, then its mirror image. random: `views` independent crops after a resize of the short
+    side, each mirrored or not, as the authors' training does (torchvision's Resize, RandomCrop, RandomHorizontalFlip).
+    ten_crop: the corners and the centre of ADM's centre crop of a larger size, then their mirror images.
+    """
+    size, resized = config.image_size, resize_side(config)
+    if config.crop == "center":
+        cropped = centre_crop(image, size)
+        views = [cropped, F.hflip(cropped)] if config.flip else [cropped]
+    elif config.crop == "ten_crop":
+        views = F.ten_crop(centre_crop(image, resized), size)
+    else:
+        image = F.resize(image, resized, InterpolationMode.BILINEAR)
+        views = [_random_view(image, config, number, view) for view in range(config.views)]
+    return np.stack([np.asarray(view) for view in views])
+
+
+def _random_view(image: Image.Image, config: PrepareConfig, number: int, view: int) -> Image.Image:
+    random = np.random.default_rng(derive_seed(config.seed, CROP_STREAM, number, view))
+    top = int(random.integers(image.height - config.image_size + 1))
+    left = int(random.integers(image.width - config.image_size + 1))
+    cropped = F.crop(image, top, left, config.image_size, config.image_size)
+    return F.hflip(cropped) if config.flip and random.random() < 0.5 else cropped
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """Return the central square of `image`, resized as ADM does (Dhariwal & Nichol, 2021).
+
+    Halved by box averages while the short side is at least twice `size`, then bicubic to `size`, then cropped.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    factor = size / min(image.size)
+    image = image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
