@@ -96,10 +96,10 @@ class ChunkWriter:
         self.skipped[str(number)] = reason
 
     def publish(self) -> None:
-        """Make it a finished chunk.
+        """Make it a finished chunk, unless somebody else has done so.
 
         Raises:
-            OSError: if it can't be written, or somebody else has finished this chunk.
+            OSError: if it can't be written.
         """
         self.writer.finish()
         record = {
@@ -109,7 +109,12 @@ class ChunkWriter:
             "encoded_with": self.encoded_with,
         }
         write_text(self.hidden / CHUNK_FILE, json.dumps(record))
-        publish_folder(self.hidden, self.folder)
+        try:
+            publish_folder(self.hidden, self.folder)
+        except OSError:
+            if not self.folder.exists():
+                raise
+            self.discard()  # by another who took this process for dead; the bytes are the same
 
     def discard(self) -> None:
         """Remove what was written."""
@@ -118,8 +123,11 @@ class ChunkWriter:
 
 def merge_chunks(partial: Path, settings: dict, class_names: list[str]) -> Passport:
     """Write the index of all shards and the passport into `partial`, from finished chunks only; return the passport."""
-    for leftover in partial.glob(".*"):
-        shutil.rmtree(leftover)
+    for leftover in partial.glob(".*"):  # of killed workers
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
     statistics, class_counts, skipped, encoded_with, shards = Statistics(), Counter(), {}, [], []
     for chunk in sorted(finished_chunks(partial)):
         folder = partial / chunk_name(chunk)

@@ -45,19 +45,21 @@ RECORDED_VERSIONS = ("flowar", "torch", "diffusers", "pillow", "numpy", "mosaicm
 
 def main(config: PrepareConfig, dry_run: bool = False) -> None:
     """Encode a source into a finished dataset, together with all others who were given the same command."""
-    out_dir = Path(config.out_dir)
-    if not is_finished(out_dir):
+    if not is_finished(Path(config.out_dir)):
         check_images_exist(config)
     device = pick_device(config.device)
     vae = load_vae(config.vae.name, config.vae.weights)
-    if config.image_size % vae.stride:
-        raise UserError(
-            f"image_size={config.image_size} is not a multiple of the stride {vae.stride} of VAE {vae.name}"
-        )
-    settings = decisive_settings(config, vae)
     if dry_run:
-        print(describe(open_images(config), settings, config))
+        print(describe(open_images(config), decisive_settings(config, vae), config))
         return
+    prepare(config, vae, device)
+    print_summary(read_passport(config.out_dir), Path(config.out_dir))
+
+
+def prepare(config: PrepareConfig, vae: VAE, device: torch.device) -> None:
+    """Do what `main` does, with a loaded VAE."""
+    out_dir = Path(config.out_dir)
+    settings = decisive_settings(config, vae)
     job = Job(config, settings, out_dir, out_dir.with_name(out_dir.name + ".partial"), vae.to(device), device)
     claims = out_dir.with_name(out_dir.name + ".claims")
     try:
@@ -75,7 +77,6 @@ def main(config: PrepareConfig, dry_run: bool = False) -> None:
         for folder in (job.partial, claims):  # nothing was begun
             with contextlib.suppress(OSError):
                 folder.rmdir()
-    print_summary(read_passport(out_dir), out_dir)
 
 
 class Job(NamedTuple):
@@ -90,7 +91,15 @@ class Job(NamedTuple):
 
 
 def decisive_settings(config: PrepareConfig, vae: VAE) -> dict:
-    """Return all settings that the bytes of the dataset depend on, as they stand in the passport."""
+    """Return all settings that the bytes of the dataset depend on, as they stand in the passport.
+
+    Raises:
+        UserError: if the VAE can't encode images of this size.
+    """
+    if config.image_size % vae.stride:
+        raise UserError(
+            f"image_size={config.image_size} is not a multiple of the stride {vae.stride} of VAE {vae.name}"
+        )
     names = (
         "images", "image_size", "crop", "flip", "seed", "moments_dtype", "batch_size", "chunk_images", "shard_size_mib",
         "precision", "skip_unreadable",
@@ -280,13 +289,14 @@ def encode_free_chunks(job: Job, plan: Plan, unfinished: list[int], leases: Leas
                 writer.add(moments, [source.labels[n] for n in numbers], [source.names[n] for n in numbers])
             progress.advance(len(batch))
             if batch[-1].number == plan.images_of(chunk)[-1]:
-                if leases.is_mine(chunk_name(chunk)):
-                    writer.publish()
-                else:  # this process slept, and another took it for dead
-                    writer.discard()
+                writer.publish()
                 leases.release(chunk_name(chunk))
                 writer, written = None, written + 1
                 progress.chunk_done(chunk, plan.done())
+    except OSError:
+        if writer is None or leases.is_mine(writer.folder.name):
+            raise
+        # Else this process slept for a lease, and another took it for dead: that one goes on with the chunk.
     finally:
         if writer is not None:
             writer.discard()

@@ -31,18 +31,18 @@ SHARD_HASH = "xxh64"
 def shard_columns(moments_shape: tuple[int, ...], moments_dtype: str) -> dict[str, str]:
     """Return the MDS columns: moments (2 C, h, w) as the VAE's encoder gives them, the class number, and a checksum."""
     shape = ",".join(str(size) for size in moments_shape)
-    return {"checksum": "uint64", "label": "int", "moments": f"ndarray:{moments_dtype}:{shape}"}
+    return {"checksum": "int", "label": "int", "moments": f"ndarray:{moments_dtype}:{shape}"}
 
 
 def row_dtype(moments_shape: tuple[int, ...], moments_dtype: str) -> np.dtype:
     """Return how one row lies in a shard: MDS puts columns of fixed size side by side, in the order of their names."""
     moments = np.dtype(moments_dtype).newbyteorder("<")
-    return np.dtype([("checksum", "<u8"), ("label", "<i8"), ("moments", moments, tuple(moments_shape))])
+    return np.dtype([("checksum", "<i8"), ("label", "<i8"), ("moments", moments, tuple(moments_shape))])
 
 
 def row_checksum(moments: np.ndarray, label: int) -> int:
-    """Return the checksum of one row: XXH3 of the moments' bytes, seeded with the label."""
-    return xxhash.xxh3_64_intdigest(moments.tobytes(), seed=label)
+    """Return the checksum of one row, 64 bits with a sign: XXH3 of the moments' bytes, seeded with the label."""
+    return int.from_bytes(xxhash.xxh3_64_digest(moments.tobytes(), seed=label), "big", signed=True)
 
 
 @dataclass(frozen=True, kw_only=True)

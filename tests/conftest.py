@@ -1,5 +1,6 @@
 """Tiny real objects that the tests share: a model, images of two classes, their shards, the authors' vectors."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -83,3 +84,31 @@ def shards(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path
         )
     )
     return out_dir
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[object]:
+    """A client of an S3 server on loopback, with the bucket "data"."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ACCESS_KEY_ID", "test")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        environment.setenv("S3_ENDPOINT_URL", f"http://{host}:{port}")
+        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
+        client.create_bucket(Bucket="data")
+        yield client
+    server.stop()
+
+
+def upload(bucket: object, folder: Path, prefix: str) -> str:
+    """Copy a folder into the bucket and return its address."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            bucket.upload_file(str(file), "data", f"{prefix}/{file.relative_to(folder)}")
+    return f"s3://data/{prefix}"

@@ -9,6 +9,7 @@ from data_prep.check import main
 from data_prep.encode import main as prepare
 from flowar.config import CheckConfig, VAEConfig
 from flowar.errors import UserError
+from tests.conftest import upload
 from tests.data_prep.test_encode import preparing
 
 SHARD = "00001/shard.00000.mds"  # images 10 to 19: rows 20 to 39
@@ -124,3 +125,12 @@ def test_skipped_images_do_not_shift_the_others(image_folder, tmp_path):
     (images / "dark" / "0.png").write_bytes(b"")
     prepare(preparing(images, tmp_path / "out", skip_unreadable=True))
     main(CheckConfig(path=str(tmp_path / "out"), num_images=23))
+
+
+def test_remote_datasets_are_checked_too(bucket, image_folder, copied, tmp_path):
+    path = upload(bucket, copied, "checked")
+    main(CheckConfig(path=path, cache=str(tmp_path / "a"), num_images=4, picture=str(tmp_path / "sheet.png")))
+    assert (tmp_path / "sheet.png").exists()
+    bucket.delete_object(Bucket="data", Key=f"checked/{SHARD}")
+    with pytest.raises(UserError, match=rf"has 1 problems, the first: can't fetch s3://data/checked/{SHARD}"):
+        main(CheckConfig(path=path, cache=str(tmp_path / "b")))

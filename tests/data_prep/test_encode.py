@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import DataLoader
 
 from data_prep.crops import decode_image, make_views
 from data_prep.encode import main
@@ -89,9 +90,10 @@ def test_tar_and_parquet_sources_give_the_same_rows(image_folder, shards, tmp_pa
 def test_shards_open_with_mosaicml_streaming_alone(shards):
     from streaming import StreamingDataset
 
-    samples = list(StreamingDataset(local=str(shards), batch_size=4))
-    assert sorted(int(sample["label"]) for sample in samples) == [0] * 24 + [1] * 24
-    assert samples[0]["moments"].dtype == np.float16
+    dataset = StreamingDataset(local=str(shards), batch_size=4)
+    assert sorted(int(sample["label"]) for sample in dataset) == [0] * 24 + [1] * 24
+    batch = next(iter(DataLoader(dataset, batch_size=4)))
+    assert batch["moments"].shape == (4, 2, 8, 8) and batch["moments"].dtype == torch.float16
 
 
 def test_the_passport_says_what_was_made_and_how(image_folder, shards):

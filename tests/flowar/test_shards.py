@@ -1,13 +1,12 @@
 import shutil
 
-import boto3
 import numpy as np
 import pytest
-from moto.server import ThreadedMotoServer
 
 from flowar.config import DataConfig
 from flowar.errors import UserError
 from flowar.shards import LatentShards
+from tests.conftest import upload
 
 SHARD = "00001/shard.00000.mds"  # rows 20 to 39
 
@@ -79,30 +78,6 @@ def test_damage_is_found_at_the_start(copied, damage, message):
     damage(copied)
     with pytest.raises(UserError, match=message):
         open_shards(copied)
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    """An S3 server on loopback with an empty bucket."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("AWS_ACCESS_KEY_ID", "test")
-        environment.setenv("AWS_SECRET_ACCESS_KEY", "test")
-        environment.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        environment.setenv("S3_ENDPOINT_URL", f"http://{host}:{port}")
-        client = boto3.client("s3", endpoint_url=f"http://{host}:{port}")
-        client.create_bucket(Bucket="data")
-        yield client
-    server.stop()
-
-
-def upload(bucket, folder, prefix):
-    for file in folder.rglob("*"):
-        if file.is_file():
-            bucket.upload_file(str(file), "data", f"{prefix}/{file.relative_to(folder)}")
-    return f"s3://data/{prefix}"
 
 
 def test_remote_shards_are_fetched_when_they_are_needed_and_once(bucket, shards, tmp_path):

@@ -27,7 +27,7 @@ from flowar.report import read_metrics
 from flowar.run_folder import find_latest, list_checkpoints
 from flowar.train import draw, main, train_step
 from flowar.weights import create_model
-from tests.conftest import tiny_config
+from tests.conftest import tiny_config, upload
 
 
 def training(shards, run_dir, **changes) -> TrainConfig:
@@ -156,6 +156,12 @@ def test_another_model_or_seed_in_the_same_run_is_refused(shards, finished):
     with pytest.raises(UserError, match=r"seed was 0, now 1"):
         main(training(shards, finished, seed=1))
     main(training(shards, finished, log_every_steps=3), dry_run=True)  # changes no weight
+
+
+def test_a_run_on_remote_shards_gives_the_same_weights(bucket, shards, finished, tmp_path):
+    path = upload(bucket, shards, "training")
+    main(training(shards, tmp_path / "run", data=DataConfig(path=path, cache=str(tmp_path / "cache"), num_workers=2)))
+    assert_same_run(tmp_path / "run", finished)
 
 
 def test_other_shards_in_the_same_run_are_refused(shards, finished, tmp_path):
