@@ -351,8 +351,9 @@ def _to_numpy(parts: list[Tensor]) -> np.ndarray:
 
 
 def describe_worker(device: torch.device) -> dict[str, str]:
-    """Return versions and device: the bytes are the same where these are."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu {platform.machine()}"
+    """Return versions and device: the bytes are the same where these are. On a CPU the threads count, in last bits."""
+    cpu = f"cpu {platform.machine()}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     return {package: version(package) for package in RECORDED_VERSIONS} | {"device": name}
 
 

@@ -60,5 +60,5 @@ class Statistics:
 
 
 def _three_digits(value: float) -> float:
-    """Return the value without the digits that the number of threads may change: all else follows from stored bytes."""
+    """Return the value without digits that mean nothing."""
     return float(f"{value:.3g}")

@@ -1,3 +1,4 @@
+import contextlib
 import json
 import multiprocessing
 import os
@@ -65,13 +66,8 @@ def test_every_policy_can_be_stored_and_read(image_folder, tmp_path, changes):
     assert (passport.rounding_error_max == 0) == (passport.moments_dtype == "float32")
 
 
-def test_loader_processes_and_threads_give_the_same_bytes(image_folder, shards, tmp_path):
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        main(preparing(image_folder, tmp_path / "a", num_workers=2))
-    finally:
-        torch.set_num_threads(threads)
+def test_loader_processes_give_the_same_bytes(image_folder, shards, tmp_path):
+    main(preparing(image_folder, tmp_path / "a", num_workers=2))
     assert contents(tmp_path / "a") == contents(shards)
 
 
@@ -232,16 +228,25 @@ def many_images(tmp_path_factory):
 
 def worker(config, log):
     """What one of the processes of the test below does."""
-    torch.set_num_threads(1)
-    with log.open("a", buffering=1) as sys.stdout:
+    with one_thread(), log.open("a", buffering=1) as sys.stdout:
         main(config)
+
+
+@contextlib.contextmanager
+def one_thread():
+    """As many threads in one process as in each of several: on a CPU they change last bits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.slow
 def test_sigkill_of_workers_at_random_moments_ends_in_the_same_bytes(many_images, tmp_path):
     config = preparing(many_images, tmp_path / "killed", chunk_images=75, crop="random", views=4, lease_s=5)
     undisturbed = preparing(many_images, tmp_path / "undisturbed", chunk_images=75, crop="random", views=4)
-    main(undisturbed)
+    with one_thread():
+        main(undisturbed)
 
     context = multiprocessing.get_context("forkserver")  # each worker is a new process, without new imports
     context.set_forkserver_preload(["data_prep.encode", "streaming", "diffusers", "tests.data_prep.test_encode"])
@@ -276,7 +281,11 @@ def test_torchrun_ranks_share_the_work(image_folder, shards, tmp_path):
     words = [f"images={image_folder}", f"out_dir={tmp_path / 'out'}", "vae.name=demo", "image_size=32", "num_workers=0"]
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "data_prep.encode"]
     found = subprocess.run(
-        [sys.executable, *command, *words, "chunk_images=10"], capture_output=True, text=True, timeout=120
+        [sys.executable, *command, *words, "chunk_images=10"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())},
     )
     assert found.returncode == 0, found.stderr
     assert contents(tmp_path / "out") == contents(shards)
