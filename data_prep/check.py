@@ -27,7 +27,8 @@ from flowar.pictures import save_grid
 from flowar.shards import LatentShards, Shard, fetch, hash_file
 from flowar.vae import VAE, from_uint8, load_vae, to_uint8
 
-ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE = 256
+MAX_THREADS = 16
 NAMED_ROWS = 5  # damaged rows that are named of one shard
 PAIRS_PER_LINE = 4  # of the contact sheet
 TOLERANCE = 1e-6  # of recomputed statistics, relative: sums are taken in another order
@@ -73,7 +74,7 @@ def check_files(shards: LatentShards) -> list[str]:
     """Return what is wrong with the shards: each one's size and hash, the rows, the class histogram, the statistics."""
     passport, problems = shards.passport, []
     labels, statistics = Counter(), Statistics()
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
         checked = pool.map(lambda shard: check_shard(shards, shard), shards.shards)
         for findings in track(checked, "reading every shard", total=len(shards.shards)):
             problems += findings.problems
@@ -177,14 +178,14 @@ def check_against_source(config: CheckConfig, shards: LatentShards) -> list[str]
             problems.append(f"image {image} ({name}) has class {row['label'][0]}, not {source.labels[kept[image]]}")
         try:
             pixels = make_views(decode_image(source.read(kept[image])), crops, kept[image])[view]
-        except (OSError, ValueError, SyntaxError) as error:
+        except Exception as error:  # Pillow raises many kinds
             problems.append(f"image {image} ({name}) can't be read any more: {error}")
             continue
         pixels = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
         stored = torch.from_numpy(row["moments"].astype(np.float32))
         error = encoding_error(vae, pixels.to(device), stored.to(device), passport)
         errors.append(error)
-        if error > config.max_error:
+        if not error <= config.max_error:
             problems.append(
                 f"image {image} ({name}), view {view}, encoded again differs by {error:.2g} std of the latents"
             )
@@ -206,7 +207,8 @@ def open_same_source(config: CheckConfig, shards: LatentShards) -> Source | str:
     if shards.is_remote and not file.exists():
         fetch(f"{config.path.rstrip('/')}/{LISTING_FILE}", file)
     try:
-        source = open_source(config.images) if config.images else Source.load(file)
+        columns = {"image_column": config.image_column, "label_column": config.label_column}
+        source = open_source(config.images, **columns) if config.images else Source.load(file)
     except (OSError, EOFError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -244,7 +246,7 @@ def encoding_error(vae: VAE, pixels: torch.Tensor, stored: torch.Tensor, passpor
     stored_mean, stored_log_variance = stored.chunk(2, dim=1)
     of_mean = (mean - stored_mean).abs().max()
     of_std = ((0.5 * log_variance).exp() - (0.5 * stored_log_variance).exp()).abs().max()
-    return max(of_mean, of_std).item() * passport.measured_multiplier
+    return torch.maximum(of_mean, of_std).item() * passport.measured_multiplier  # nan, if one of them is
 
 
 @torch.inference_mode()

@@ -114,15 +114,15 @@ class ChunkWriter:
         except OSError:
             if not self.folder.exists():
                 raise
-            self.discard()  # by another who took this process for dead; the bytes are the same
+            self.discard()  # finished by another, who took this process for dead
 
     def discard(self) -> None:
         """Remove what was written."""
         shutil.rmtree(self.hidden, ignore_errors=True)
 
 
-def merge_chunks(partial: Path, settings: dict, class_names: list[str]) -> Passport:
-    """Write the index of all shards and the passport into `partial`, from finished chunks only; return the passport."""
+def merge_chunks(partial: Path, settings: dict, class_names: list[str]) -> None:
+    """Write the index of all shards and, as the last thing, the passport into `partial`, from finished chunks only."""
     for leftover in partial.glob(".*"):  # of killed workers
         if leftover.is_dir():
             shutil.rmtree(leftover)
@@ -155,7 +155,6 @@ def merge_chunks(partial: Path, settings: dict, class_names: list[str]) -> Passp
         **statistics.figures(),
     )
     write_passport(passport, partial)
-    return passport
 
 
 def finish(partial: Path, out_dir: Path) -> None:

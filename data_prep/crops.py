@@ -32,17 +32,16 @@ def decode_image(content: bytes) -> Image.Image:
     """Return an upright RGB image; the first frame of an animated one, the 8 highest bits of a 16-bit one.
 
     Raises:
-        OSError, ValueError, SyntaxError: if it can't be read: what Pillow raises.
+        Exception: if it can't be read; Pillow raises many kinds.
     """
     image = Image.open(io.BytesIO(content))
     image = ImageOps.exif_transpose(
         image
     )  # ADM and the authors ignore EXIF; ImageNet's few turned images are upright here
-    if image.mode.startswith("I"):  # Pillow would clip instead of scale
-        values = np.asarray(image, dtype=np.int64)
-        image = Image.fromarray((values >> 8 if values.max() > 255 else values).astype(np.uint8))
-    elif image.mode == "F":
-        raise ValueError("floating-point pixels have no known range")
+    if image.mode.startswith("I;16"):  # Pillow would clip instead of scale
+        image = Image.fromarray((np.asarray(image, dtype=np.uint16) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} (32 bits) have no known range")
     return image.convert("RGB")
 
 

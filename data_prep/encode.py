@@ -6,9 +6,9 @@ Read next: chunks.py for the files, sources.py and crops.py for the images, sche
 """
 
 import contextlib
+import errno
 import itertools
 import json
-import platform
 import random
 import shutil
 import time
@@ -20,7 +20,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -30,6 +29,7 @@ from data_prep.progress import PrepareProgress
 from data_prep.schema import LISTING_FILE, PASSPORT_FILE, Passport, read_passport
 from data_prep.sources import Source, open_source
 from flowar.config import PrepareConfig
+from flowar.data import BATCHES_AHEAD, check_shared_memory, from_workers
 from flowar.distributed import pick_device
 from flowar.errors import UserError
 from flowar.files import write_text
@@ -38,8 +38,8 @@ from flowar.vae import VAE, from_uint8, load_vae
 
 MIB = 2**20
 WAIT_S = 2  # between two looks at what other workers do
-CLAIMS_PER_LOOK = 8  # of other workers while waiting: a thousand of them must not wear out the file system
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises
+SETTLE_S = 60  # within which a network file system shows what another machine did
+GONE = (errno.ENOENT, errno.ESTALE)
 RECORDED_VERSIONS = ("flowar", "torch", "diffusers", "pillow", "numpy", "mosaicml-streaming")
 
 
@@ -63,20 +63,42 @@ def prepare(config: PrepareConfig, vae: VAE, device: torch.device) -> None:
     job = Job(config, settings, out_dir, out_dir.with_name(out_dir.name + ".partial"), vae.to(device), device)
     claims = out_dir.with_name(out_dir.name + ".claims")
     try:
-        if not is_finished(out_dir):
-            if out_dir.exists() and any(out_dir.iterdir()):
+        while not is_finished(out_dir):
+            if out_dir.exists() and any(out_dir.iterdir()) and not is_finished(out_dir):
                 raise UserError(f"out_dir={out_dir} is not empty and no dataset; give a new folder")
-            job.partial.mkdir(parents=True, exist_ok=True)
-            with Leases(claims, config.lease_s) as leases:
-                work(job, leases)
+            try:
+                job.partial.mkdir(parents=True, exist_ok=True)
+                with Leases(claims, config.lease_s) as leases:
+                    work(job, leases)
+            except OSError as error:
+                if error.errno not in GONE or not another_finished(job):
+                    raise
         check_same_settings(settings, vars(read_passport(out_dir)), f"out_dir={out_dir} holds a dataset with")
-        shutil.rmtree(claims, ignore_errors=True)  # what killed workers left
     except OSError as error:
         raise UserError(f"can't write to {job.partial}: {error}; mend that and start the same command again") from error
     finally:
-        for folder in (job.partial, claims):  # nothing was begun
+        if is_finished(out_dir) or not any_file(job.partial):  # else others are at work, or the next run goes on
+            shutil.rmtree(claims, ignore_errors=True)
             with contextlib.suppress(OSError):
-                folder.rmdir()
+                job.partial.rmdir()
+
+
+def another_finished(job: "Job") -> bool:
+    """Return whether files went away because another worker gave the dataset its name.
+
+    Network file systems may show that late, so that it is asked for a minute.
+    """
+    ended = time.monotonic() + SETTLE_S
+    while not job.partial.exists() and not is_finished(job.out_dir) and time.monotonic() < ended:
+        time.sleep(WAIT_S)
+    return is_finished(job.out_dir)
+
+
+def any_file(folder: Path) -> bool:
+    """Return whether there is anything in a folder that may not exist."""
+    with contextlib.suppress(OSError):
+        return any(folder.iterdir())
+    return False
 
 
 class Job(NamedTuple):
@@ -152,25 +174,26 @@ def work(job: Job, leases: Leases) -> None:
         return
     print(describe(plan.source, job.settings, job.config))
     with PrepareProgress(len(plan.source), job.config.chunk_images, plan.done()) as progress:
-        encoded = 0
         while not is_finished(job.out_dir):
-            try:
-                unfinished = plan.unfinished()
-                if not encoded and progress.waits:
-                    unfinished = random.sample(unfinished, min(CLAIMS_PER_LOOK, len(unfinished)))
-                encoded = encode_free_chunks(job, plan, unfinished, leases, progress)
-                if not unfinished and leases.claim("merge") and not is_finished(job.out_dir):
-                    if not is_finished(job.partial):
-                        merge_chunks(job.partial, job.settings | plan.identity(), plan.source.class_names)
-                    finish(job.partial, job.out_dir)
-                elif unfinished and not encoded:
-                    progress.wait_for([f"chunk {n}, held by {leases.holder(chunk_name(n))}" for n in unfinished[:3]])
-                    time.sleep(WAIT_S)
-                elif not unfinished:
-                    time.sleep(WAIT_S)
-            except FileNotFoundError:
-                if not is_finished(job.out_dir):  # else another worker has just given the dataset its name
-                    raise
+            unfinished = plan.unfinished()
+            if not unfinished:
+                merge(job, plan, leases)
+            elif not encode_free_chunks(job, plan, unfinished, leases, progress):
+                progress.wait_for([f"chunk {n}, held by {leases.holder(chunk_name(n))}" for n in unfinished[:3]])
+                time.sleep(WAIT_S)
+
+
+def merge(job: Job, plan: "Plan", leases: Leases) -> None:
+    """Finish the dataset, or wait a moment for the worker that does."""
+    if is_finished(job.out_dir):
+        return
+    if not leases.claim("merge"):
+        time.sleep(WAIT_S)
+        return
+    if not is_finished(job.partial):
+        merge_chunks(job.partial, job.settings | plan.identity(), plan.source.class_names)
+    if leases.is_mine("merge"):
+        finish(job.partial, job.out_dir)
 
 
 @dataclass
@@ -191,7 +214,9 @@ class Plan:
         return range(chunk * self.chunk_images, min((chunk + 1) * self.chunk_images, len(self.source)))
 
     def unfinished(self) -> list[int]:
-        """Return the chunks that are still to do."""
+        """Return the chunks that are still to do; none once they are merged."""
+        if is_finished(self.partial):
+            return []
         done = finished_chunks(self.partial)
         return [chunk for chunk in range(-(-len(self.source) // self.chunk_images)) if chunk not in done]
 
@@ -207,34 +232,38 @@ def agree_on_plan(job: Job, leases: Leases) -> Plan | None:
         UserError: if the plan was made with other settings.
     """
     file = job.partial / PLAN_FILE
+    has_said = False
     while not is_finished(job.out_dir):
         if file.exists():
             recorded = json.loads(file.read_text())
-            advice = f"{job.partial} was begun with"
-            check_same_settings(job.settings, recorded, advice)
+            check_same_settings(job.settings, recorded, f"{job.partial} was begun with")
             source = Source.load(job.partial / LISTING_FILE)
             return Plan(source, recorded["listing_sha256"], job.config.chunk_images, job.partial)
-        if is_finished(job.partial):  # merged, and cut off while it was tidied up
-            if leases.claim("merge"):
-                finish(job.partial, job.out_dir)
-        elif leases.claim("plan"):
-            if not file.exists() and not is_finished(job.out_dir):
-                source = open_images(job.config)
-                source.save(job.partial / LISTING_FILE)
-                write_text(file, json.dumps(job.settings | {"listing_sha256": source.sha256()}))
-            leases.release("plan")
-        else:
+        is_merged = is_finished(job.partial)  # and was cut off while it was tidied up
+        task = "merge" if is_merged else "plan"
+        if not leases.claim(task):
+            if not has_said:
+                print(f"waiting for {leases.holder(task)}, which lists the images or tidies up")
+                has_said = True
             time.sleep(WAIT_S)
+        elif is_merged:
+            finish(job.partial, job.out_dir)
+        elif not file.exists() and not is_finished(job.out_dir):
+            source = open_images(job.config)
+            source.save(job.partial / LISTING_FILE)
+            write_text(file, json.dumps(job.settings | {"listing_sha256": source.sha256()}))
+            leases.release("plan")
     return None
 
 
 class Decoded(NamedTuple):
-    """One image of a chunk, or why it can't be read."""
+    """One image of a chunk, or why there is none."""
 
     chunk: int
     number: int
     views: Tensor | None  # (V, 3, size, size) uint8
-    reason: str
+    damage: str = ""  # the file is there, but is no image
+    trouble: str = ""  # the file can't be got at: no fault of the image
 
 
 class DecodedImages(Dataset):
@@ -246,47 +275,48 @@ class DecodedImages(Dataset):
 
     def __getitem__(self, key: tuple[int, int]) -> Decoded:
         chunk, number = key
+        name = self.source.names[number]
         try:
-            views = make_views(decode_image(self.source.read(number)), self.config, number)
-        except UNREADABLE as error:
+            content = self.source.read(number)
+        except OSError as error:
+            return Decoded(chunk, number, None, trouble=f"{name} in {self.source.root}: {error}")
+        try:
+            views = make_views(decode_image(content), self.config, number)
+        except Exception as error:  # Pillow raises many kinds; the image is named, and stops the run or is left out
             problem = (str(error) or type(error).__name__).splitlines()[0]
-            return Decoded(chunk, number, None, f"{self.source.names[number]} ({problem})")
-        return Decoded(chunk, number, torch.from_numpy(views).permute(0, 3, 1, 2), "")
+            return Decoded(chunk, number, None, damage=f"{name} ({problem})")
+        return Decoded(chunk, number, torch.from_numpy(views).permute(0, 3, 1, 2))
 
 
 def encode_free_chunks(job: Job, plan: Plan, unfinished: list[int], leases: Leases, progress: PrepareProgress) -> int:
     """Claim and write chunks until none is free; return how many were written.
 
     Raises:
-        UserError: if an image can't be read and skip_unreadable is off.
+        UserError: if an image can't be got at, or is damaged and skip_unreadable is off.
     """
-    config, source = job.config, plan.source
+    config, views = job.config, job.settings["views"]
+    images_per_batch = max(1, config.batch_size // views)
+    batches = claimed_batches(plan, unfinished, leases, images_per_batch)
+    first = next(batches, None)
+    if first is None:
+        return 0
+    check_shared_memory(config.num_workers, images_per_batch * views * 3 * config.image_size**2, "num_workers")
     loader = DataLoader(
-        DecodedImages(source, config),
-        batch_sampler=claimed_batches(plan, unfinished, leases, max(1, config.batch_size // job.settings["views"])),
+        DecodedImages(plan.source, config),
+        batch_sampler=itertools.chain([first], batches),
         num_workers=config.num_workers,
         collate_fn=list,
+        prefetch_factor=BATCHES_AHEAD if config.num_workers else None,
         multiprocessing_context="fork" if config.num_workers else None,
     )
     encoded_with = describe_worker(job.device)
     writer, written = None, 0
     try:
-        for batch, moments in encode_ahead(loader, job):
+        for batch, moments in encode_ahead(from_workers(loader, config.images, "num_workers"), job):
             chunk = batch[0].chunk
             if writer is None:
                 writer = ChunkWriter(job.partial, chunk, job.settings, encoded_with)
-            good = [image for image in batch if image.views is not None]
-            for image in batch:
-                if image.views is None:
-                    writer.skip(image.number, image.reason)
-            if writer.skipped and not config.skip_unreadable:
-                raise UserError(
-                    f"images can't be read: {', '.join(writer.skipped.values())}; mend or remove them, or leave such "
-                    "images out, with a list in dataset.json, by skip_unreadable=true"
-                )
-            if good:
-                numbers = [image.number for image in good]
-                writer.add(moments, [source.labels[n] for n in numbers], [source.names[n] for n in numbers])
+            add_images(writer, batch, moments, plan.source, config)
             progress.advance(len(batch))
             if batch[-1].number == plan.images_of(chunk)[-1]:
                 writer.publish()
@@ -300,14 +330,36 @@ def encode_free_chunks(job: Job, plan: Plan, unfinished: list[int], leases: Leas
     finally:
         if writer is not None:
             writer.discard()
+        leases.release_all()
     return written
+
+
+def add_images(
+    writer: ChunkWriter, batch: list[Decoded], moments: np.ndarray, source: Source, config: PrepareConfig
+) -> None:
+    """Write one batch, or stop because of an image that can't be read."""
+    troubles = [image.trouble for image in batch if image.trouble]
+    if troubles:
+        raise UserError(f"can't get at {troubles[0]}; is its storage there? Mend that and start the same command again")
+    for image in batch:
+        if image.damage:
+            writer.skip(image.number, image.damage)
+    if writer.skipped and not config.skip_unreadable:
+        raise UserError(
+            f"images can't be read: {', '.join(writer.skipped.values())}; mend or remove them, or leave such images "
+            "out, with a list in dataset.json, by skip_unreadable=true"
+        )
+    numbers = [image.number for image in batch if image.views is not None]
+    if numbers:
+        writer.add(moments, [source.labels[n] for n in numbers], [source.names[n] for n in numbers])
 
 
 def claimed_batches(
     plan: Plan, unfinished: list[int], leases: Leases, images_per_batch: int
 ) -> Iterator[list[tuple[int, int]]]:
     """Claim one free chunk after the other, and yield its images in batches that are the same for every worker."""
-    first = random.randrange(len(unfinished)) if unfinished and any(leases.folder.iterdir()) else 0
+    others = any(claim.name[0].isdecimal() for claim in leases.folder.iterdir())
+    first = random.randrange(len(unfinished)) if others else 0  # a thousand workers don't all try the same chunk
     for chunk in unfinished[first:] + unfinished[:first]:
         if not leases.claim(chunk_name(chunk)):
             continue
@@ -352,7 +404,7 @@ def _to_numpy(parts: list[Tensor]) -> np.ndarray:
 
 def describe_worker(device: torch.device) -> dict[str, str]:
     """Return versions and device: the bytes are the same where these are. On a CPU the threads count, in last bits."""
-    cpu = f"cpu {platform.machine()}, {torch.get_num_threads()} threads"
+    cpu = f"cpu {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
     return {package: version(package) for package in RECORDED_VERSIONS} | {"device": name}
 
@@ -365,6 +417,8 @@ def print_summary(passport: Passport, out_dir: Path) -> None:
         f"{len(passport.shard_hashes):,} shards; latent std x multiplier = {ratio:.3f} (1 is ideal); rounding to "
         f"{passport.moments_dtype} changed moments by at most {passport.rounding_error_max:.2g}"
     )
+    if len(passport.encoded_with) > 1:
+        print(f"encoded on {len(passport.encoded_with)} kinds of devices or versions, which may differ in last bits")
     if passport.skipped:
         some = ", ".join(itertools.islice(passport.skipped.values(), 5))
         print(f"left out {len(passport.skipped)} images that can't be read: {some}")

@@ -118,7 +118,7 @@ def _images_below(folder: Path) -> Iterable[str]:
 def _open_webdataset(root: str, files: list[str]) -> Source:
     names, labels, places = [], [], []
     for file in files:
-        images, found_labels = {}, {}
+        images, found_labels, end = {}, {}, 0
         try:
             with tarfile.open(file, "r:") as archive:
                 for member in archive:
@@ -126,10 +126,14 @@ def _open_webdataset(root: str, files: list[str]) -> Source:
                     stem, _, suffix = base.partition(".")  # WebDataset's rule: the key ends at the first dot
                     key, suffix = f"{folder}/{stem}".lstrip("/"), f".{suffix.lower()}"
                     if suffix in IMAGE_SUFFIXES:
+                        if key in images:
+                            raise ValueError(f"two images of one key, {key}")
                         images[key] = [file, member.offset_data, member.size]
                     elif suffix in LABEL_SUFFIXES and key not in found_labels:
                         found_labels[key] = _read_label(archive.extractfile(member).read(), suffix)
-        except (tarfile.TarError, ValueError, KeyError, EOFError) as error:
+                    end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            _check_tar_end(file, end)
+        except (tarfile.TarError, ValueError, KeyError, TypeError, EOFError) as error:
             raise UserError(
                 f"{file} is no readable WebDataset shard ({error!r}); uncompressed tar files with an image and a .cls "
                 'or a .json with "label" per key are needed'
@@ -145,6 +149,13 @@ def _open_webdataset(root: str, files: list[str]) -> Source:
             labels.append(found_labels[key])
             places.append(place)
     return Source(root, "webdataset", _numbered(labels, root), names, labels, places)
+
+
+def _check_tar_end(file: str, end: int) -> None:
+    """Raise an EOFError where a tar lacks its closing block: it was cut off, maybe between two members."""
+    with open(file, "rb") as opened:  # noqa: PTH123 - as above
+        if os.pread(opened.fileno(), tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
+            raise EOFError("it is cut off: its closing block is missing")
 
 
 def _read_label(content: bytes, suffix: str) -> int:
@@ -193,6 +204,8 @@ def _parquet_images(file: str, group: int, column: str) -> list[bytes]:
 
 
 def _numbered(labels: list[int], root: str) -> list[str]:
+    if not labels:
+        raise UserError(f"{root} holds no image")
     wrong = [label for label in labels if not isinstance(label, int) or label < 0]
     if wrong:
         raise UserError(f"{root} has label {wrong[0]!r}; class numbers from 0 on are needed (a test split has none)")

@@ -160,6 +160,8 @@ class CheckConfig:
     path: str = MISSING  # folder that `flowar prepare` wrote, or a remote one
     cache: str | None = None  # as data.cache
     images: str | None = None  # the source, to encode a sample of it again; None: where the passport says it was
+    image_column: str = "image"  # of a parquet source
+    label_column: str = "label"
     vae: VAEConfig | None = None  # None: the one that the passport names
     num_images: int = 64  # images encoded again and shown; 0 only checks the files
     picture: str | None = None  # contact sheet; None: PATH.check.png

@@ -4,7 +4,7 @@ Read next: shards.py for how rows are read, train.py for who reads batches.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -132,8 +132,9 @@ def read_batches(
         rank=rank,
         world_size=world_size,
     )
-    if workers:
-        _check_shared_memory(workers * BATCHES_AHEAD * len(order.part) * shards.dtype.itemsize, workers)
+    if shards.is_remote:
+        shards.fetch_all()
+    check_shared_memory(workers, len(order.part) * shards.dtype.itemsize, "data.num_workers")
     loader = DataLoader(
         _Batches(shards),
         batch_sampler=order,
@@ -143,18 +144,37 @@ def read_batches(
         timeout=WORKER_TIMEOUT_S if workers else 0,
         multiprocessing_context="fork" if workers else None,
     )
-    batches = iter(loader)
-    for step in steps:
-        try:
-            batch = next(batches)
-        except RuntimeError as error:  # DataLoader: a worker was killed, or gave nothing in time
-            raise UserError(
-                f"no batch of step {step} from data.path={shards.path}: {error}; is its storage alive, and is there "
-                "memory enough? data.num_workers=0 reads without workers"
-            ) from error
+    for batch in from_workers(loader, f"data.path={shards.path}", "data.num_workers"):
         if isinstance(batch, UserError):
             raise batch
         yield batch
+
+
+def from_workers(loader: Iterable, source: str, setting: str) -> Iterator:
+    """Yield what a DataLoader gives; one whose workers are killed, or give nothing in time, is a UserError."""
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            raise UserError(
+                f"nothing comes from {source}: {' '.join(str(error).split())}; is its storage alive, and is there "
+                f"memory enough? {setting}=0 reads without workers"
+            ) from error
+        yield batch
+
+
+def check_shared_memory(workers: int, batch_bytes: int, setting: str) -> None:
+    """Raise a UserError where the batches that workers hold ready don't fit: it would end in a bus error."""
+    needed = workers * BATCHES_AHEAD * batch_bytes
+    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else needed
+    if needed > free:
+        raise UserError(
+            f"{setting}={workers} need {needed / MIB:,.0f} MiB of {SHARED_MEMORY}, which has {free / MIB:,.0f} MiB "
+            "free; use fewer workers (0 needs none), or give the container more (docker run --shm-size)"
+        )
 
 
 def check_fits(passport: Passport, model: ModelConfig, path: str) -> None:
@@ -190,15 +210,3 @@ def check_same_vae(passport: Passport, vae: VAE, path: str) -> None:
 
 def _as_it_is(batch: Batch | UserError) -> Batch | UserError:
     return batch
-
-
-def _check_shared_memory(needed: int, workers: int) -> None:
-    """Raise a UserError where the batches that workers hold ready don't fit: it would end in a bus error."""
-    if not SHARED_MEMORY.is_dir():
-        return
-    free = shutil.disk_usage(SHARED_MEMORY).free
-    if needed > free:
-        raise UserError(
-            f"data.num_workers={workers} need {needed / MIB:,.0f} MiB of {SHARED_MEMORY}, which has {free / MIB:,.0f} "
-            "MiB free; use fewer workers (0 needs none), or give the container more (docker run --shm-size)"
-        )

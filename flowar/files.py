@@ -6,10 +6,11 @@ from pathlib import Path
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Have `write` fill a hidden file beside `path`, then give it its name."""
+    """Have `write` fill a hidden file beside `path`; give it its name when it is on the disk."""
     hidden = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         write(hidden)
+        _sync(hidden)
         hidden.replace(path)
     finally:
         hidden.unlink(missing_ok=True)

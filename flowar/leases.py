@@ -1,9 +1,11 @@
 """Claims on pieces of work, as files in a folder that all workers see: a work queue without a server.
 
-A claim on NAME is the file NAME.0; whoever takes it over from a dead holder creates NAME.1, and so on. Creating a file
-succeeds for one process only, on every file system that clusters share, so a piece of work never has two holders. A
-holder rewrites its file all the time; where the content has not changed for a lease (by the observer's own clock: the
-clocks of the machines need not agree) the holder is dead. Read next: data_prep/encode.py.
+A claim on NAME is the file NAME.0; whoever takes it over from a dead holder, or after it was given up, creates NAME.1,
+and so on. Creating a file succeeds for one process only, on every file system that clusters share; the holder is who
+created the last one, and nothing is deleted. A holder rewrites its file all the time: where the content has not changed
+for a lease (by the observer's own clock: the clocks of the machines need not agree) the holder is taken for dead. One
+that only slept learns from `is_mine` that it lost its claim; until it asks, two may work on the same piece.
+Read next: data_prep/encode.py.
 """
 
 import contextlib
@@ -14,6 +16,7 @@ import socket
 import threading
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 
@@ -23,6 +26,7 @@ from flowar.errors import UserError
 
 BEATS_PER_LEASE = 6
 MAX_CLOCK_CHANGE_S = 60  # start times of one process, read before and after the clock was set, differ by less
+GIVEN_UP = "given up"
 
 
 @dataclass
@@ -42,10 +46,11 @@ class Leases:
         self.lease_s = lease_s
         self._mine: dict[str, Path] = {}
         self._seen: dict[str, _Sighting] = {}
-        self._failure: OSError | None = None
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep_alive, daemon=True)
+        self._last_beat = self._last_success = time.monotonic()
+        self._failure: OSError | None = None
 
     def __enter__(self) -> "Leases":
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -55,18 +60,23 @@ class Leases:
     def __exit__(self, kind: type | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self._ended.set()
         self._thread.join()
-        for name in list(self._mine):
-            self.release(name)
+        self.release_all()
 
     def claim(self, name: str) -> bool:
-        """Return whether this process now holds `name`: nobody did, or the one who did is dead."""
+        """Return whether this process has just got `name`: nobody held it, or the one who did is dead.
+
+        Raises:
+            UserError: if this process can't keep its claims alive.
+            OSError: if the folder can't be written.
+        """
+        self._check_alive()
         for generation in itertools.count():
-            path = self.folder / f"{name}.{generation}"
+            path = self._path(name, generation)
             try:
                 with path.open("x") as file:
                     file.write(_signature(0))
             except FileExistsError:
-                if self._path(name, generation + 1).exists() or self._is_dead(path):
+                if self._path(name, generation + 1).exists() or self._is_free(path):
                     continue
                 return False
             with self._lock:
@@ -78,59 +88,78 @@ class Leases:
         """Give up `name`, so that others can claim it."""
         with self._lock:
             path = self._mine.pop(name)
-        path.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError), path.open("r+") as file:  # gone: somebody tidied up
+                file.write(GIVEN_UP)
+                file.truncate()
+
+    def release_all(self) -> None:
+        """Give up all that this process holds."""
+        for name in list(self._mine):
+            self.release(name)
 
     def is_mine(self, name: str) -> bool:
-        """Return whether this process still holds `name`; a process that slept for a lease may have lost it.
+        """Return whether this process still holds `name`; one that slept for a lease may have lost it.
 
         Raises:
-            UserError: if the claims can't be kept alive.
+            UserError: if this process can't keep its claims alive.
         """
-        if self._failure is not None:
-            raise UserError(f"can't keep the claims in {self.folder} alive: {self._failure}")
-        path = self._mine[name]
-        return path.exists() and not self._path(name, int(path.suffix[1:]) + 1).exists()
+        self._check_alive()
+        path = self._mine.get(name)
+        return path is not None and not self._path(name, int(path.suffix[1:]) + 1).exists()
 
     def holder(self, name: str) -> str:
         """Return who holds `name`, for messages."""
         generations = sorted(self.folder.glob(f"{name}.*"), key=lambda path: int(path.suffix[1:]))
-        with contextlib.suppress(OSError, ValueError, KeyError, IndexError):  # it may go while we look
-            signature = json.loads(generations[-1].read_text())
-            return f"{signature['host']} process {signature['pid']}"
+        with contextlib.suppress(OSError, ValueError, KeyError, IndexError):  # it may be given up while we look
+            owner = json.loads(generations[-1].read_text())
+            return f"{owner['host']} process {owner['pid']}"
         return "nobody"
 
     def _path(self, name: str, generation: int) -> Path:
         return self.folder / f"{name}.{generation}"
 
-    def _is_dead(self, path: Path) -> bool:
+    def _is_free(self, path: Path) -> bool:
+        """Return whether the holder has given up or is dead."""
         now = time.monotonic()
+        if now - self._last_beat > 2 * self.lease_s / BEATS_PER_LEASE:
+            self._seen.clear()  # this process slept, and the others may have slept with it
         seen = self._seen.get(path.name)
         if seen is not None and now - seen.looked_at < self.lease_s / BEATS_PER_LEASE:
             return False  # it was alive a moment ago: spare the file system
         try:
             content = path.read_text()
         except FileNotFoundError:
-            return False  # given up just now; the next try will get it
+            return False  # all work is done, and somebody tidies up
         since = seen.unchanged_since if seen is not None and seen.content == content else now
         self._seen[path.name] = _Sighting(content, since, now)
-        return now - since > self.lease_s or _process_is_gone(content)
+        return content == GIVEN_UP or now - since > self.lease_s or _process_is_gone(content)
+
+    def _check_alive(self) -> None:
+        if self._failure is not None and time.monotonic() - self._last_success > self.lease_s:
+            raise UserError(f"can't keep the claims in {self.folder} alive: {self._failure}") from self._failure
 
     def _keep_alive(self) -> None:
         for beat in itertools.count(1):
-            if self._ended.wait(self.lease_s / BEATS_PER_LEASE):
+            ended = self._ended.wait(self.lease_s / BEATS_PER_LEASE)
+            if ended:
                 return
+            failure = None
             with self._lock:
-                try:
-                    for path in self._mine.values():
+                for path in self._mine.values():
+                    try:
                         with path.open("r+") as file:
                             file.write(_signature(beat))
-                except FileNotFoundError:
-                    continue  # somebody removed it: is_mine will say so
-                except OSError as error:
-                    self._failure = error
-                    return
+                    except FileNotFoundError:
+                        continue  # all work is done, and somebody tidied up
+                    except OSError as error:
+                        failure = error  # `claim` and `is_mine` say so, if it lasts for a lease
+            self._last_beat = time.monotonic()
+            self._failure = failure
+            if failure is None:
+                self._last_success = self._last_beat
 
 
+@cache
 def _machine() -> str:
     """Return what two processes have in common if they see each other's process numbers."""
     parts = [socket.gethostname()]
@@ -142,8 +171,8 @@ def _machine() -> str:
 
 def _signature(beat: int) -> str:
     """Return the content of a claim: who holds it, and a number that grows. As long each time, as it is overwritten."""
-    started = psutil.Process().create_time()
-    owner = {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "started": round(started, 3)}
+    started = f"{psutil.Process().create_time():.3f}"
+    owner = {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "started": started}
     return json.dumps(owner | {"beat": f"{beat:09d}"})
 
 
@@ -157,7 +186,7 @@ def _process_is_gone(content: str) -> bool:
         return False
     try:
         process = psutil.Process(owner["pid"])
-        reused = abs(process.create_time() - owner["started"]) > MAX_CLOCK_CHANGE_S
+        reused = abs(process.create_time() - float(owner["started"])) > MAX_CLOCK_CHANGE_S
         return reused or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True

@@ -14,7 +14,9 @@ import os
 import resource
 import shutil
 import tempfile
+import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from io import FileIO
@@ -23,6 +25,7 @@ from pathlib import Path
 import numpy as np
 import xxhash
 from filelock import FileLock
+from rich.progress import track
 
 from data_prep.schema import INDEX_FILE, PASSPORT_FILE, SHARD_HASH, Passport, read_passport, row_checksum, row_dtype
 from flowar.config import DataConfig
@@ -32,6 +35,8 @@ from flowar.files import write_whole
 MIB = 2**20
 SPARE_FILES = 200  # open files that are left to everything else
 FETCH_TIMEOUT_S = 60
+FETCH_ATTEMPTS = 3
+FETCHED_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -98,9 +103,9 @@ class LatentShards:
                 raise UserError(f"can't read {self.describe(shard)}: {error}") from error
             label = int(found["label"][place])
             if read < size or label < 0 or row_checksum(found["moments"][place], label) != found["checksum"][place]:
+                cure = f"delete {self.folder / shard.name}" if self.is_remote else "copy it again, or prepare it"
                 raise UserError(
-                    f"row {row} in {self.describe(shard)} is damaged; `flowar check {self.path}` says what else is; "
-                    "copy the shard or prepare the dataset again"
+                    f"row {row} in {self.describe(shard)} is damaged; `flowar check {self.path}` says what else; {cure}"
                 )
         return found
 
@@ -131,8 +136,22 @@ class LatentShards:
         file.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(f"{file}.lock"):  # once for all processes of this machine
             if not file.exists():
+                for leftover in file.parent.glob(f".{file.name}.*"):  # of killed processes
+                    leftover.unlink()
                 write_whole(file, lambda hidden: self._fetch_shard(shard, hidden))
         return file
+
+    def fetch_all(self) -> None:
+        """Fetch all shards that are not here yet: a random batch needs nearly all of them.
+
+        Raises:
+            UserError: if one can't be fetched.
+        """
+        missing = [shard for shard in self.shards if not (self.folder / shard.name).exists()]
+        with ThreadPoolExecutor(FETCHED_AT_ONCE) as pool:
+            fetched = pool.map(self.local_file, missing)
+            for _ in track(fetched, f"fetching {self.path}", total=len(missing), disable=not missing):
+                pass
 
     def _shards_of(self, rows: Sequence[int]) -> list[int]:
         return (np.searchsorted(self._first_rows, rows, side="right") - 1).tolist()
@@ -164,10 +183,16 @@ def fetch(remote: str, file: Path) -> None:
     from streaming.base.storage.download import CloudDownloader
 
     logging.getLogger("streaming").setLevel(logging.ERROR)
-    try:
-        CloudDownloader.direct_download(remote, str(file), timeout=FETCH_TIMEOUT_S)
-    except Exception as error:  # each kind of storage has exceptions of its own
-        raise UserError(f"can't fetch {remote}: {' '.join(str(error).split())}") from error
+    for attempt in range(FETCH_ATTEMPTS):
+        try:
+            CloudDownloader.direct_download(remote, str(file), timeout=FETCH_TIMEOUT_S)
+        except Exception as error:  # each kind of storage has exceptions of its own
+            file.unlink(missing_ok=True)
+            if attempt == FETCH_ATTEMPTS - 1:
+                raise UserError(f"can't fetch {remote}: {' '.join(str(error).split())}") from error
+            time.sleep(2**attempt)
+        else:
+            return
 
 
 def hash_file(file: Path) -> str:

@@ -103,6 +103,14 @@ def test_sixteen_bit_images_are_scaled_and_not_clipped():
     assert np.array_equal(np.asarray(decode_image(saved(Image.fromarray(ramp))))[..., 0].ravel(), np.arange(256))
 
 
+def test_a_dark_sixteen_bit_image_stays_dark_and_unknown_ranges_are_refused():
+    dark = Image.fromarray(np.full((16, 16), 200, np.uint16))
+    assert np.asarray(decode_image(saved(dark))).max() == 0
+    for kind in (np.int32, np.float32):
+        with pytest.raises(ValueError, match="have no known range"):
+            decode_image(saved(Image.fromarray(np.full((16, 16), 70000, kind)), format="TIFF"))
+
+
 def test_of_an_animation_the_first_frame_is_taken():
     frames = [Image.new("RGB", (32, 32), colour) for colour in ("red", "blue")]
     animated = saved(frames[0], format="GIF", save_all=True, append_images=frames[1:])

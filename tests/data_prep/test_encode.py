@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from data_prep.chunks import ChunkWriter
 from data_prep.crops import decode_image, make_views
 from data_prep.encode import main
 from data_prep.schema import read_passport
@@ -25,6 +26,8 @@ from flowar.errors import UserError
 from flowar.shards import LatentShards
 from flowar.vae import from_uint8, load_vae
 from tests.data_prep.test_sources import images_of, write_parquet, write_tars
+
+PRELOADED = ["data_prep.encode", "streaming", "diffusers", "tests.data_prep.test_encode"]  # for processes to fork from
 
 
 def preparing(images, out_dir, **changes):
@@ -237,19 +240,22 @@ def one_thread():
     """As many threads in one process as in each of several: on a CPU they change last bits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.slow
 def test_sigkill_of_workers_at_random_moments_ends_in_the_same_bytes(many_images, tmp_path):
-    config = preparing(many_images, tmp_path / "killed", chunk_images=75, crop="random", views=4, lease_s=5)
-    undisturbed = preparing(many_images, tmp_path / "undisturbed", chunk_images=75, crop="random", views=4)
+    settings = {"chunk_images": 75, "crop": "random", "views": 4, "lease_s": 5}
+    config = preparing(many_images, tmp_path / "killed", num_workers=1, **settings)
+    undisturbed = preparing(many_images, tmp_path / "undisturbed", **settings)
     with one_thread():
         main(undisturbed)
 
     context = multiprocessing.get_context("forkserver")  # each worker is a new process, without new imports
-    context.set_forkserver_preload(["data_prep.encode", "streaming", "diffusers", "tests.data_prep.test_encode"])
+    context.set_forkserver_preload(PRELOADED)
     log, moments = tmp_path / "log", random.Random(0)
 
     def start():
@@ -262,7 +268,7 @@ def test_sigkill_of_workers_at_random_moments_ends_in_the_same_bytes(many_images
         time.sleep(moments.uniform(0.1, 1.0))
         victim = moments.randrange(4)
         if workers[victim].is_alive():
-            os.kill(workers[victim].pid, signal.SIGKILL)
+            os.kill(workers[victim].pid, moments.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGINT]))
             workers[victim].join()
             kills += workers[victim].exitcode == -signal.SIGKILL
         assert not (tmp_path / "killed").exists(), f"finished after {kills} kills: too quick for this test"
@@ -273,7 +279,7 @@ def test_sigkill_of_workers_at_random_moments_ends_in_the_same_bytes(many_images
     assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["killed", "log", "undisturbed"]
     done = re.findall(r"chunk (\d+) done", log.read_text())
-    assert sorted(map(int, done)) == list(range(40))  # no chunk was finished twice
+    assert len(done) == len(set(done)) >= 38  # none was finished twice; who is killed in between can't say so
 
 
 @pytest.mark.slow
@@ -291,6 +297,69 @@ def test_torchrun_ranks_share_the_work(image_folder, shards, tmp_path):
     assert contents(tmp_path / "out") == contents(shards)
     encoded = [int(count) for count in re.findall(r"encoded (\d+) images", found.stdout)]
     assert len(encoded) == 2 and sum(encoded) == 24
+
+
+@pytest.mark.slow
+def test_workers_may_join_at_any_time_and_all_of_them_end_well(image_folder, tmp_path):
+    """Some come before the plan, some while the last one tidies up, some when all is done; chunks are empty."""
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    for number in range(12):
+        (images / "dark" / f"{number}.png").write_bytes(b"")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    (tmp_path / "out").mkdir()
+    for attempt in range(4):
+        out = tmp_path / "out" / str(attempt)
+        config = preparing(images, out, skip_unreadable=True, chunk_images=3)
+        workers = []
+        for _ in range(8):
+            workers.append(context.Process(target=worker, args=(config, tmp_path / "log")))
+            workers[-1].start()
+            time.sleep(0.15)
+        for process in workers:
+            process.join(timeout=60)
+        assert [process.exitcode for process in workers] == [0] * 8
+        assert len(open_shards(out)) == 24 and sorted(entry.name for entry in out.iterdir())[:4] == [
+            "00004",
+            "00005",
+            "00006",
+            "00007",
+        ]
+    assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == ["0", "1", "2", "3"]
+
+
+def test_a_chunk_of_a_silent_worker_of_another_machine_is_taken_over_after_a_lease(image_folder, shards, tmp_path):
+    claims = tmp_path / "out.claims"
+    claims.mkdir()
+    owner = {"host": "elsewhere", "machine": "elsewhere", "pid": 1, "started": "0.000", "beat": "000000001"}
+    (claims / "00001.0").write_text(json.dumps(owner))
+    began = time.monotonic()
+    main(preparing(image_folder, tmp_path / "out", lease_s=3))
+    assert time.monotonic() - began > 3
+    assert contents(tmp_path / "out") == contents(shards)
+    assert not claims.exists()
+
+
+def test_a_chunk_that_another_has_finished_meanwhile_is_left_as_it_is(shards, tmp_path):
+    settings = vars(read_passport(shards))
+    writers = []
+    for _ in range(2):
+        writers.append(ChunkWriter(tmp_path, 0, settings, {}))
+        writers[-1].hidden = writers[-1].hidden.rename(tmp_path / f".{len(writers)}")  # as if of another process
+    for number, writer in enumerate(writers):
+        writer.add(np.full((2, 2, 8, 8), number, np.float32), [0], ["a"])
+        writer.writer.local = str(writer.hidden)
+        writer.publish()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["00000"]
+    assert json.loads((tmp_path / "00000" / "chunk.json").read_text())["statistics"]["means"] == [0.0]
+
+
+def test_images_that_cannot_be_got_at_stop_the_run_and_are_not_skipped(image_folder, tmp_path):
+    images = shutil.copytree(image_folder, tmp_path / "images")
+    (images / "dark" / "3.png").unlink()
+    (images / "dark" / "3.png").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"can't get at dark/3.png in .*No such file.*; is its storage there\?"):
+        main(preparing(images, tmp_path / "out", skip_unreadable=True))
 
 
 def test_a_merge_that_was_cut_off_is_finished(image_folder, shards, tmp_path):

@@ -118,6 +118,22 @@ def test_wrong_shards_are_one_clear_error_with_the_file(image_folder, tmp_path):
     (tmp_path / "c" / "train-00000.parquet").write_bytes(b"no parquet")
     with pytest.raises(UserError, match=r"train-00000.parquet is no readable parquet file"):
         open_source(str(tmp_path / "c"))
+    write_tars(tmp_path / "twice", images[:2])
+    for path in (tmp_path / "twice").iterdir():
+        with tarfile.open(path, "a") as archive:
+            archive.addfile(tarfile.TarInfo("part/000000.jpg"))
+        with pytest.raises(UserError, match=r"two images of one key, part/000000"):
+            open_source(str(tmp_path / "twice"))
+    write_tars(tmp_path / "cut", images)
+    path = tmp_path / "cut" / "train-00000.tar"
+    with tarfile.open(path) as archive:
+        third = archive.getmembers()[4].offset
+    path.write_bytes(path.read_bytes()[:third])
+    with pytest.raises(UserError, match=r"train-00000.tar .*it is cut off: its closing block is missing"):
+        open_source(str(tmp_path / "cut"))
+    write_parquet(tmp_path / "empty", [])
+    with pytest.raises(UserError, match="empty holds no image"):
+        open_source(str(tmp_path / "empty"))
     write_parquet(tmp_path / "d", [(b"", -1)])
     with pytest.raises(UserError, match=r"has label -1; class numbers from 0 on are needed"):
         open_source(str(tmp_path / "d"))
