@@ -33,6 +33,14 @@ VERBS = {
         "flowar.train", configs.TrainConfig, "train a model on prepared shards; run it again to resume",
         "flowar train configs/train/flowar_l.yaml run_dir=runs/l data.path=/data/in256 vae.weights=kl16.ckpt",
     ),
+    "plan": Verb(
+        "flowar.plan", configs.PlanConfig, "memory, communication and time of a run, before renting anything",
+        "flowar plan configs/train/flowar_h.yaml nodes=8 gpu=H100",
+    ),
+    "replay": Verb(
+        "flowar.replay", configs.ReplayConfig, "repeat a step that training skipped, on one process",
+        "flowar replay runs/l/anomalies/batch_00012345", ("bundle",),
+    ),
     "sample": Verb(
         "flowar.sample", configs.SampleConfig, "draw images, class by class, as PNG files",
         "flowar sample model=runs/l out_dir=samples/l num_images=50000 vae.weights=kl16.ckpt",
@@ -40,6 +48,14 @@ VERBS = {
     "evaluate": Verb(
         "flowar.evaluate", configs.EvaluateConfig, "Frechet distance, Inception score, precision and recall of images",
         "flowar evaluate samples=samples/l reference=VIRTUAL_imagenet256_labeled.npz",
+    ),
+    "export": Verb(
+        "flowar.export", configs.ExportConfig, "weights of a training run -> model.safetensors and config.json",
+        "flowar export runs/l models/l", ("model", "out_dir"),
+    ),
+    "ema": Verb(
+        "flowar.posthoc_ema", configs.AverageConfig, "an average of any length, from those that a run kept (EDM2)",
+        "flowar ema runs/l models/l_008 std=0.08", ("run_dir", "out_dir"),
     ),
     "demo": Verb(
         "flowar.demo", configs.DemoConfig, "handwritten digits from images to a report, in minutes on a laptop",

@@ -18,6 +18,7 @@ from flowar.errors import UserError
 Schema = TypeVar("Schema")
 
 
+MAX_EMA_STD = 0.28  # 0.2887 = 1 / sqrt(12) is the plain mean of all steps
 CUSTOM_VARIANT = "custom"  # a model that is no row of MODEL_VARIANTS
 
 
@@ -190,6 +191,7 @@ class OptimConfig:
     warmup_epochs: float = 100  # linear from 0
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.02  # on matrices and tables; none on biases and norm weights
+    decay_flow: bool = True  # on the flow Transformer too; the authors meant not to, but do: a name didn't match
     max_grad_norm: float = 3.0
 
     def __post_init__(self) -> None:
@@ -223,6 +225,69 @@ class WandbConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How one model is trained by many processes; none of it changes what is computed."""
+
+    engine: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = "auto"  # auto: single, or ddp for several processes
+    replicas: int = 1  # fsdp: groups of processes that share one copy of the weights each (HSDP)
+    zero_stage: int = 2  # deepspeed: 1, 2 or 3
+    zero_offload: bool = False  # deepspeed: the optimizer lives in the memory of the CPU
+    zero_files: bool = True  # deepspeed: save its own files too, for zero_to_fp32.py; training waits for these
+    checkpoint_every_blocks: int = 0  # recompute every n-th block in the backward pass instead of keeping it; 0: none
+    compile: bool = False  # torch.compile, block by block
+    timeout_s: float = 60  # a rank that keeps the others waiting for so long ends the job
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (1, 2, 3):
+            raise UserError(f"parallel.zero_stage={self.zero_stage} must be 1, 2 or 3")
+        if self.replicas < 1 or self.checkpoint_every_blocks < 0 or self.timeout_s <= 0:
+            raise UserError(
+                f"parallel.replicas={self.replicas} must be at least 1, parallel.checkpoint_every_blocks="
+                f"{self.checkpoint_every_blocks} at least 0, parallel.timeout_s={self.timeout_s} above 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What to do about steps whose loss or gradient is not finite, or whose loss jumps: they are skipped and kept."""
+
+    spike_factor: float = 0  # skip a loss of more than so many times the usual one; 0: only what isn't finite
+    skips_before_rollback: int = 3  # so many in a row: back to the newest checkpoint, and past these batches
+    max_rollbacks: int = 1  # then the run stops
+    max_kept: int = 3  # skipped steps that are kept for `flowar replay`; each holds the weights
+
+    def __post_init__(self) -> None:
+        if self.skips_before_rollback < 1 or self.max_rollbacks < 0 or self.spike_factor < 0:
+            raise UserError(
+                f"guard.skips_before_rollback={self.skips_before_rollback} must be at least 1, guard.max_rollbacks="
+                f"{self.max_rollbacks} and guard.spike_factor={self.spike_factor} at least 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMAConfig:
+    """Averages of the weights; samples are drawn with the first one."""
+
+    decays: tuple[float, ...] = (0.9999,)  # constant decays
+    stds: tuple[float, ...] = ()  # EDM2's power functions, by relative std; [0.05,0.1] for `flowar ema`
+    keep_every_steps: int = 0  # keep EDM2's averages of these steps, for `flowar ema`; 0: none
+
+    def __post_init__(self) -> None:
+        if not self.decays and not self.stds:
+            raise UserError(
+                "ema.decays and ema.stds are both empty; give at least one, for example ema.decays=[0.9999]"
+            )
+        if not all(0 <= decay < 1 for decay in self.decays):
+            raise UserError(f"ema.decays={list(self.decays)} must lie in [0, 1)")
+        if self.keep_every_steps and not self.stds:
+            raise UserError(
+                f"ema.keep_every_steps={self.keep_every_steps} keeps EDM2's averages: set ema.stds=[0.05,0.1]"
+            )
+        if not all(0 < std < MAX_EMA_STD for std in self.stds):
+            raise UserError(f"ema.stds={list(self.stds)} must lie in (0, {MAX_EMA_STD})")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """One training run; the defaults are the authors' recipe for ImageNet at 256 px."""
 
@@ -233,36 +298,35 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     epochs: float = 400
     batch_size: int = 2048  # global
-    micro_batch_size: int | None = None  # samples on the device at once, whose gradients add up; None: all of them
+    micro_batch_size: int | None = None  # samples of one process at once, whose gradients add up; None: all of them
     label_dropout: float = 0.1  # share of labels replaced by "no class", for guidance
-    ema_decay: float = 0.9999
+    ema: EMAConfig = field(default_factory=EMAConfig)
     precision: Literal["fp32", "tf32", "bf16"] = "tf32"  # authors: tf32; bf16 keeps weights, norms and loss in float32
     attention: Literal["sdpa", "flash"] = "sdpa"  # flash: the flash-attn package, on CUDA, with precision=bf16
     seed: int = 0
     log_every_steps: int = 50
     save_every_steps: int = 1000
     keep_checkpoints: int = 2  # the newest ones
+    keep_every_steps: int = 0  # and, for good, those at multiples of this; 0: none
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     preview: PreviewConfig = field(default_factory=PreviewConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    tensorboard: bool = False  # event files in RUN_DIR/tensorboard
+    profile_steps: tuple[int, int] | None = None  # first and last step of a trace of rank 0, RUN_DIR/profile
+    peak_tflops: float | None = None  # of one process's device, for the MFU; None: known GPUs, or measured on a CPU
     device: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "log_every_steps", "save_every_steps", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        micro = self.micro_batch_size
-        if micro is not None and (micro < 1 or self.batch_size % micro):
-            fitting = max((n for n in range(1, max(1, micro) + 1) if self.batch_size % n == 0), default=1)
-            raise UserError(
-                f"batch_size={self.batch_size} is not a multiple of micro_batch_size={micro}; "
-                f"try micro_batch_size={fitting}"
-            )
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise UserError(f"micro_batch_size={self.micro_batch_size} must be at least 1")
         if self.epochs <= 0:
             raise UserError(f"epochs={self.epochs} must be above 0")
         if not 0 <= self.label_dropout < 1:
             raise UserError(f"label_dropout={self.label_dropout} must lie in [0, 1)")
-        if not 0 <= self.ema_decay < 1:
-            raise UserError(f"ema_decay={self.ema_decay} must lie in [0, 1)")
         if self.attention == "flash" and self.precision != "bf16":
             raise UserError(f"attention=flash needs precision=bf16, got precision={self.precision}")
 
@@ -271,9 +335,65 @@ class TrainConfig:
 # data.path still holds the same shards is checked by their passport), and those that help a run that became unstable.
 FREE_ON_RESUME = (
     "run_dir", "data.path", "data.cache", "data.num_workers", "log_every_steps", "save_every_steps", "keep_checkpoints",
-    "preview", "wandb", "device", "vae.weights", "micro_batch_size", "precision", "attention",
-    "optim.lr", "optim.min_lr", "optim.max_grad_norm",
+    "preview", "wandb", "tensorboard", "profile_steps", "peak_tflops", "device", "vae.weights", "micro_batch_size",
+    "precision", "attention",
+    "optim.lr", "optim.min_lr", "optim.max_grad_norm", "parallel", "guard", "keep_every_steps",
 )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(TrainConfig):
+    """A training run's settings, and machines to imagine it on."""
+
+    run_dir: str = "not used"
+    data: DataConfig = field(default_factory=lambda: DataConfig(path="not used"))
+    nodes: int = 1
+    gpus_per_node: int = 8
+    gpu: str = "H100"  # a name of flowar/speed.py's table
+    memory_gib: float = 80  # of one GPU
+    num_images: int = 1_281_167  # of the dataset; ImageNet's
+    assumed_mfu: float = 0.4  # share of the peak rate that training reaches
+    assumed_gb_per_s: float = 40  # that one GPU sends to other nodes (400 Gbit/s give 50 at most)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("nodes", "gpus_per_node", "num_images"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if min(self.memory_gib, self.assumed_mfu, self.assumed_gb_per_s) <= 0:
+            raise UserError("memory_gib, assumed_mfu and assumed_gb_per_s must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
+    """One skipped step again, on one process."""
+
+    bundle: str = MISSING  # a folder of RUN_DIR/anomalies
+    micro_batch_size: int | None = None  # samples at once; None: as in training
+    device: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Weights of a training run -> model.safetensors and config.json."""
+
+    model: str = MISSING  # run_dir (its newest checkpoint) or one checkpoint
+    out_dir: str = MISSING
+    weights: str = "ema"  # ema (the first average), raw, or an average such as decay_0.9999
+
+
+@dataclass(frozen=True, kw_only=True)
+class AverageConfig:
+    """A power-function average of any length, put together from those that a run kept (EDM2)."""
+
+    run_dir: str = MISSING  # of a run with ema.stds and ema.keep_every_steps
+    out_dir: str = MISSING
+    std: float = MISSING  # relative std of the averaging profile, for example 0.08
+    step: int | None = None  # at which it ends; None: the last one that was kept
+
+    def __post_init__(self) -> None:
+        if not 0 < self.std < MAX_EMA_STD:
+            raise UserError(f"std={self.std} must lie in (0, {MAX_EMA_STD})")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +402,7 @@ class SampleConfig:
 
     model: str = MISSING  # exported model folder, hub id, or the run_dir of a training run (its newest checkpoint)
     out_dir: str = MISSING  # the images; running again with the same settings draws only what is missing
-    weights: Literal["ema", "raw"] = "ema"  # which weights of a run_dir
+    weights: str = "ema"  # which weights of a run_dir: ema (its first average), raw, or an average such as decay_0.9999
     vae: VAEConfig = field(default_factory=VAEConfig)
     num_images: int = 64  # classes in turn: image i shows class i modulo num_classes
     classes: tuple[int, ...] | None = None  # only these, in turn
@@ -346,7 +466,7 @@ def _demo_training() -> TrainConfig:
         optim=OptimConfig(lr=3e-3, min_lr=1e-4, warmup_epochs=5),
         epochs=56,
         batch_size=64,
-        ema_decay=0.995,
+        ema=EMAConfig(decays=(0.995,)),
         precision="fp32",
         log_every_steps=20,
         save_every_steps=200,

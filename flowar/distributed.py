@@ -1,10 +1,35 @@
-"""Which of the processes that a launcher started this is, and which device it uses. Read next: train.py."""
+"""Which of the processes that a launcher started this is, and how they agree. Everyone else asks this file.
+
+Read next: parallel.py, train.py.
+"""
 
 import os
+import re
+import signal
+from datetime import timedelta
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 
 from flowar.errors import UserError
+
+BACKGROUND_TIMEOUT = timedelta(minutes=30)
+LOST_RANKS = re.compile(r"gloo|nccl|timed out|connection (closed|reset)", re.IGNORECASE)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+
+
+class World(NamedTuple):
+    """The processes of one job, and this one's place among them."""
+
+    rank: int
+    size: int
+    device: torch.device
+    control: dist.ProcessGroup | None  # gloo, to read and write checkpoints while the training waits
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
 
 
 def pick_device(name: str) -> torch.device:
@@ -41,10 +66,102 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
+def world_size() -> int:
+    """Return how many processes the launcher started, as torchrun gives it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def refuse_many_processes(verb: str) -> None:
     """Stop where a launcher started several processes: each would do the whole work and write the same files."""
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    if world_size > 1:
+    if world_size() > 1:
         raise UserError(
-            f"`flowar {verb}` runs in one process in this version, but WORLD_SIZE={world_size}; start it once"
+            f"`flowar {verb}` runs in one process in this version, but WORLD_SIZE={world_size()}; start it once"
         )
+
+
+def start(device: torch.device, timeout_s: float, *, with_group: bool) -> World:
+    """Return the world; start its process groups where there are several processes or `with_group` asks for it.
+
+    Args:
+        device: of this process.
+        timeout_s: how long a rank waits for the others before it ends with an error.
+        with_group: also for one process.
+    """
+    if world_size() == 1 and not with_group:
+        return World(0, 1, device, None)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    settings = {"backend": backend, "timeout": timedelta(seconds=timeout_s)}
+    if "RANK" in os.environ:
+        dist.init_process_group(**settings)
+    else:
+        dist.init_process_group(**settings, store=dist.HashStore(), rank=0, world_size=1)
+    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    return World(dist.get_rank(), dist.get_world_size(), device, control)
+
+
+def background_group() -> dist.ProcessGroup | None:
+    """Return a gloo group of its own for what happens beside the training; all ranks call it alike.
+
+    Groups must not be shared by two things that happen at once. A disk may be slow: it waits for half an hour.
+    """
+    return dist.new_group(backend="gloo", timeout=BACKGROUND_TIMEOUT) if dist.is_initialized() else None
+
+
+def has_lost_ranks(error: BaseException) -> bool:
+    """Return whether an error says that other ranks died, or kept this one waiting for too long."""
+    return dist.is_initialized() and LOST_RANKS.search(str(error)) is not None
+
+
+def stop() -> None:
+    """End the process groups, if there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Return the sum of all ranks' `values`, the same on all of them; in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def share(value: object) -> object:
+    """Return rank 0's `value`, any picklable object, on all ranks."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def collect(value: object) -> list[object]:
+    """Return every rank's `value`, any picklable object, on all ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def wait_for_all() -> None:
+    """Wait until all ranks are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+class StopSignals:
+    """Notes which signal asked this process to stop. A context; it acts at the end of a step, when all ranks agree."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __enter__(self) -> "StopSignals":
+        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.asked = number

@@ -9,12 +9,11 @@ from flowar.config import OptimConfig
 
 
 def make_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Return AdamW with weight decay on matrices and tables, none on biases and norm weights, as the authors do.
-
-    The flow Transformer is decayed too: the authors exempt it by a name that it doesn't have.
-    """
-    decayed = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
-    others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
+    """Return AdamW with weight decay on matrices and tables, none on biases and norm weights, as the authors do."""
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        is_exempt = name.startswith("flow.") and not config.decay_flow
+        (decayed if parameter.ndim > 1 and not is_exempt else others).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 

@@ -4,6 +4,8 @@ import json
 import secrets
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -27,12 +29,22 @@ class TrainingReport:
     """
 
     def __init__(
-        self, run_dir: Path, wandb_config: WandbConfig, settings: dict[str, object], *, first_step: int, num_steps: int
+        self,
+        run_dir: Path,
+        wandb_config: WandbConfig,
+        settings: dict[str, object],
+        *,
+        step: int,
+        num_steps: int,
+        is_main: bool,
+        tensorboard: bool = False,
     ) -> None:
+        self.is_main = is_main  # the others' reports do nothing
         self.file = run_dir / METRICS_FILE
-        self._keep_records_until(first_step)
-        self.wandb_run = _start_wandb(run_dir, wandb_config, settings)
-        self.console = Console()
+        self.rewind(step)
+        self.wandb_run = _start_wandb(run_dir, wandb_config, settings) if is_main else None
+        self.tensorboard = _start_tensorboard(run_dir, step) if is_main and tensorboard else None
+        self.console = Console(quiet=not is_main)
         self.progress = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -41,9 +53,9 @@ class TrainingReport:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
             console=self.console,
-            disable=not self.console.is_terminal,
+            disable=not (self.console.is_terminal and is_main),
         )
-        self.task = self.progress.add_task("training", total=num_steps, completed=first_step, status="")
+        self.task = self.progress.add_task("training", total=num_steps, completed=step, status="")
         self.num_records = 0
 
     def __enter__(self) -> "TrainingReport":
@@ -54,6 +66,8 @@ class TrainingReport:
         self.progress.stop()
         if self.wandb_run is not None:
             self.wandb_run.finish(exit_code=1 if exception[0] else 0)
+        if self.tensorboard is not None:
+            self.tensorboard.close()
 
     def advance(self, step: int) -> None:
         """Move the bar to `step`."""
@@ -61,10 +75,15 @@ class TrainingReport:
 
     def log(self, record: dict[str, float]) -> None:
         """Write one record, which holds "step", to every sink."""
+        if not self.is_main:
+            return
         with self.file.open("a") as file:
             file.write(json.dumps(record) + "\n")
         if self.wandb_run is not None:
             self.wandb_run.log({k: v for k, v in record.items() if k != "step"}, step=int(record["step"]))
+        if self.tensorboard is not None:
+            for key, value in record.items():
+                self.tensorboard.add_scalar(key, value, int(record["step"]))
         by_scale = " ".join(f"{record[key]:.3f}" for key in record if key.startswith("loss/scale_"))
         status = f"loss {record['loss']:.4f} (scales {by_scale}), {record['images_per_s']:.0f} images/s"
         self.progress.update(self.task, status=status)
@@ -79,13 +98,17 @@ class TrainingReport:
             import wandb
 
             self.wandb_run.log({name: wandb.Image(str(path))}, step=step)
+        if self.tensorboard is not None:
+            pixels = np.asarray(Image.open(path))
+            self.tensorboard.add_image(name, pixels, step, dataformats="HWC")
 
     def say(self, message: str) -> None:
         """Print a line above the bar."""
         self.progress.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
-    def _keep_records_until(self, step: int) -> None:
-        if not self.file.exists():
+    def rewind(self, step: int) -> None:
+        """Drop the records after `step`: those steps are done again."""
+        if not self.is_main or not self.file.exists():
             return
         kept = []
         for line in self.file.read_text().splitlines(keepends=True):
@@ -96,6 +119,13 @@ class TrainingReport:
         replacement = self.file.with_name("." + self.file.name)
         replacement.write_text("".join(kept))
         replacement.replace(self.file)
+
+
+def _start_tensorboard(run_dir: Path, step: int) -> object:
+    """Return a writer of event files that forgets what an earlier process wrote after `step`."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
 
 def _start_wandb(run_dir: Path, config: WandbConfig, settings: dict[str, object]) -> object | None:

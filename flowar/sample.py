@@ -4,7 +4,6 @@ Read next: evaluate.py.
 """
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
@@ -27,7 +26,7 @@ from flowar.pictures import save_grid, save_png
 from flowar.scales import next_input, num_tokens, token_range, unpatchify
 from flowar.seeding import derive_seed
 from flowar.vae import VAE, load_vae, to_uint8
-from flowar.weights import WEIGHTS_FILE, find_model_folder, load_model
+from flowar.weights import find_model_folder, hash_weights, load_model
 
 NOISE_STREAM = 3  # keeps the seeds of the images apart from those of the training
 RECORD_FILE = "samples.json"
@@ -169,8 +168,8 @@ def main(config: SampleConfig, dry_run: bool = False) -> None:
     """Draw the images that are not there yet; image i is a function of the settings and i alone."""
     refuse_many_processes("sample")
     device = pick_device(config.device)
-    folder = find_model_folder(config.model, config.weights)
-    model = load_model(folder).to(device)
+    folder = find_model_folder(config.model)
+    model = load_model(folder, config.weights).to(device)
     vae = load_vae(config.vae.name, config.vae.weights).to(device)
     check_decodable(folder, model.config, vae)
     classes = config.classes or tuple(range(model.config.num_classes))
@@ -179,7 +178,7 @@ def main(config: SampleConfig, dry_run: bool = False) -> None:
             f"classes={list(classes)} must lie in 0 to {model.config.num_classes - 1}, as the model has them"
         )
     out_dir = Path(config.out_dir)
-    record = describe_samples(config, folder, vae)
+    record = describe_samples(config, folder, model, vae)
     check_same_samples(out_dir, record)
     files = [
         out_dir / IMAGES_FOLDER / f"{i:06d}_class{classes[i % len(classes)]:04d}.png" for i in range(config.num_images)
@@ -246,10 +245,9 @@ def check_decodable(folder: Path, model: ModelConfig, vae: VAE) -> None:
         check_same_vae(read_passport(folder), vae, str(folder))
 
 
-def describe_samples(config: SampleConfig, folder: Path, vae: VAE) -> dict[str, object]:
+def describe_samples(config: SampleConfig, folder: Path, model: FlowAR, vae: VAE) -> dict[str, object]:
     """Return all that the images depend on, for samples.json."""
-    with (folder / WEIGHTS_FILE).open("rb") as file:
-        weights_sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    weights_sha256 = hash_weights(model.state_dict())
     settings = dataclasses.asdict(config)
     for key in ("out_dir", "model", "vae"):
         settings.pop(key)

@@ -1,67 +1,123 @@
-"""`flowar train`: the loop, read top to bottom. Read next: flow.py for the loss, data.py for the order of the samples.
+"""`flowar train`: the loop, read top to bottom. Read next: flow.py for the loss, data.py for the order, parallel.py.
 
-Everything random in a step follows from (seed, step) alone, and so does the learning rate: a run that was killed and
-started again gives the same weights, on a CPU bit for bit (on a GPU some kernels add up in an order of their own).
+Everything random in a step follows from (seed, step, place in the batch), and so does the learning rate from the step:
+a run that was killed and started again gives the same weights, on a CPU bit for bit (on a GPU some kernels add up in an
+order of their own), and one that goes on with another number of processes the same up to rounding.
 """
 
-import contextlib
 import copy
 import dataclasses
 import math
-import time
+import os
+import signal
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from data_prep.schema import Passport, read_passport, write_passport
-from flowar.checkpoint import load_checkpoint, remove_unfinished, save_checkpoint
-from flowar.config import FREE_ON_RESUME, ModelConfig, TrainConfig, changed_settings, describe_config, load_config
+from flowar.checkpoint import Checkpoints, remove_averages_after, remove_unfinished
+from flowar.config import FREE_ON_RESUME, TrainConfig, changed_settings, describe_config, load_config
 from flowar.data import Batch, check_fits, check_same_vae, read_batches
-from flowar.distributed import pick_device, refuse_many_processes
+from flowar.distributed import StopSignals, World, has_lost_ranks, pick_device, share, start, stop, world_size
 from flowar.ema import EMA
 from flowar.errors import UserError
 from flowar.files import write_text
-from flowar.flow import released_time_grid, sample_time, scale_losses, weigh
+from flowar.flow import weigh
+from flowar.guard import Guard, keep_anomaly
 from flowar.layers import import_flash_attention
 from flowar.model import FlowAR
-from flowar.optim import learning_rate, make_optimizer, set_learning_rate
-from flowar.pictures import save_grid
+from flowar.optim import learning_rate
+from flowar.parallel import Engine, engine_name, make_engine
+from flowar.previews import save_previews
 from flowar.report import TrainingReport
-from flowar.run_folder import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, find_latest
-from flowar.sample import draw_noise, sample_latents
-from flowar.scales import num_tokens
-from flowar.seeding import derive_seed
+from flowar.run_folder import ANOMALIES, AVERAGES, CHECKPOINTS, CONFIG_FILE, METRICS_FILE, find_latest, read_progress
 from flowar.shards import LatentShards
-from flowar.vae import VAE, load_vae, sample_posterior, to_uint8
+from flowar.speed import Interval, peak_tflops, profiled
+from flowar.step import accumulate
+from flowar.vae import VAE, load_vae
 from flowar.weights import create_model
 
 FREE_IN_PASSPORT = ("images", "encoded_with")  # where and on what the shards were made; their hashes say what they are
-DRAW_STREAM = 2  # keeps the seeds of the steps' draws apart from those of the data's order
+# Batches left out by rollbacks, how many of these there were, and optimizer steps: skipped steps are none.
+FIRST_PROGRESS = {"data_offset": 0, "rollbacks": 0, "updates": 0, "guard": {}}
+EXIT_AGAIN = 75  # EX_TEMPFAIL: stopped by a signal, saved; the same command goes on
 
 
 def main(config: TrainConfig, dry_run: bool = False) -> None:
-    """Train, or go on training, the run in `run_dir`."""
-    # Check what can be known before anything is built.
-    refuse_many_processes("train")
-    run_dir = Path(config.run_dir)
+    """Train, or go on training, the run in `run_dir`; on as many processes as were started."""
     device = pick_device(config.device)
+    if dry_run:
+        plan_run(config, World(0, world_size(), device, None))
+        with torch.device("meta"):
+            parameters = sum(p.numel() for p in FlowAR(config.model).parameters())
+        print(f"{config.model.variant}: {parameters / 1e6:.1f} M parameters; dry run, nothing was written")
+        return
+    needs_group = config.parallel.engine in ("fsdp", "deepspeed")
+    world = start(device, config.parallel.timeout_s, with_group=needs_group)
+    try:
+        train(config, world)
+    except RuntimeError as error:
+        if not has_lost_ranks(error):
+            raise
+        print(
+            f"flowar train: rank {world.rank} has lost the others, one of them died or kept it waiting for more than "
+            f"parallel.timeout_s={config.parallel.timeout_s:g}: {' '.join(str(error).split())[:200]}; the same command "
+            f"goes on from {find_latest(config.run_dir)}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # a save in the background would wait for the others for much longer
+    finally:
+        stop()
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What follows from the settings, the shards and the number of processes."""
+
+    shards: LatentShards
+    vae: VAE | None
+    num_steps: int
+    warmup_steps: float
+    micro_batch_size: int
+
+    def sizes(self) -> dict[str, float]:
+        """Return what a step depends on beside the settings."""
+        return {
+            "micro_batch_size": self.micro_batch_size,
+            "latent_multiplier": self.shards.passport.latent_multiplier,
+        }
+
+
+def plan_run(config: TrainConfig, world: World) -> Run:
+    """Check what can be known before anything is built, and say what will be done.
+
+    Raises:
+        UserError: if settings, shards and processes don't fit together.
+    """
     if config.attention == "flash":
         import_flash_attention()
-        if device.type != "cuda":
-            raise UserError(f"attention=flash needs a GPU, but device is {device}; set attention=sdpa")
+        if world.device.type != "cuda":
+            raise UserError(f"attention=flash needs a GPU, but device is {world.device}; set attention=sdpa")
     shards = LatentShards(config.data)
     passport = shards.passport
     check_fits(passport, config.model, config.data.path)
-    num_steps = math.ceil(config.epochs * passport.num_images / config.batch_size)
-    warmup_steps = config.optim.warmup_epochs * passport.num_images / config.batch_size
-    in_parts = f" (in parts of {config.micro_batch_size})" if config.micro_batch_size else ""
-    print(
-        f"{passport.num_images:,} images / batch of {config.batch_size:,}{in_parts} = "
-        f"{passport.num_images / config.batch_size:,.1f} steps per epoch; {config.epochs:g} epochs = {num_steps:,} "
-        f"steps, {warmup_steps:,.0f} of them warm-up; {device}, {config.precision}, attention {config.attention}"
-    )
-    check_resumable(run_dir, config, passport)
+    micro = split_batch(config, world.size)
+    steps_per_epoch = passport.num_images / config.batch_size
+    num_steps = math.ceil(config.epochs * steps_per_epoch)
+    warmup_steps = config.optim.warmup_epochs * steps_per_epoch
+    if world.is_main:
+        parts = config.batch_size // (micro * world.size)
+        how = f"{engine_name(config, world)}, {world.device}, {config.precision}, attention {config.attention}"
+        print(
+            f"{passport.num_images:,} images / batch of {config.batch_size:,} = {steps_per_epoch:,.1f} steps an epoch, "
+            f"{config.epochs:g} epochs = {num_steps:,} steps, {warmup_steps:,.0f} of them warm-up; batch = {micro:,} x "
+            f"{parts} parts x {world.size} processes ({how})"
+        )
+    check_resumable(Path(config.run_dir), config, passport)
     vae = load_vae(config.vae.name, config.vae.weights) if config.preview.every_steps else None
     if vae is not None:
         check_same_vae(passport, vae, config.data.path)
@@ -70,167 +126,212 @@ def main(config: TrainConfig, dry_run: bool = False) -> None:
             f"data.path={config.data.path} was made with VAE {passport.vae_name}, but vae.name={config.vae.name}; set "
             f"vae.name={passport.vae_name}, or use other shards"
         )
-    if dry_run:
-        with torch.device("meta"):
-            parameters = sum(p.numel() for p in FlowAR(config.model).parameters())
-        print(f"{config.model.variant}: {parameters / 1e6:.1f} M parameters; dry run, nothing was written")
-        return
+    return Run(shards, vae, num_steps, warmup_steps, micro)
 
+
+def split_batch(config: TrainConfig, num_ranks: int) -> int:
+    """Return how many samples each process takes at once.
+
+    Raises:
+        UserError: if the batch can't be cut into equal parts, with a size that can.
+    """
+    if config.batch_size % num_ranks:
+        fitting = max(1, round(config.batch_size / num_ranks)) * num_ranks
+        raise UserError(
+            f"batch_size={config.batch_size} is not a multiple of {num_ranks} processes; try batch_size={fitting}, or "
+            "another number of processes"
+        )
+    share_of_rank = config.batch_size // num_ranks
+    micro = config.micro_batch_size or share_of_rank
+    if share_of_rank % micro:
+        fitting = max(n for n in range(1, micro + 1) if share_of_rank % n == 0)
+        raise UserError(
+            f"batch_size={config.batch_size} is not a multiple of micro_batch_size={micro} x {num_ranks} processes = "
+            f"{micro * num_ranks}; try micro_batch_size={fitting}"
+        )
+    return micro
+
+
+def train(config: TrainConfig, world: World) -> None:
+    """Do what `main` does, within a started world."""
     # Set up.
-    prepare_run_dir(run_dir, config, passport)
-    if config.precision == "tf32" and device.type == "cuda":
+    run = plan_run(config, world)
+    run_dir, passport = Path(config.run_dir), run.shards.passport
+    if world.is_main:
+        prepare_run_dir(run_dir, config, passport)
+    if config.precision == "tf32" and world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
-    model = create_model(config.model).to(device).train()
+    model = create_model(config.model).train()
     model.set_attention(config.attention)
-    ema = EMA(model, config.ema_decay)
-    optimizer = make_optimizer(model, config.optim)
 
-    # Resume.
-    first_step = 0
-    latest = find_latest(run_dir)
+    # Resume: rank 0 looks, so that all go on from the same checkpoint.
+    latest = share(find_latest(run_dir) if world.is_main else None)
+    engine = make_engine(config, model, world, run.micro_batch_size)
+    ema = EMA(config.ema, engine.local_weights())
+    first_step, progress = 0, copy.deepcopy(FIRST_PROGRESS)
     if latest is not None:
-        first_step = load_checkpoint(latest, model, ema, optimizer)
-        print(f"resuming from {latest}")
-    batches = read_batches(
-        shards,
+        first_step, progress = restore(engine, ema, latest)
+        if world.is_main:
+            print(f"resuming from {latest}")
+    checkpoints = Checkpoints(
+        run_dir,
+        world,
+        model=config.model,
+        passport=passport,
+        keep=config.keep_checkpoints,
+        keep_every_steps=config.keep_every_steps,
+    )
+    kept_averages = Checkpoints(run_dir, world, model=config.model, passport=passport, kind=AVERAGES)
+    guard = Guard(config.guard, **progress["guard"])
+
+    # Loop: step counts finished steps; batches are numbered apart, as a rollback leaves some out.
+    step, asked_to_stop = first_step, 0
+    settings = dataclasses.asdict(config)
+    sinks = TrainingReport(
+        run_dir,
+        config.wandb,
+        settings,
+        step=step,
+        num_steps=run.num_steps,
+        is_main=world.is_main,
+        tensorboard=config.tensorboard,
+    )
+    peak = config.peak_tflops or peak_tflops(world.device, config.precision)
+    with StopSignals() as stopping, sinks as report:
+        batches = read_from(step, progress, config, run, world)
+        interval = Interval(step, len(config.model.scales), world)
+        while step < run.num_steps and not asked_to_stop:
+            batch = next(batches)
+            interval.data_arrived()
+            step += 1
+            number = step + progress["data_offset"]
+            with profiled(config, step, world):
+                losses, asked_to_stop = accumulate(engine, batch, number, config, **run.sizes(), asked=stopping.asked)
+            grad_norm = engine.grad_norm()
+            interval.gradients_done()
+
+            # One optimizer step, or none if something is wrong.
+            problem = guard.judge(weigh(losses, config.model.scales).item(), grad_norm)
+            lr = learning_rate(
+                step - 1,
+                num_steps=run.num_steps,
+                warmup_steps=run.warmup_steps,
+                lr=config.optim.lr,
+                min_lr=config.optim.min_lr,
+            )
+            if problem is None:
+                engine.step(lr)
+                progress["updates"] += 1
+                interval.add(losses, grad_norm)
+                ema.update(engine.local_weights(), progress["updates"])
+            else:
+                engine.skip()
+                bundle = keep_anomaly(engine, batch, step, number, losses, grad_norm, problem, config, run.sizes())
+                where = f"kept in {bundle}" if bundle else f"not kept, as {config.guard.max_kept} are"
+                report.say(f"step {step} skipped: {problem}; {where}")
+            interval.update_done()
+            if guard.in_a_row >= config.guard.skips_before_rollback:
+                checkpoints.wait()
+                kept_averages.wait()
+                step = roll_back(engine, ema, progress, step, problem, config)
+                report.rewind(step)
+                report.say(f"rolled back to step {step}; the batches since then are left out")
+                batches = read_from(step, progress, config, run, world)
+                interval = Interval(step, len(config.model.scales), world)
+                guard.in_a_row = 0
+                continue
+
+            # What a step leaves behind.
+            report.advance(step)
+            is_last = step == run.num_steps
+            if step % config.log_every_steps == 0 or is_last:
+                report.log(interval.record(step, run.num_steps, lr, config, peak))
+                interval = Interval(step, len(config.model.scales), world)
+            checkpoints.finish_if_written()
+            kept_averages.finish_if_written()
+            if config.ema.keep_every_steps and step % config.ema.keep_every_steps == 0:
+                kept = [name for name in ema.averages if name.startswith("std_")]
+                kept_averages.save(step, averages_state(engine, ema, kept), progress | {"averages": kept})
+            if step % config.save_every_steps == 0 or is_last or asked_to_stop:
+                record = progress | {"averages": list(ema.averages), "guard": guard.state()}
+                checkpoints.save(step, whole_state(engine, ema), record, engine.save_own_files)
+            if run.vae is not None and (step % config.preview.every_steps == 0 or is_last):
+                checkpoints.wait()
+                for name, path in save_previews(engine, ema, run.vae.to(world.device), config, step).items():
+                    report.log_image(name, path, step)
+            interval.step_ended()
+        checkpoints.wait()
+        kept_averages.wait()
+    if step < run.num_steps:
+        if world.is_main:
+            name = signal.Signals(asked_to_stop).name
+            print(f"stopped by {name} after step {step:,}, saved; the same command goes on")
+        sys.exit(EXIT_AGAIN)
+    if world.is_main:
+        print(
+            f"finished {run.num_steps:,} steps; weights in {find_latest(run_dir)}, metrics in {run_dir / METRICS_FILE}"
+        )
+
+
+def read_from(step: int, progress: dict, config: TrainConfig, run: Run, world: World) -> Iterator[Batch]:
+    """Return this rank's batches of the steps after `step`."""
+    offset = progress["data_offset"]
+    return read_batches(
+        run.shards,
         config.data,
         batch_size=config.batch_size,
         seed=config.seed,
-        steps=range(first_step, num_steps),
+        steps=range(step + offset, run.num_steps + offset),
+        rank=world.rank,
+        world_size=world.size,
     )
 
-    # Loop: step counts finished steps.
-    settings = dataclasses.asdict(config)
-    with TrainingReport(run_dir, config.wandb, settings, first_step=first_step, num_steps=num_steps) as report:
-        interval = Interval(first_step, len(config.model.scales), device)
-        for step, batch in enumerate(batches, start=first_step + 1):
-            interval.data_arrived()
-            lr = learning_rate(
-                step - 1, num_steps=num_steps, warmup_steps=warmup_steps, lr=config.optim.lr, min_lr=config.optim.min_lr
-            )
-            set_learning_rate(optimizer, lr)
-            losses, grad_norm = train_step(model, optimizer, batch, step, config, passport.latent_multiplier, device)
-            ema.update(model)
-            interval.add(losses, grad_norm)
-            report.advance(step)
-            if step % config.log_every_steps == 0 or step == num_steps:
-                report.log(interval.record(step, num_steps, lr, config))
-                interval = Interval(step, len(config.model.scales), device)
-            if step % config.save_every_steps == 0 or step == num_steps:
-                save_checkpoint(run_dir, step, model, ema, optimizer, passport=passport, keep=config.keep_checkpoints)
-            if vae is not None and (step % config.preview.every_steps == 0 or step == num_steps):
-                path = run_dir / "previews" / f"step_{step:08d}.png"
-                save_preview(model, ema, vae.to(device), config, path)
-                report.log_image("preview", path, step)
-            interval.step_ended()
-    print(f"finished {num_steps:,} steps; weights in {find_latest(run_dir)}, metrics in {run_dir / METRICS_FILE}")
+
+def whole_state(engine: Engine, ema: EMA) -> dict[str, Tensor]:
+    """Return all tensors that a run goes on with, this rank's part."""
+    return engine.state() | averages_state(engine, ema, ema.averages)
 
 
-def train_step(
-    model: FlowAR,
-    optimizer: torch.optim.Optimizer,
-    batch: Batch,
-    step: int,
-    config: TrainConfig,
-    latent_multiplier: float,
-    device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """Do one optimizer step; return the loss of each scale (K,) and the gradient's norm before clipping.
+def averages_state(engine: Engine, ema: EMA, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return some of the averages, this rank's part."""
+    state = {}
+    for name in names:
+        state |= {f"ema.{name}.{key}": tensor for key, tensor in engine.to_state(ema.averages[name]).items()}
+    return state
+
+
+def restore(engine: Engine, ema: EMA, folder: Path) -> tuple[int, dict[str, int]]:
+    """Load a checkpoint into engine and averages; return its step and what else the run goes on with."""
+    engine.load(folder)
+    for name, average in ema.averages.items():
+        engine.load_local(average, f"ema.{name}.", folder)
+    progress = read_progress(folder)
+    engine.set_step(progress["updates"])
+    return progress["step"], {key: progress[key] for key in FIRST_PROGRESS}
+
+
+def roll_back(engine: Engine, ema: EMA, progress: dict[str, int], step: int, problem: str, config: TrainConfig) -> int:
+    """Go back to the newest checkpoint, and leave out the batches since then; return its step.
 
     Raises:
-        UserError: if the loss or the gradient is not finite; the weights are then as before the step.
+        UserError: if there is none, or this was done before.
     """
-    torch.manual_seed(derive_seed(config.seed, DRAW_STREAM, step))  # for the draws below and for dropout
-    latents, labels, at, noise = draw(batch, config.model, config.label_dropout, latent_multiplier, device)
-    autocast = torch.autocast(device.type, torch.bfloat16) if config.precision == "bf16" else contextlib.nullcontext()
-    micro = config.micro_batch_size or len(labels)
-    losses = torch.zeros(len(config.model.scales), device=device)
-    optimizer.zero_grad(set_to_none=True)
-    for start in range(0, len(labels), micro):
-        part = slice(start, start + micro)
-        with autocast:
-            part_losses = scale_losses(
-                model,
-                latents[part],
-                labels[part],
-                scales=config.model.scales,
-                patch_size=config.model.patch_size,
-                time=at[part],
-                noise=noise[part],
-            )
-        share = micro / len(labels)
-        (weigh(part_losses, config.model.scales) * share).backward()
-        losses += part_losses.detach() * share
-    loss = weigh(losses, config.model.scales)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.max_grad_norm)
-    if not torch.isfinite(loss + grad_norm):
-        by_scale = dict(zip(config.model.scales, losses.tolist(), strict=True))
+    latest = share(find_latest(config.run_dir) if engine.world.is_main else None)
+    rollbacks = progress["rollbacks"] + 1
+    if latest is None or rollbacks > config.guard.max_rollbacks:
+        before = "there is no checkpoint to go back to" if latest is None else "the run was rolled back before"
         raise UserError(
-            f"loss is {loss.item()} and gradient norm {grad_norm.item()} at step {step}; losses by scale: {by_scale}; "
-            f"samples: {batch.samples.tolist()}; newest checkpoint: {find_latest(config.run_dir)}; going on from "
-            "there with a lower optim.lr or precision=tf32 may help"
+            f"{config.guard.skips_before_rollback} steps in a row went wrong, the last is {step}: {problem}; {before}. "
+            f"Look at {Path(config.run_dir) / ANOMALIES} with `flowar replay`; a lower optim.lr or precision=tf32 may "
+            "help"
         )
-    optimizer.step()
-    return losses, grad_norm.detach()
-
-
-def draw(
-    batch: Batch, model: ModelConfig, label_dropout: float, latent_multiplier: float, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return what a step is made of: latents, labels (some dropped), time and noise, all on `device`.
-
-    Drawn on the CPU, so that a run doesn't depend on the kind of device.
-    """
-    moments = batch.moments.float()
-    size = len(moments)
-    latents = sample_posterior(moments, torch.randn_like(moments.chunk(2, dim=1)[0]), latent_multiplier)
-    dropped = torch.rand(size) < label_dropout
-    labels = batch.labels.masked_fill(dropped, model.num_classes)
-    at = sample_time(size, len(model.scales))
-    noise = torch.randn(size, num_tokens(model.scales), model.token_width)
-    return latents.to(device), labels.to(device), at.to(device), noise.to(device)
-
-
-class Interval:
-    """Sums and times of the steps since the last log record."""
-
-    def __init__(self, step: int, num_scales: int, device: torch.device) -> None:
-        self.first_step = step
-        self.losses = torch.zeros(num_scales, device=device)
-        self.grad_norm = torch.zeros((), device=device)
-        self.started = self.waiting_since = time.perf_counter()
-        self.data_wait_s = 0.0
-
-    def data_arrived(self) -> None:
-        """Note that the wait for the next batch is over."""
-        self.data_wait_s += time.perf_counter() - self.waiting_since
-
-    def step_ended(self) -> None:
-        """Note that the wait for the next batch begins."""
-        self.waiting_since = time.perf_counter()
-
-    def add(self, losses: Tensor, grad_norm: Tensor) -> None:
-        """Add one step; nothing is read back from the device."""
-        self.losses += losses
-        self.grad_norm += grad_norm
-
-    def record(self, step: int, num_steps: int, lr: float, config: TrainConfig) -> dict[str, float]:
-        """Return the means over the interval, speeds and the time that is left, as one record of metrics.jsonl."""
-        steps = step - self.first_step
-        losses = self.losses / steps
-        elapsed_s = time.perf_counter() - self.started
-        by_scale = {f"loss/scale_{side}": loss for side, loss in zip(config.model.scales, losses.tolist(), strict=True)}
-        return {
-            "step": step,
-            "loss": weigh(losses, config.model.scales).item(),
-            **by_scale,
-            "grad_norm": (self.grad_norm / steps).item(),
-            "lr": lr,
-            "images_per_s": steps * config.batch_size / elapsed_s,
-            "data_wait_share": self.data_wait_s / elapsed_s,
-            "remaining_s": (num_steps - step) * elapsed_s / steps,
-        }
+    last_batch = step + progress["data_offset"]
+    step, restored = restore(engine, ema, latest)
+    if engine.world.is_main:
+        remove_averages_after(Path(config.run_dir), step)
+    progress |= restored | {"data_offset": last_batch - step, "rollbacks": rollbacks}
+    return step
 
 
 def check_resumable(run_dir: Path, config: TrainConfig, passport: Passport) -> None:
@@ -266,28 +367,6 @@ def prepare_run_dir(run_dir: Path, config: TrainConfig, passport: Passport) -> N
         write_text(run_dir / CONFIG_FILE, describe_config(config))
     except OSError as error:
         raise UserError(f"can't write to run_dir={run_dir}: {error.strerror or error}") from error
-
-
-def save_preview(model: FlowAR, ema: EMA, vae: VAE, config: TrainConfig, path: Path) -> None:
-    """Write a grid of images drawn with the averaged weights; always the same noise, classes in turn."""
-    averaged = copy.deepcopy(model).eval()
-    averaged.set_attention("sdpa")  # flash-attn has no float32
-    ema.copy_to(averaged)
-    device = next(model.parameters()).device
-    preview = config.preview
-    labels = torch.arange(preview.num_images) % config.model.num_classes
-    noise = draw_noise(config.model, range(preview.num_images), config.seed)
-    latents = sample_latents(
-        averaged,
-        labels.to(device),
-        time_grid=released_time_grid(preview.num_steps),
-        guidance=preview.guidance,
-        guidance_interval=preview.guidance_interval,
-        noise=noise.to(device),
-    )
-    with torch.inference_mode():
-        images = to_uint8(vae.decode(latents))
-    save_grid(images, path, columns=min(10, config.model.num_classes))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ The only place where the released names appear. Read next: vae.py.
 """
 
 import dataclasses
+import hashlib
 import json
 import pickle
 import re
@@ -17,10 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from flowar.checkpoint import load_state
 from flowar.config import CUSTOM_VARIANT, MODEL_VARIANTS, ConvertConfig, ModelConfig, load_config, variant_config
 from flowar.errors import UserError
 from flowar.model import FlowAR
-from flowar.run_folder import CHECKPOINTS, find_latest
+from flowar.run_folder import CHECKPOINTS, find_latest, is_checkpoint, read_progress
 from flowar.scales import num_tokens
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"  # the layout of huggingface_hub's PyTorchModelHubMixin
@@ -103,13 +105,15 @@ def load_model(path: str | Path, weights: str = "ema") -> HubFlowAR:
 
     Args:
         path: a folder with model.safetensors and config.json, the run_dir of a training run (its newest complete
-            checkpoint), or a Hugging Face hub id.
-        weights: "ema" or "raw", of a run_dir.
+            checkpoint), one checkpoint of it, or a Hugging Face hub id.
+        weights: of a checkpoint: "ema" (the first average), "raw", or the name of an average, such as decay_0.9999.
 
     Raises:
         UserError: if there is no model, or its weights don't fit its config (names what is missing or unknown).
     """
-    folder = find_model_folder(path, weights)
+    folder = find_model_folder(path)
+    if is_checkpoint(folder):
+        return _load_from_checkpoint(folder, weights)
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
     if missing:
         raise UserError(
@@ -126,14 +130,34 @@ def load_model(path: str | Path, weights: str = "ema") -> HubFlowAR:
     return model
 
 
-def find_model_folder(path: str | Path, weights: str = "ema") -> Path:
-    """Return the folder with model.safetensors that `path` means; arguments and errors as `load_model`."""
+def _load_from_checkpoint(folder: Path, weights: str) -> HubFlowAR:
+    averages = read_progress(folder)["averages"]
+    name = averages[0] if weights == "ema" else weights
+    if name not in ("raw", *averages):
+        raise UserError(f"checkpoint {folder} has no weights={weights}; it has raw, {', '.join(averages)}")
+    prefix = "model." if name == "raw" else f"ema.{name}."
+    model = create_model(config_from_dict(json.loads((folder / CONFIG_FILE).read_text())))
+    load_state({prefix + key: parameter.detach() for key, parameter in model.named_parameters()}, folder)
+    return model
+
+
+def hash_weights(state: dict[str, Tensor]) -> str:
+    """Return a hash of all weights, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        digest.update(f"{name} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.float().cpu().contiguous().numpy())
+    return digest.hexdigest()
+
+
+def find_model_folder(path: str | Path) -> Path:
+    """Return the model folder or the checkpoint that `path` means; errors as `load_model`."""
     folder = Path(path)
     if (folder / CHECKPOINTS).is_dir():
         latest = find_latest(folder)
         if latest is None:
             raise UserError(f"{folder} has no complete checkpoint yet; let `flowar train` run until it saves one")
-        return latest / weights
+        return latest
     return folder if folder.exists() else _download(str(path))
 
 
@@ -143,6 +167,14 @@ def save_model(config: ModelConfig, state: dict[str, Tensor], folder: str | Path
     folder.mkdir(parents=True, exist_ok=True)
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS_FILE)
     (folder / CONFIG_FILE).write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+def save_model_whole(config: ModelConfig, state: dict[str, Tensor], folder: Path) -> None:
+    """Write a model folder that isn't there yet, whole or not at all."""
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
+    save_model(config, state, partial)
+    partial.rename(folder)
 
 
 def load_strictly(model: FlowAR, state: dict[str, Tensor], source: str) -> None:
@@ -226,10 +258,7 @@ def main(config: ConvertConfig, dry_run: bool = False) -> None:
     if dry_run:
         print(f"would write {target / WEIGHTS_FILE} and {target / CONFIG_FILE}")
         return
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
-    save_model(model.config, model.state_dict(), partial)
-    partial.rename(target)
+    save_model_whole(model.config, model.state_dict(), target)
     print(f"wrote {target / WEIGHTS_FILE} and {target / CONFIG_FILE}")
 
 

@@ -9,7 +9,16 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from flowar.config import ModelConfig
+from data_prep.schema import read_passport
+from flowar.config import (
+    DataConfig,
+    EMAConfig,
+    ModelConfig,
+    OptimConfig,
+    PreviewConfig,
+    TrainConfig,
+    VAEConfig,
+)
 
 DATA = Path(__file__).parent / "data"
 
@@ -53,6 +62,28 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model
 
 
+def training(shards: Path, run_dir: Path, **changes: object) -> TrainConfig:
+    """Return a run of 30 steps on the fixture's shards."""
+    passport = read_passport(shards)
+    model = tiny_config(
+        scales=(1, 2, passport.latent_size), latent_channels=passport.latent_channels, num_classes=2, dropout=0.1
+    )
+    settings = {
+        "model": model,
+        "vae": VAEConfig(name="demo"),
+        "data": DataConfig(path=str(shards), num_workers=0),
+        "optim": OptimConfig(lr=1e-3, warmup_epochs=1),
+        "epochs": 10,
+        "batch_size": 8,  # 30 steps
+        "ema": EMAConfig(decays=(0.9,)),
+        "precision": "fp32",
+        "log_every_steps": 5,
+        "save_every_steps": 4,
+        "preview": PreviewConfig(every_steps=0),
+    }
+    return TrainConfig(run_dir=str(run_dir), **(settings | changes))
+
+
 @pytest.fixture(scope="session")
 def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with 24 small images of two classes."""
@@ -70,7 +101,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shards(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
     """A dataset prepared from `image_folder` with the demo VAE: 24 images x 2 views in three shards."""
     from data_prep import encode
-    from flowar.config import PrepareConfig, VAEConfig
+    from flowar.config import PrepareConfig
 
     out_dir = tmp_path_factory.mktemp("data") / "shards"
     encode.main(

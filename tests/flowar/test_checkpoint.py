@@ -9,28 +9,54 @@ import pytest
 import torch
 
 from data_prep.schema import read_passport
-from flowar.checkpoint import load_checkpoint, remove_unfinished, save_checkpoint
-from flowar.config import OptimConfig
+from flowar.checkpoint import Checkpoints, remove_unfinished
+from flowar.config import DataConfig, EMAConfig, ParallelConfig, TrainConfig
+from flowar.distributed import World
 from flowar.ema import EMA
 from flowar.errors import UserError
-from flowar.optim import make_optimizer
+from flowar.parallel import make_engine
 from flowar.run_folder import find_latest, list_checkpoints
+from flowar.train import FIRST_PROGRESS, restore, whole_state
 from flowar.weights import create_model, load_model
 from tests.conftest import randomise, tiny_config
 
-
-def make_parts(seed=0, **changes):
-    model = randomise(create_model(tiny_config(**changes)), seed)
-    ema, optimizer = EMA(model, 0.9), make_optimizer(model, OptimConfig())
-    for parameter in model.parameters():
-        parameter.grad = torch.randn_like(parameter)
-    optimizer.step()
-    ema.update(model)
-    return model, ema, optimizer
+ALONE = World(0, 1, torch.device("cpu"), None)
 
 
-def save(run_dir, step, parts, shards, keep=2):
-    return save_checkpoint(run_dir, step, *parts, passport=read_passport(shards), keep=keep)
+def make_parts(seed=0, steps=1, **changes):
+    """An engine and averages that have some steps behind them."""
+    config = TrainConfig(
+        run_dir="none",
+        data=DataConfig(path="none"),
+        model=tiny_config(**changes),
+        ema=EMAConfig(decays=(0.9,), stds=(0.1,)),
+        parallel=ParallelConfig(engine="single"),
+    )
+    engine = make_engine(config, randomise(create_model(config.model), seed), ALONE, 1)
+    ema = EMA(config.ema, engine.local_weights())
+    for step in range(1, steps + 1):
+        for parameter in engine.parameters.values():
+            parameter.grad = torch.randn_like(parameter)
+        engine.grad_norm()
+        engine.step(1e-3)
+        ema.update(engine.local_weights(), step)
+    return engine, ema
+
+
+def save(run_dir, step, parts, shards, keep=2, keep_every_steps=0):
+    engine, ema = parts
+    checkpoints = Checkpoints(
+        run_dir,
+        ALONE,
+        model=engine.model.config,
+        passport=read_passport(shards),
+        keep=keep,
+        keep_every_steps=keep_every_steps,
+    )
+    progress = FIRST_PROGRESS | {"updates": step, "averages": list(ema.averages)}
+    checkpoints.save(step, whole_state(engine, ema), progress)
+    checkpoints.wait()
+    return find_latest(run_dir)
 
 
 @pytest.fixture
@@ -40,37 +66,78 @@ def run_dir(tmp_path):
 
 
 def test_a_checkpoint_brings_everything_back(run_dir, shards):
-    model, ema, optimizer = make_parts()
-    folder = save(run_dir, 7, (model, ema, optimizer), shards)
-    other = make_parts(seed=1)
-    assert load_checkpoint(folder, *other) == 7
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other[0].parameters(), strict=True))
-    assert all(torch.equal(ema.averages[name], other[1].averages[name]) for name in ema.averages)
-    for mine, theirs in zip(optimizer.state.values(), other[2].state.values(), strict=True):
-        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    engine, ema = make_parts(steps=3)
+    folder = save(run_dir, 7, (engine, ema), shards)
+    other, other_ema = make_parts(seed=1)
+    step, progress = restore(other, other_ema, folder)
+    assert (step, progress) == (7, FIRST_PROGRESS | {"updates": 7})
+    for name, parameter in engine.parameters.items():
+        assert torch.equal(parameter, other.parameters[name])
+        mine, theirs = engine.optimizer.state[parameter], other.optimizer.state[other.parameters[name]]
+        assert torch.equal(mine["exp_avg"], theirs["exp_avg"]) and torch.equal(mine["exp_avg_sq"], theirs["exp_avg_sq"])
+        assert theirs["step"] == 7
+    for name, average in ema.averages.items():
+        assert all(torch.equal(average[key], other_ema.averages[name][key]) for key in average)
 
 
-def test_both_weights_load_as_models_from_the_run(run_dir, shards):
-    model, ema, optimizer = make_parts()
-    save(run_dir, 7, (model, ema, optimizer), shards)
-    assert torch.equal(load_model(run_dir, "raw").ar.input_norm.weight, model.ar.input_norm.weight)
-    assert torch.equal(load_model(run_dir).ar.input_norm.weight, ema.averages["ar.input_norm.weight"])
-    assert json.loads((find_latest(run_dir) / "ema" / "dataset.json").read_text())["vae_name"] == "demo"
+def test_saving_does_not_wait_and_keeps_the_values_of_its_moment(run_dir, shards):
+    engine, ema = make_parts()
+    checkpoints = Checkpoints(run_dir, ALONE, model=engine.model.config, passport=read_passport(shards))
+    needed = engine.model.ar.input_norm.weight.detach().clone()
+    checkpoints.save(1, whole_state(engine, ema), FIRST_PROGRESS | {"averages": list(ema.averages)})
+    assert find_latest(run_dir) is None
+    with torch.no_grad():
+        engine.model.ar.input_norm.weight.add_(1)
+    checkpoints.wait()
+    assert torch.equal(load_model(run_dir, "raw").ar.input_norm.weight, needed)
 
 
-def test_only_the_newest_are_kept(run_dir, shards):
+def test_all_weights_load_as_models_from_the_run(run_dir, shards):
+    engine, ema = make_parts()
+    folder = save(run_dir, 7, (engine, ema), shards)
+    name = "ar.input_norm.weight"
+    assert torch.equal(load_model(run_dir, "raw").ar.input_norm.weight, engine.parameters[name])
+    assert torch.equal(load_model(run_dir).ar.input_norm.weight, ema.averages["decay_0.9"][name])
+    assert torch.equal(load_model(folder, "std_0.1").ar.input_norm.weight, ema.averages["std_0.1"][name])
+    assert json.loads((folder / "dataset.json").read_text())["vae_name"] == "demo"
+    with pytest.raises(UserError, match=r"has no weights=decay_0.5; it has raw, decay_0.9, std_0.1"):
+        load_model(run_dir, "decay_0.5")
+
+
+def test_torchs_own_tool_reads_a_checkpoint(run_dir, shards, tmp_path):
+    engine, ema = make_parts()
+    folder = save(run_dir, 7, (engine, ema), shards)
+    command = ["-m", "torch.distributed.checkpoint.format_utils", "dcp_to_torch", str(folder), str(tmp_path / "out.pt")]
+    subprocess.run([sys.executable, *command], check=True, capture_output=True)
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    for name, parameter in engine.parameters.items():
+        assert torch.equal(found[f"model.{name}"], parameter)
+
+
+def test_only_the_newest_are_kept_and_some_for_good(run_dir, shards):
     parts = make_parts()
-    for step in (5, 100, 20):
-        save(run_dir, step, parts, shards)
-    assert [folder.name for folder in list_checkpoints(run_dir)] == ["step_00000020", "step_00000100"]
-    assert find_latest(run_dir).name == "step_00000100"
+    for step in (5, 10, 15, 20, 25, 30):
+        save(run_dir, step, parts, shards, keep_every_steps=10)
+    kept = [folder.name for folder in list_checkpoints(run_dir)]
+    assert kept == ["step_00000010", "step_00000020", "step_00000025", "step_00000030"]
     assert not list((run_dir / "checkpoints").glob(".*"))
+
+
+def test_the_newest_is_found_by_what_it_holds_and_not_by_its_name(run_dir, shards):
+    save(run_dir, 5, make_parts(), shards)
+    save(run_dir, 20, make_parts(), shards)
+    folder = run_dir / "checkpoints"
+    (folder / "step_00000020").rename(folder / "best so far")
+    (folder / "step_00000099").mkdir()  # holds nothing
+    assert find_latest(run_dir).name == "best so far"
 
 
 def test_unfinished_checkpoints_are_invisible_and_removed(run_dir, shards):
     save(run_dir, 5, make_parts(), shards)
     unfinished = run_dir / "checkpoints" / ".step_00000009"
-    (unfinished / "raw").mkdir(parents=True)
+    unfinished.mkdir()
+    for name in ("state.json", ".metadata"):
+        (unfinished / name).write_text("{}")
     assert find_latest(run_dir).name == "step_00000005"
     remove_unfinished(run_dir)
     assert not unfinished.exists() and find_latest(run_dir) is not None
@@ -81,14 +148,12 @@ def test_a_run_without_checkpoint_says_so(run_dir):
         load_model(run_dir)
 
 
-def test_a_checkpoint_of_another_model_is_refused(run_dir, shards):
+def test_a_damaged_checkpoint_is_an_error_that_names_it(run_dir, shards):
     folder = save(run_dir, 5, make_parts(), shards)
-    with pytest.raises(UserError, match=r"step_00000005 does not hold this model: missing ar\.lower_blocks\.2"):
-        load_checkpoint(folder, *make_parts(ar_depth=6))
-    with pytest.raises(
-        UserError, match=r"holds another model .*ar\.class_embedding\.weight is \(6, 32\), needs \(8, 32\)"
-    ):
-        load_checkpoint(folder, *make_parts(num_classes=7))
+    data = next(folder.glob("*.distcp"))
+    data.write_bytes(data.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"checkpoint .*step_00000005 can't be read: "):
+        load_model(run_dir)
 
 
 def test_a_full_disk_stops_with_a_message_and_leaves_the_older_checkpoint_whole(run_dir, shards):
@@ -110,4 +175,4 @@ save(Path({str(run_dir)!r}), int(sys.argv[1]), make_parts(), Path({str(shards)!r
     assert failed.returncode != 0
     assert "can't save checkpoint" in failed.stderr and "the older checkpoints are whole" in failed.stderr
     assert find_latest(run_dir).name == "step_00000005"
-    assert load_checkpoint(find_latest(run_dir), *make_parts()) == 5
+    assert restore(*make_parts(), find_latest(run_dir))[0] == 5

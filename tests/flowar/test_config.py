@@ -54,7 +54,6 @@ def test_a_variant_sets_the_whole_model_and_single_settings_come_on_top():
         (("model.variant=flowar-xl",), "no model is called 'flowar-xl'; did you mean flowar-l"),
         (("label_dropout=1.5",), r"label_dropout=1.5 must lie in \[0, 1\)"),
         (("attention=flash",), "attention=flash needs precision=bf16"),
-        (("batch_size=100", "micro_batch_size=24"), "not a multiple of micro_batch_size=24; try micro_batch_size=20"),
         (("preview.guidance_interval=[0.9,0]",), r"preview.guidance_interval=\[0.9, 0.0\] must be"),
         (("preview.num_steps=1",), "preview.num_steps=1 must be at least 2"),
         (("optim.lr=-1",), "optim.lr=-1.0 must be above 0"),

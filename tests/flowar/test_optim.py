@@ -36,3 +36,12 @@ def test_setting_the_rate_reaches_every_group():
     optimizer = make_optimizer(torch.nn.Linear(2, 2), OptimConfig())
     set_learning_rate(optimizer, 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("decay_flow", [True, False])
+def test_decay_of_the_flow_transformer_is_a_choice(decay_flow):
+    model = FlowAR(tiny_config())
+    decayed = {id(p) for p in make_optimizer(model, OptimConfig(decay_flow=decay_flow)).param_groups[0]["params"]}
+    for name, parameter in model.named_parameters():
+        wanted = parameter.ndim > 1 and (decay_flow or not name.startswith("flow."))
+        assert (id(parameter) in decayed) == wanted, name

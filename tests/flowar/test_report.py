@@ -9,7 +9,7 @@ def record(step):
 
 
 def report(run_dir, first_step, **wandb):
-    return TrainingReport(run_dir, WandbConfig(**wandb), {}, first_step=first_step, num_steps=100)
+    return TrainingReport(run_dir, WandbConfig(**wandb), {}, step=first_step, num_steps=100, is_main=True)
 
 
 def test_records_past_the_checkpoint_are_dropped_on_resuming(tmp_path):

@@ -8,12 +8,13 @@ import time
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemReader
 
-from data_prep.schema import read_passport
+from flowar.checkpoint import load_state
 from flowar.config import (
     DataConfig,
     OptimConfig,
+    ParallelConfig,
     PreviewConfig,
     TrainConfig,
     VAEConfig,
@@ -21,34 +22,15 @@ from flowar.config import (
     describe_config,
 )
 from flowar.data import Batch
+from flowar.distributed import World
 from flowar.errors import UserError
-from flowar.optim import make_optimizer
+from flowar.parallel import make_engine
 from flowar.report import read_metrics
 from flowar.run_folder import find_latest, list_checkpoints
-from flowar.train import draw, main, train_step
+from flowar.step import accumulate, draw
+from flowar.train import main, split_batch
 from flowar.weights import create_model
-from tests.conftest import tiny_config, upload
-
-
-def training(shards, run_dir, **changes) -> TrainConfig:
-    passport = read_passport(shards)
-    model = tiny_config(
-        scales=(1, 2, passport.latent_size), latent_channels=passport.latent_channels, num_classes=2, dropout=0.1
-    )
-    settings = {
-        "model": model,
-        "vae": VAEConfig(name="demo"),
-        "data": DataConfig(path=str(shards), num_workers=0),
-        "optim": OptimConfig(lr=1e-3, warmup_epochs=1),
-        "epochs": 10,
-        "batch_size": 8,  # 30 steps
-        "ema_decay": 0.9,
-        "precision": "fp32",
-        "log_every_steps": 5,
-        "save_every_steps": 4,
-        "preview": PreviewConfig(every_steps=0),
-    }
-    return TrainConfig(run_dir=str(run_dir), **(settings | changes))
+from tests.conftest import tiny_config, training, upload
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +44,11 @@ def finished(shards, tmp_path_factory):
 def final_state(run_dir):
     folder = find_latest(run_dir)
     assert folder.name == "step_00000030"
-    optimizer = torch.load(folder / "training.pt", weights_only=True)["optimizer"]["state"]
-    tensors = {f"optimizer {i} {key}": value for i, state in optimizer.items() for key, value in state.items()}
-    for weights in ("raw", "ema"):
-        state = load_file(folder / weights / "model.safetensors")
-        tensors |= {f"{weights} {name}": tensor for name, tensor in state.items()}
+    tensors = {}
+    keys = FileSystemReader(folder).read_metadata().state_dict_metadata
+    for key, metadata in keys.items():
+        tensors[key] = torch.empty(metadata.size)
+    load_state(tensors, folder)
     return tensors
 
 
@@ -94,9 +76,10 @@ def test_a_run_leaves_checkpoints_metrics_config_and_passport(finished):
 
 
 def test_running_a_finished_run_again_changes_nothing(shards, finished):
-    before = {file: file.stat().st_mtime_ns for file in finished.rglob("*.safetensors")}
+    before = {file: file.stat().st_mtime_ns for file in (finished / "checkpoints").rglob("*")}
     main(training(shards, finished))
-    assert {file: file.stat().st_mtime_ns for file in finished.rglob("*.safetensors")} == before
+    assert len(before) > 8
+    assert {file: file.stat().st_mtime_ns for file in (finished / "checkpoints").rglob("*")} == before
 
 
 def test_readers_and_previews_do_not_change_the_weights(shards, finished, tmp_path):
@@ -108,9 +91,7 @@ def test_readers_and_previews_do_not_change_the_weights(shards, finished, tmp_pa
     main(training(shards, tmp_path, **changes))
     assert_same_run(tmp_path, finished)
     assert [file.name for file in sorted((tmp_path / "previews").iterdir())] == [
-        "step_00000012.png",
-        "step_00000024.png",
-        "step_00000030.png",
+        f"step_{step:08d}{weights}.png" for step in (12, 24, 30) for weights in ("", "_raw")
     ]
 
 
@@ -190,91 +171,93 @@ def test_an_unwritable_run_folder_is_one_clear_error(shards, tmp_path):
         main(training(shards, tmp_path / "file" / "run"))
 
 
-def test_several_processes_are_refused(shards, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="runs in one process in this version, but WORLD_SIZE=2"):
-        main(training(shards, tmp_path))
+def test_batches_that_processes_cannot_share_are_refused_with_a_suggestion(shards, tmp_path):
+    config = training(shards, tmp_path, batch_size=48, micro_batch_size=6)
+    assert (split_batch(config, 1), split_batch(config, 4), split_batch(training(shards, tmp_path), 4)) == (6, 6, 2)
+    with pytest.raises(UserError, match="batch_size=48 is not a multiple of 5 processes; try batch_size=50"):
+        split_batch(config, 5)
+    message = r"batch_size=48 is not a multiple of micro_batch_size=6 x 3 processes = 18; try micro_batch_size=4"
+    with pytest.raises(UserError, match=message):
+        split_batch(config, 3)
 
 
-def test_labels_are_dropped_at_the_asked_rate_and_draws_are_those_of_the_seed():
-    model = tiny_config()
-    batch = Batch(torch.zeros(4000, 6, 4, 4), torch.zeros(4000, dtype=torch.int64), torch.arange(4000))
+def plain_config(tmp_path, **changes):
+    settings = {"model": tiny_config(), "precision": "fp32", "parallel": ParallelConfig(engine="single")}
+    return TrainConfig(run_dir=str(tmp_path), data=DataConfig(path="none"), **(settings | changes))
+
+
+def one_step(config, batch, number=1):
+    """The gradients of one step on one process: engine, losses, gradient norm."""
     torch.manual_seed(0)
-    latents, labels, at, noise = draw(batch, model, 0.1, 1.0, torch.device("cpu"))
-    assert (labels == model.num_classes).float().mean().item() == pytest.approx(0.1, abs=0.02)
-    assert (labels == 0).sum() + (labels == model.num_classes).sum() == 4000
+    micro = config.micro_batch_size or len(batch.labels)
+    engine = make_engine(config, create_model(config.model).train(), World(0, 1, torch.device("cpu"), None), micro)
+    losses, _ = accumulate(engine, batch, number, config, micro_batch_size=micro, latent_multiplier=1.0)
+    return engine, losses, engine.grad_norm()
+
+
+def random_batch(size):
+    return Batch(torch.randn(size, 6, 4, 4), torch.zeros(size, dtype=torch.int64), torch.arange(size))
+
+
+def test_labels_are_dropped_at_the_asked_rate_and_draws_follow_from_the_place_in_the_batch(tmp_path):
+    config = plain_config(tmp_path)
+    batch = Batch(torch.zeros(4000, 6, 4, 4), torch.zeros(4000, dtype=torch.int64), torch.arange(4000))
+    latents, labels, at, noise = draw(batch, range(4000), 5, config, 1.0)
+    assert (labels == config.model.num_classes).float().mean().item() == pytest.approx(0.1, abs=0.02)
+    assert (labels == 0).sum() + (labels == config.model.num_classes).sum() == 4000
     assert latents.std().item() == pytest.approx(1, abs=0.02)  # log-variance 0
     assert at.shape == (4000, 3) and at.min() >= 0 and at.max() < 1
-    assert noise.shape == (4000, 21, 3)
-    torch.manual_seed(0)
-    assert torch.equal(draw(batch, model, 0.1, 1.0, torch.device("cpu"))[3], noise)
-
-
-def test_a_step_that_is_not_finite_stops_and_leaves_the_weights(tmp_path):
-    config = TrainConfig(run_dir=str(tmp_path), data=DataConfig(path="none"), model=tiny_config(), precision="fp32")
-    model = create_model(config.model).train()
-    optimizer = make_optimizer(model, config.optim)
-    before = [p.detach().clone() for p in model.parameters()]
-    moments = torch.full((2, 6, 4, 4), float("nan"))
-    batch = Batch(moments, torch.zeros(2, dtype=torch.int64), torch.arange(2))
-    with pytest.raises(UserError, match=r"loss is nan .* at step 9; losses by scale: \{1: nan.*samples: \[0, 1\]"):
-        train_step(model, optimizer, batch, 9, config, 1.0, torch.device("cpu"))
-    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert noise.shape == (4000, 21, 3) and noise.std().item() == pytest.approx(1, abs=0.02)
+    part = Batch(*(tensor[1000:1010] for tensor in batch))
+    for whole, own in zip((latents, labels, at, noise), draw(part, range(1000, 1010), 5, config, 1.0), strict=True):
+        assert torch.equal(whole[1000:1010], own)
+    assert not torch.equal(draw(part, range(1000, 1010), 6, config, 1.0)[3], noise[1000:1010])
 
 
 def test_gradients_are_clipped_to_the_recipes_norm(tmp_path):
-    config = TrainConfig(
-        run_dir=str(tmp_path),
-        data=DataConfig(path="none"),
-        model=tiny_config(),
-        optim=OptimConfig(max_grad_norm=0.01),
-        precision="fp32",
+    config = plain_config(tmp_path, optim=OptimConfig(max_grad_norm=0.01))
+    engine, _, norm = one_step(config, random_batch(2))
+    seen = []
+    engine.optimizer.register_step_pre_hook(
+        lambda *_: seen.append(torch.stack([p.grad.norm() for p in engine.parameters.values()]).norm().item())
     )
-    model = create_model(config.model).train()
-    batch = Batch(torch.randn(2, 6, 4, 4), torch.zeros(2, dtype=torch.int64), torch.arange(2))
-    _, norm = train_step(model, make_optimizer(model, config.optim), batch, 1, config, 1.0, torch.device("cpu"))
-    clipped = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
-    assert norm > 0.01 and clipped.item() == pytest.approx(0.01, rel=1e-3)
+    engine.step(1e-3)
+    assert norm > 0.01 and seen == [pytest.approx(0.01, rel=1e-3)]
 
 
 def test_bfloat16_keeps_weights_and_loss_in_float32_and_stays_near_float32(tmp_path):
+    batch = random_batch(2)
     losses = {}
     for precision in ("fp32", "bf16"):
-        config = TrainConfig(
-            run_dir=str(tmp_path), data=DataConfig(path="none"), model=tiny_config(), precision=precision
-        )
-        torch.manual_seed(0)
-        model = create_model(config.model).train()
-        batch = Batch(torch.randn(2, 6, 4, 4), torch.zeros(2, dtype=torch.int64), torch.arange(2))
-        losses[precision], _ = train_step(
-            model, make_optimizer(model, config.optim), batch, 1, config, 1.0, torch.device("cpu")
-        )
+        engine, losses[precision], _ = one_step(plain_config(tmp_path, precision=precision), batch)
         assert losses[precision].dtype == torch.float32
-        assert all(p.dtype == p.grad.dtype == torch.float32 for p in model.parameters())
+        assert all(p.dtype == p.grad.dtype == torch.float32 for p in engine.parameters.values())
     assert not torch.equal(losses["bf16"], losses["fp32"])
     torch.testing.assert_close(losses["bf16"], losses["fp32"], rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"micro_batch_size": 2},
+        {"parallel": ParallelConfig(checkpoint_every_blocks=1)},
+        {"micro_batch_size": 3, "parallel": ParallelConfig(checkpoint_every_blocks=2)},
+    ],
+)
+def test_parts_and_recomputation_do_not_change_the_gradients(tmp_path, changes):
+    batch = random_batch(6)
+    whole, losses, norm = one_step(plain_config(tmp_path), batch)
+    parts, other_losses, other_norm = one_step(plain_config(tmp_path, **changes), batch)
+    torch.testing.assert_close(losses, other_losses, rtol=1e-5, atol=1e-6)
+    assert norm == pytest.approx(other_norm, rel=1e-5)
+    for name, parameter in whole.parameters.items():
+        torch.testing.assert_close(parts.parameters[name].grad, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
 def test_a_run_logs_to_wandb_offline(shards, tmp_path):
     main(training(shards, tmp_path, epochs=2, wandb=WandbConfig(mode="offline")))
     assert len(list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))) == 1
-
-
-def test_micro_batches_add_up_to_the_whole_batch(tmp_path):
-    results = {}
-    for micro in (None, 2):
-        paths = {"run_dir": str(tmp_path), "data": DataConfig(path="none")}
-        config = TrainConfig(**paths, model=tiny_config(), precision="fp32", batch_size=6, micro_batch_size=micro)
-        torch.manual_seed(0)
-        model = create_model(config.model).train()
-        batch = Batch(torch.randn(6, 6, 4, 4), torch.zeros(6, dtype=torch.int64), torch.arange(6))
-        losses, norm = train_step(
-            model, make_optimizer(model, config.optim), batch, 1, config, 1.0, torch.device("cpu")
-        )
-        results[micro] = (losses, norm, model.flow.output_projection.weight.grad)
-    for whole, parts in zip(results[None], results[2], strict=True):
-        torch.testing.assert_close(whole, parts, rtol=1e-5, atol=1e-6)
 
 
 def test_another_vae_is_refused_by_name_where_none_is_loaded(shards, tmp_path):

@@ -1,0 +1,204 @@
+"""`flowar plan`: memory, communication and time of a training run, before anything is rented.
+
+Bytes of weights, gradients, optimizer and averages are those of the real sharding code, run on tensors without memory
+in a process group without processes. Activations are what autograd keeps of one sample, counted on fake tensors. Rates
+are assumed, and said so. Read next: parallel.py.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from flowar.config import PlanConfig
+from flowar.ema import average_names
+from flowar.errors import UserError
+from flowar.flow import scale_losses, weigh
+from flowar.info import count_training_flops
+from flowar.model import FlowAR
+from flowar.parallel import make_mesh, prepare_blocks, shard_model
+from flowar.scales import num_tokens
+from flowar.speed import PEAK_TFLOPS, table_tflops
+from flowar.train import split_batch
+
+GIB = 2**30
+FLOAT32 = 4  # bytes
+SPARE_SHARE = 0.1  # of a GPU's memory: allocator, NCCL, cuBLAS
+ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on one GPU."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    averages: int
+    gathered: int  # whole weights and gradients of what is being computed
+
+    @property
+    def fixed(self) -> int:
+        """What doesn't depend on the batch."""
+        return self.weights + self.gradients + self.optimizer + self.averages + self.gathered
+
+
+def count_parameters(config: PlanConfig) -> tuple[int, int]:
+    """Return the number of weights, and that of the largest block."""
+    with torch.device("meta"):
+        model = FlowAR(config.model)
+    blocks = [*model.ar.lower_blocks, *model.ar.upper_blocks, *model.flow.blocks]
+    return count(model), max(count(block) for block in blocks)
+
+
+def count(module: torch.nn.Module) -> int:
+    """Return the number of weights of a module, on this rank where they are shared out."""
+    return sum(getattr(p, "_local_tensor", p).numel() for p in module.parameters())
+
+
+def shard_size(config: PlanConfig, num_ranks: int) -> int:
+    """Return how many weights rank 0 has under FSDP2: the real sharding, with a process group that has no processes."""
+    if dist.is_initialized():
+        raise UserError("`flowar plan` imagines its processes; start it once, without a launcher")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
+    try:
+        mesh = make_mesh("cpu", num_ranks, config.parallel.replicas)
+        with torch.device("meta"):
+            model = FlowAR(config.model)
+        shard_model(model, [*model.ar.lower_blocks, *model.ar.upper_blocks, *model.flow.blocks], mesh)
+        return count(model)
+    finally:
+        dist.destroy_process_group()
+
+
+def memory_of(engine: str, config: PlanConfig, num_ranks: int) -> Memory:
+    """Return the bytes on one GPU that don't depend on the batch."""
+    total, block = count_parameters(config)
+    part = shard_size(config, num_ranks) if engine == "fsdp" else -(-total // num_ranks)
+    averages = len(average_names(config.ema))
+    weights, gradients, optimizer = {
+        "ddp": (total, total, 2 * total),
+        "fsdp": (part, part, 2 * part),
+        "zero1": (total + part, total, 2 * part),  # the flat float32 copy of its part that DeepSpeed keeps
+        "zero2": (total + part, part, 2 * part),
+        "zero3": (2 * part, part, 2 * part),
+    }[engine]
+    gathered = 3 * block if engine in ("fsdp", "zero3") else 0  # this block, the next one, this one's gradients
+    followed = averages * (part if engine == "fsdp" else -(-total // num_ranks))
+    return Memory(*(FLOAT32 * numbers for numbers in (weights, gradients, optimizer, followed, gathered)))
+
+
+def activation_bytes(config: PlanConfig) -> tuple[int, int]:
+    """Return what autograd keeps for the backward pass, weights aside: of each sample, and whatever the batch.
+
+    The latter are the bfloat16 copies of the weights that autocast makes.
+    """
+    one, two = (kept_bytes(config, size) for size in (1, 2))
+    return two - one, one - (two - one)
+
+
+def kept_bytes(config: PlanConfig, batch_size: int) -> int:
+    """Return what autograd keeps of a forward pass, weights aside, as precision and recomputation say."""
+    model_config = config.model
+    kept: dict[int, int] = {}
+    with FakeTensorMode():
+        model = FlowAR(model_config).train()
+        prepare_blocks(model, config)
+        own = {id(p.untyped_storage()) for p in model.parameters()}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if id(storage) not in own:
+                kept[id(storage)] = storage.nbytes()
+            holders.append(tensor)  # or its storage's id could be given to another one
+            return tensor
+
+        holders: list[torch.Tensor] = []
+        latents = torch.empty(batch_size, *model_config.latent_shape)
+        noise = torch.empty(batch_size, num_tokens(model_config.scales), model_config.token_width)
+        enabled = config.precision == "bf16"
+        with (
+            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+            torch.autocast("cpu", torch.bfloat16, enabled=enabled),
+        ):
+            losses = scale_losses(
+                model,
+                latents,
+                torch.zeros(batch_size, dtype=torch.int64),
+                scales=model_config.scales,
+                patch_size=model_config.patch_size,
+                time=torch.empty(batch_size, len(model_config.scales)),
+                noise=noise,
+            )
+            weigh(losses, model_config.scales)
+    return sum(kept.values())
+
+
+def sent_bytes(engine: str, config: PlanConfig, num_ranks: int, parts: int) -> int:
+    """Return the bytes that one GPU sends in a step: a gather, a scatter, half an all-reduce send (N - 1) / N."""
+    total, _ = count_parameters(config)
+    passes = {"ddp": 2, "fsdp": 3 * parts, "zero1": 2, "zero2": 1 + parts, "zero3": 3 * parts}[engine]
+    return FLOAT32 * total * passes * (num_ranks - 1) // num_ranks
+
+
+def main(config: PlanConfig, dry_run: bool = False) -> None:
+    """Print the tables."""
+    if dry_run:
+        return
+    num_ranks = config.nodes * config.gpus_per_node
+    peak = table_tflops(config.gpu, config.precision)
+    if peak is None:
+        raise UserError(f"gpu={config.gpu} is not in the table: {', '.join(name for name, _ in PEAK_TFLOPS)}")
+    split_batch(config, num_ranks)
+    total, _ = count_parameters(config)
+    activations, copies = activation_bytes(config)
+    share = config.batch_size // num_ranks
+    flops = count_training_flops(config.model) * (4 / 3 if config.parallel.checkpoint_every_blocks == 1 else 1)
+    compute_s = flops * share / (peak * 1e12 * config.assumed_mfu)
+    steps = math.ceil(config.epochs * config.num_images / config.batch_size)
+    console = Console()
+    machines = f"{config.nodes} x {config.gpus_per_node} {config.gpu}"
+    table = Table(
+        "engine", "weights", "gradients", "optimizer", "averages", "gathered", "copies", "a sample",
+        "largest micro batch", "sent / step", "step", "run",
+        title=f"{config.model.variant}, {total / 1e6:,.0f} M weights, on {machines}; GiB per GPU",
+    )  # fmt: skip
+    best = None
+    for engine in ENGINES:
+        memory = memory_of(engine, config, num_ranks)
+        room = config.memory_gib * GIB * (1 - SPARE_SHARE) - memory.fixed - copies
+        micro = max((n for n in range(1, share + 1) if share % n == 0 and n * activations <= room), default=0)
+        fixed = [f"{value / GIB:.2f}" for value in (*vars(memory).values(), copies)]
+        row = [engine, *fixed, f"{activations / GIB:.3f}"]
+        if not micro:
+            table.add_row(*row, "does not fit", "", "", "")
+            continue
+        sent = sent_bytes(engine, config, num_ranks, share // micro)
+        step_s = max(compute_s, sent / (config.assumed_gb_per_s * 1e9)) if num_ranks > 1 else compute_s
+        table.add_row(
+            *row, f"{micro}", f"{sent / GIB:.1f} GiB", f"{step_s:.2f} s", f"{steps * step_s / 86400:.1f} days"
+        )
+        if best is None or step_s < best[1]:
+            best = (engine, step_s)
+    console.print(table)
+    print(
+        "Counted: weights, gradients, optimizer, averages (float32; fsdp by torch's own sharding), bfloat16 copies of "
+        f"weights, and what autograd keeps of a sample ({config.precision}). Assumed: {config.assumed_mfu:.0%} of "
+        f"{peak:g} TFLOP/s, {config.assumed_gb_per_s:g} GB/s between GPUs hidden behind the computation, "
+        f"{SPARE_SHARE:.0%} of the memory spare. No GPU was measured."
+    )
+    if best is None:
+        print("No engine fits: set parallel.checkpoint_every_blocks=1, or use more or larger GPUs.")
+    else:
+        print(f"Suggested: {best[0]} (the first of the quickest), {steps:,} steps of {best[1]:.2f} s.")
+
+
+if __name__ == "__main__":
+    from flowar.cli import run_verb
+
+    run_verb("plan")

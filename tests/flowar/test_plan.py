@@ -1,0 +1,91 @@
+import multiprocessing
+import os
+
+import pytest
+import torch
+
+from flowar import plan
+from flowar.config import EMAConfig, ParallelConfig, PlanConfig, variant_config
+from flowar.errors import UserError
+from tests.conftest import tiny_config
+from tests.flowar.ranks import PRELOADED, free_port
+
+
+def tiny_plan(**changes):
+    settings = {"model": tiny_config(), "batch_size": 8, "nodes": 1, "gpus_per_node": 2, "num_images": 1000}
+    return PlanConfig(**(settings | {"ema": EMAConfig(decays=(0.9, 0.99))} | changes))
+
+
+def measure_rank(config, rank, port, answers):
+    """What one real rank of FSDP2 holds after a step, in bytes."""
+    from flowar.distributed import start, stop
+    from flowar.ema import EMA
+    from flowar.parallel import make_engine
+    from flowar.weights import create_model
+
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    world = start(torch.device("cpu"), 30, with_group=True)
+    engine = make_engine(config, create_model(config.model), world, 1)
+    ema = EMA(config.ema, engine.local_weights())
+    for parameter in engine.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+
+    def size(tensors):
+        return sum(tensor.to_local().numel() * tensor.element_size() for tensor in tensors)
+
+    parameters = engine.parameters.values()
+    states = [engine.optimizer.state[p][key] for p in parameters for key in ("exp_avg", "exp_avg_sq")]
+    averages = [tensor for average in ema.averages.values() for tensor in average.values()]
+    answers.put((rank, size(parameters), size(p.grad for p in parameters), size(states), size(averages)))
+    stop()
+
+
+@pytest.mark.slow
+def test_planned_bytes_are_those_of_a_real_run():
+    config = tiny_plan(parallel=ParallelConfig(engine="fsdp"))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    answers, port = context.Queue(), free_port()
+    ranks = [context.Process(target=measure_rank, args=(config, rank, port, answers)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    found = {answer[0]: answer[1:] for answer in (answers.get(timeout=120) for _ in ranks)}
+    for process in ranks:
+        process.join()
+    planned = plan.memory_of("fsdp", config, 2)
+    assert found[0] == (planned.weights, planned.gradients, planned.optimizer, planned.averages)
+
+
+def test_the_largest_model_on_64_ranks_is_shared_out_evenly():
+    config = PlanConfig(model=variant_config("flowar-h"), nodes=8)
+    total, _ = plan.count_parameters(config)
+    memory = plan.memory_of("fsdp", config, 64)
+    for found, copies in ((memory.weights, 1), (memory.gradients, 1), (memory.optimizer, 2), (memory.averages, 1)):
+        assert found * 64 == pytest.approx(4 * copies * total, rel=0.01)
+    assert plan.memory_of("ddp", config, 64).weights == 4 * total
+
+
+def test_activations_grow_with_the_batch_and_shrink_with_recomputation_and_bfloat16():
+    config = tiny_plan(precision="fp32")
+    sample, copies = plan.activation_bytes(config)
+    assert 0 <= copies < 0.05 * sample  # tables of positions and angles
+    assert plan.kept_bytes(config, 5) == pytest.approx(copies + 5 * sample, rel=0.01)
+    half, _ = plan.activation_bytes(tiny_plan(precision="bf16"))
+    recomputing = ParallelConfig(checkpoint_every_blocks=1)
+    recomputed, _ = plan.activation_bytes(tiny_plan(precision="fp32", parallel=recomputing))
+    assert 0.4 * sample < half < sample and recomputed < 0.5 * sample
+
+
+def test_the_table_names_every_engine_and_says_what_is_assumed(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    plan.main(tiny_plan(nodes=2))
+    found = capsys.readouterr().out
+    assert all(engine in found for engine in plan.ENGINES)
+    assert "Assumed: 40% of" in found and "No GPU was measured" in found and "Suggested: ddp" in found
+
+
+def test_what_can_not_be_planned_is_one_clear_error():
+    with pytest.raises(UserError, match="gpu=Abacus is not in the table: H200"):
+        plan.main(tiny_plan(gpu="Abacus"))
+    with pytest.raises(UserError, match="batch_size=8 is not a multiple of 6 processes; try batch_size=6"):
+        plan.main(tiny_plan(gpus_per_node=6))
