@@ -143,3 +143,10 @@ def upload(bucket: object, folder: Path, prefix: str) -> str:
         if file.is_file():
             bucket.upload_file(str(file), "data", f"{prefix}/{file.relative_to(folder)}")
     return f"s3://data/{prefix}"
+
+
+def flip_bit(file: Path, place: int) -> None:
+    """Change one bit of the byte at `place`."""
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)

@@ -9,7 +9,7 @@ from data_prep.check import main
 from data_prep.encode import main as prepare
 from flowar.config import CheckConfig, VAEConfig
 from flowar.errors import UserError
-from tests.conftest import upload
+from tests.conftest import flip_bit, upload
 from tests.data_prep.test_encode import preparing
 
 SHARD = "00001/shard.00000.mds"  # images 10 to 19: rows 20 to 39
@@ -18,12 +18,6 @@ SHARD = "00001/shard.00000.mds"  # images 10 to 19: rows 20 to 39
 @pytest.fixture
 def copied(shards, tmp_path):
     return shutil.copytree(shards, tmp_path / "shards")
-
-
-def flip_bit(file, place):
-    content = bytearray(file.read_bytes())
-    content[place] ^= 1
-    file.write_bytes(content)
 
 
 def change(folder, file, **values):

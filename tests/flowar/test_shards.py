@@ -6,7 +6,7 @@ import pytest
 from flowar.config import DataConfig
 from flowar.errors import UserError
 from flowar.shards import LatentShards
-from tests.conftest import upload
+from tests.conftest import flip_bit, upload
 
 SHARD = "00001/shard.00000.mds"  # rows 20 to 39
 
@@ -18,12 +18,6 @@ def open_shards(path, **settings):
 @pytest.fixture
 def copied(shards, tmp_path):
     return shutil.copytree(shards, tmp_path / "shards")
-
-
-def flip_bit(file, place):
-    content = bytearray(file.read_bytes())
-    content[place] ^= 1
-    file.write_bytes(content)
 
 
 def test_rows_are_those_that_mosaicml_streaming_reads(shards):
