@@ -32,8 +32,9 @@ def settings(shards, run_dir, engine, **changes):
     model = dataclasses.replace(training(shards, run_dir).model, dropout=0.0)
     fixed = {
         "model": model,
-        "epochs": 16.6,  # 50 steps of 8
-        "micro_batch_size": 2,
+        "epochs": 25,  # 50 steps of 12
+        "batch_size": 12,
+        "micro_batch_size": 3,
         "log_every_steps": 1,
         "save_every_steps": 20,
         "ema": EMAConfig(decays=(0.9, 0.99), stds=(0.1,)),
@@ -79,19 +80,18 @@ def test_all_engines_train_the_same_model(shards, alone, tmp_path, engine):
 @pytest.mark.slow
 def test_two_copies_of_two_parts_train_the_same_model(shards, alone, tmp_path):
     parallel = ParallelConfig(engine="fsdp", replicas=2, checkpoint_every_blocks=2)
-    config = settings(shards, tmp_path / "run", "fsdp", parallel=parallel, micro_batch_size=1)
+    config = settings(shards, tmp_path / "run", "fsdp", parallel=parallel)
     run_ranks(config, 4, tmp_path / "log")
     assert_same_run(tmp_path / "run", alone)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chain", [("fsdp", "zero3", "single"), ("zero2", "ddp", "zero1"), ("single", "fsdp", "zero2")])
+@pytest.mark.parametrize("chain", [("fsdp", "zero3", "single"), ("zero2", "ddp", "zero1"), ("zero3", "single", "fsdp")])
 def test_a_run_goes_on_with_another_engine_and_another_number_of_ranks(shards, alone, tmp_path, chain):
-    """Stopped by a signal in the middle of an epoch, twice; batches of 8 on 4, 2 and 1 ranks."""
-    worlds = {"single": 1}
+    """Stopped by a signal in the middle of an epoch, twice; batches of 12 on 4, 2 and 3 ranks, or on one."""
     for place, engine in enumerate(chain):
-        config = settings(shards, tmp_path / "run", engine, save_every_steps=1000)
-        ranks = start_ranks(config, worlds.get(engine, (4, 2, 2)[place]), tmp_path / "log")
+        config = settings(shards, tmp_path / "run", engine, save_every_steps=1000, micro_batch_size=None)
+        ranks = start_ranks(config, 1 if engine == "single" else (4, 2, 3)[place], tmp_path / "log")
         if place < 2:
             wait_for_step(tmp_path / "run", (13, 31)[place], ranks)
             os.kill(ranks[-1].pid, (signal.SIGTERM, signal.SIGUSR2)[place])
