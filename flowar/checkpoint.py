@@ -22,6 +22,7 @@ from flowar.config import ModelConfig
 from flowar.distributed import World, background_group, has_lost_ranks
 from flowar.errors import UserError
 from flowar.files import publish_folder, write_text
+from flowar.owner import Owner
 from flowar.run_folder import (
     AVERAGES,
     CHECKPOINTS,
@@ -40,7 +41,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        run_dir: Path,
+        owner: Owner,
         world: World,
         *,
         model: ModelConfig,
@@ -49,7 +50,8 @@ class Checkpoints:
         keep: int | None = None,
         keep_every_steps: int = 0,
     ) -> None:
-        self.run_dir = run_dir
+        self.owner = owner
+        self.run_dir = owner.run_dir
         self.kind = kind
         self.world = world
         self.model = model
@@ -81,7 +83,7 @@ class Checkpoints:
         folder = self.run_dir / self.kind / step_name(step)
         if folder.exists():
             return
-        hidden = folder.with_name("." + folder.name)
+        hidden = folder.with_name(f".{folder.name}.{self.owner.token}")
         record = {"step": step, "world_size": self.world.size, **progress}
         try:
             if self.world.is_main:
@@ -112,6 +114,7 @@ class Checkpoints:
         try:
             future.result()
             if self.world.is_main:
+                self.owner.check()
                 publish_folder(hidden, folder)
         except (OSError, RuntimeError, CheckpointException) as error:
             raise self._failed(folder, error) from error

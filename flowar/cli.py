@@ -57,6 +57,10 @@ VERBS = {
         "flowar.posthoc_ema", configs.AverageConfig, "an average of any length, from those that a run kept (EDM2)",
         "flowar ema runs/l models/l_008 std=0.08", ("run_dir", "out_dir"),
     ),
+    "doctor": Verb(
+        "flowar.doctor", configs.DoctorConfig, "are these nodes, their GPUs, network and file system fit? before a run",
+        "flowar submit doctor data=/data/in256 --cluster configs/cluster/h100.yaml",
+    ),
     "demo": Verb(
         "flowar.demo", configs.DemoConfig, "handwritten digits from images to a report, in minutes on a laptop",
         "flowar demo run_dir=runs/demo",
@@ -72,17 +76,40 @@ VERBS = {
 }  # fmt: skip
 
 
+# Verbs with a command line of their own: the module and function that take the words after the verb, and their help.
+JOB_VERBS = {
+    "submit": ("cluster.submit", "main", "a verb, or a pipeline of them, as a Slurm job"),
+    "resume": ("cluster.submit", "resume", "a run's newest job again, with the code it ran; also with other nodes"),
+    "status": ("cluster.status", "status", "jobs, states, nodes, step, loss, time left, restarts, in one table"),
+    "logs": ("cluster.status", "logs", "what a task of a job prints"),
+    "cancel": ("cluster.status", "cancel", "end a run's jobs for good"),
+}
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run `flowar VERB [CONFIG.yaml] [key=value ...] [--dry-run]`; the command line's words if none are given."""
     words = sys.argv[1:] if arguments is None else arguments
-    listing = "\n".join(f"  {name:10}{verb.summary}" for name, verb in VERBS.items())
+    summaries = {name: verb.summary for name, verb in VERBS.items()} | {k: v[-1] for k, v in JOB_VERBS.items()}
+    listing = "\n".join(f"  {name:10}{summary}" for name, summary in summaries.items())
     if not words or words[0] in ("-h", "--help"):
         print(f"usage: flowar VERB [CONFIG.yaml] [key=value ...] [--dry-run]\n\n{listing}\n\nMore: flowar VERB --help")
         return
     name = words[0]
-    if name not in VERBS:
-        sys.exit(f"flowar: {name!r} is no verb{configs.did_you_mean(name, VERBS)}\n{listing}")
-    verb = VERBS[name]
+    if name not in summaries:
+        sys.exit(f"flowar: {name!r} is no verb{configs.did_you_mean(name, summaries)}\n{listing}")
+    try:
+        if name in JOB_VERBS:
+            module, function, _ = JOB_VERBS[name]
+            getattr(importlib.import_module(module), function)(words[1:])
+        else:
+            _run(name, VERBS[name], words[1:])
+    except UserError as error:
+        sys.exit(f"flowar {name}: {error}")
+    except KeyboardInterrupt:
+        sys.exit(f"flowar {name}: stopped")
+
+
+def _run(name: str, verb: Verb, words: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog=f"flowar {name}",
         description=verb.summary,
@@ -94,19 +121,19 @@ def main(arguments: list[str] | None = None) -> None:
         "words", nargs="*", metavar="CONFIG.yaml, key=value", help="one YAML file, then single settings"
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, and exit")
-    options = parser.parse_intermixed_args(words[1:])
-    try:
-        config = _parse(verb, options.words)
-        if options.dry_run:
-            print(configs.describe_config(config))
-        importlib.import_module(verb.module).main(config, dry_run=options.dry_run)
-    except UserError as error:
-        sys.exit(f"flowar {name}: {error}")
-    except KeyboardInterrupt:
-        sys.exit(f"flowar {name}: stopped")
+    options = parser.parse_intermixed_args(words)
+    config = parse_words(verb, options.words)
+    if options.dry_run:
+        print(configs.describe_config(config))
+    importlib.import_module(verb.module).main(config, dry_run=options.dry_run)
 
 
-def _parse(verb: Verb, words: list[str]) -> object:
+def parse_words(verb: Verb, words: list[str]) -> object:
+    """Return a verb's settings from the words of a command line: one YAML file, bare words, key=value.
+
+    Raises:
+        UserError: if one of them is wrong.
+    """
     files = [word for word in words if word.endswith((".yaml", ".yml")) and "=" not in word]
     bare = [word for word in words if "=" not in word and word not in files]
     settings = [word for word in words if "=" in word]

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
@@ -407,6 +407,8 @@ class SampleConfig:
     num_images: int = 64  # classes in turn: image i shows class i modulo num_classes
     classes: tuple[int, ...] | None = None  # only these, in turn
     batch_size: int = 64
+    chunk_batches: int = 2  # that one worker claims at once
+    lease_s: float = 60  # a worker that gives no sign of life for so long is taken for dead
     num_steps: int = 25
     time_grid: Literal["released", "uniform"] = "released"
     guidance: float = 2.4  # paper: S 4.3, L 2.4, H 2.4
@@ -416,8 +418,11 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         check_sampling(self)
-        if self.batch_size < 1:
-            raise UserError(f"batch_size={self.batch_size} must be at least 1")
+        if self.batch_size < 1 or self.chunk_batches < 1 or self.lease_s <= 0:
+            raise UserError(
+                f"batch_size={self.batch_size} and chunk_batches={self.chunk_batches} must be at least 1, "
+                f"lease_s={self.lease_s} above 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -430,6 +435,84 @@ class EvaluateConfig:
     extractor_weights: str | None = None  # its weights; None: where torch-fidelity keeps or fetches them
     metrics_file: str | None = None  # None: metrics.json beside the samples
     batch_size: int = 64
+    device: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """What a job asks the scheduler for, `flowar submit ... --cluster FILE`."""
+
+    scheduler: Literal["slurm", "local"] = "slurm"  # local: processes on this machine, in the background
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None  # nodes, as `flowar doctor` names them
+    nodes: int = 1
+    gpus_per_node: int = 0
+    tasks_per_node: int | None = None  # None: one for each GPU, or one
+    cpus_per_task: int = 1
+    mem_gb: float | None = None  # of a node; 0: all of it
+    time_min: int = 60
+    exclusive: bool = False
+    array: int = 1  # jobs of this shape that share the work: prepare and sample
+    stop_before_end_s: int = 180  # save and stop so long before the time is over; the job goes on in a new one
+    max_restarts: int = 5  # after a task or a node died; stops on purpose, as for preemption, don't count
+    sbatch: dict[str, str] = field(default_factory=dict)  # any other options of sbatch, by their long names
+    srun: tuple[str, ...] = ()  # more arguments of srun, for example --container-image=...
+    setup: tuple[str, ...] = ()  # lines of the batch script before the tasks start, for example module load cuda
+    environment: dict[str, str] = field(default_factory=dict)
+    python: str | None = None  # that runs the tasks; None: the one that submits
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "cpus_per_task", "time_min", "array"):
+            if getattr(self, name) < 1:
+                raise UserError(f"cluster.{name}={getattr(self, name)} must be at least 1")
+        if self.tasks_per_node is not None and self.tasks_per_node < 1:
+            raise UserError(f"cluster.tasks_per_node={self.tasks_per_node} must be at least 1")
+        if self.gpus_per_node < 0 or self.max_restarts < 0 or self.stop_before_end_s < 0:
+            raise UserError(
+                f"cluster.gpus_per_node={self.gpus_per_node}, cluster.max_restarts={self.max_restarts} and "
+                f"cluster.stop_before_end_s={self.stop_before_end_s} must not be below 0"
+            )
+        if self.stop_before_end_s >= 60 * self.time_min:
+            raise UserError(
+                f"cluster.stop_before_end_s={self.stop_before_end_s} is not less than cluster.time_min={self.time_min} "
+                "minutes: the job would stop before its first step"
+            )
+
+    @property
+    def tasks(self) -> int:
+        """Tasks on one node."""
+        return self.tasks_per_node or max(1, self.gpus_per_node)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """A chain of jobs: each starts when the one before has finished. A step that is left out is not run."""
+
+    run_dir: str = MISSING  # of the chain itself: which jobs there are, what they print
+    prepare: PrepareConfig | None = None
+    train: TrainConfig | None = None
+    sample: SampleConfig | None = None
+    evaluate: EvaluateConfig | None = None
+    # By step, what differs from --cluster FILE; for example {sample: {array: 16, nodes: 1}}
+    cluster: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """What is looked at on every node of an allocation."""
+
+    run_dir: str = "runs/doctor"  # on the file system that is measured; where the report goes
+    data: str | None = None  # folder of a dataset: some of its shards are read and compared with their hashes
+    num_shards: int = 4  # read by each process
+    write_mib: int = 256  # written by each process
+    message_mib: int = 64  # of the all-reduce between two nodes
+    min_share: float = 0.5  # of the median speed; what is slower is an outlier
+    min_shm_gib: float = 1.0  # free in /dev/shm, for readers
+    min_open_files: int = 4096
+    timeout_s: float = 60
     device: str = "auto"
 
 
@@ -529,7 +612,8 @@ def load_config(schema: type[Schema], path: str | Path | None = None, overrides:
     try:
         for section in ("model", "train.model"):
             variant = OmegaConf.select(given, f"{section}.variant")
-            if variant not in (None, CUSTOM_VARIANT) and OmegaConf.select(defaults, section) is not None:
+            has_model = OmegaConf.select(defaults, section) is not None or schema is PipelineConfig
+            if variant not in (None, CUSTOM_VARIANT) and has_model:
                 layer = dataclasses.asdict(variant_config(str(variant)))
                 for part in reversed(section.split(".")):
                     layer = {part: layer}

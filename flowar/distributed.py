@@ -12,11 +12,10 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from flowar.errors import UserError
+from flowar.errors import STOP_SIGNALS, UserError
 
 BACKGROUND_TIMEOUT = timedelta(minutes=30)
 LOST_RANKS = re.compile(r"gloo|nccl|timed out|connection (closed|reset)", re.IGNORECASE)
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class World(NamedTuple):
@@ -109,7 +108,7 @@ def background_group() -> dist.ProcessGroup | None:
 
 def has_lost_ranks(error: BaseException) -> bool:
     """Return whether an error says that other ranks died, or kept this one waiting for too long."""
-    return dist.is_initialized() and LOST_RANKS.search(str(error)) is not None
+    return world_size() > 1 and LOST_RANKS.search(str(error)) is not None
 
 
 def stop() -> None:

@@ -1,4 +1,9 @@
-"""The one exception whose message is written for the person at the terminal."""
+"""How processes end: the exception whose message is written for the person at the terminal, signals, an exit code."""
+
+import signal
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+EXIT_AGAIN = 75  # EX_TEMPFAIL: stopped by one of these, nothing is lost; the same command goes on
 
 
 class UserError(ValueError):

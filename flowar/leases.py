@@ -132,7 +132,7 @@ class Leases:
             return False  # all work is done, and somebody tidies up
         since = seen.unchanged_since if seen is not None and seen.content == content else now
         self._seen[path.name] = _Sighting(content, since, now)
-        return content == GIVEN_UP or now - since > self.lease_s or _process_is_gone(content)
+        return content == GIVEN_UP or now - since > self.lease_s or _holder_is_gone(content)
 
     def _check_alive(self) -> None:
         if self._failure is not None and time.monotonic() - self._last_success > self.lease_s:
@@ -171,18 +171,31 @@ def _machine() -> str:
 
 def _signature(beat: int) -> str:
     """Return the content of a claim: who holds it, and a number that grows. As long each time, as it is overwritten."""
-    started = f"{psutil.Process().create_time():.3f}"
-    owner = {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "started": started}
-    return json.dumps(owner | {"beat": f"{beat:09d}"})
+    return json.dumps(describe_process() | {"beat": f"{beat:09d}"})
 
 
-def _process_is_gone(content: str) -> bool:
+def _holder_is_gone(content: str) -> bool:
     """Return whether the holder was a process of this machine that has ended."""
     try:
-        owner = json.loads(content)
+        return process_is_gone(json.loads(content))
     except json.JSONDecodeError:
         return False  # half-written: unless its writer is dead it will change
-    if owner["machine"] != _machine():
+
+
+def describe_process() -> dict[str, object]:
+    """Return what tells this process from all others, on this machine and elsewhere."""
+    started = f"{psutil.Process().create_time():.3f}"
+    return {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "started": started}
+
+
+def is_of_this_machine(owner: dict[str, object]) -> bool:
+    """Return whether a process that described itself so can be looked up here."""
+    return owner["machine"] == _machine()
+
+
+def process_is_gone(owner: dict[str, object]) -> bool:
+    """Return whether a process that described itself so was one of this machine, and has ended."""
+    if not is_of_this_machine(owner):
         return False
     try:
         process = psutil.Process(owner["pid"])

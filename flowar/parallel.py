@@ -75,7 +75,7 @@ class TorchEngine:
         if self.name == "ddp":
             ids = [world.device.index] if world.device.type == "cuda" else None
             self.forward = DistributedDataParallel(
-                self.model, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
+                self.model, device_ids=ids, forward_sync_buffers=False, gradient_as_bucket_view=True
             )
         elif self.name == "fsdp":
             shard_model(self.model, blocks, make_mesh(world.device.type, world.size, config.parallel.replicas))

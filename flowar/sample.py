@@ -3,8 +3,13 @@
 Read next: evaluate.py.
 """
 
+import contextlib
 import dataclasses
 import json
+import os
+import random
+import shutil
+import time
 from collections.abc import Callable, Iterable
 from importlib.metadata import version
 from pathlib import Path
@@ -17,10 +22,11 @@ from torch import Tensor
 from data_prep.schema import PASSPORT_FILE, read_passport
 from flowar.config import ModelConfig, SampleConfig
 from flowar.data import check_same_vae
-from flowar.distributed import pick_device, refuse_many_processes
+from flowar.distributed import pick_device
 from flowar.errors import UserError
 from flowar.files import write_text
 from flowar.flow import check_shape, released_time_grid, solve_euler, uniform_time_grid
+from flowar.leases import Leases
 from flowar.model import FlowAR
 from flowar.pictures import save_grid, save_png
 from flowar.scales import next_input, num_tokens, token_range, unpatchify
@@ -32,7 +38,9 @@ NOISE_STREAM = 3  # keeps the seeds of the images apart from those of the traini
 RECORD_FILE = "samples.json"
 IMAGES_FOLDER = "images"
 GRID_IMAGES = 100  # shown in grid.png
-FREE_ON_RERUN = ("num_images", "batch_size", "device")  # don't change image i
+FREE_ON_RERUN = ("num_images", "batch_size", "chunk_batches", "lease_s", "device")  # don't change image i
+CLAIMS = "claims"
+WAIT_S = 1  # between two looks at what other workers do
 
 TIME_SLACK = 1e-6  # grid points may coincide with the ends of the guidance interval
 
@@ -165,8 +173,10 @@ def make_time_grid(name: str, num_steps: int) -> Tensor:
 
 
 def main(config: SampleConfig, dry_run: bool = False) -> None:
-    """Draw the images that are not there yet; image i is a function of the settings and i alone."""
-    refuse_many_processes("sample")
+    """Draw the images that are not there yet, together with all others who were given the same command.
+
+    Image i is a function of the settings and i alone.
+    """
     device = pick_device(config.device)
     folder = find_model_folder(config.model)
     model = load_model(folder, config.weights).to(device)
@@ -180,48 +190,117 @@ def main(config: SampleConfig, dry_run: bool = False) -> None:
     out_dir = Path(config.out_dir)
     record = describe_samples(config, folder, model, vae)
     check_same_samples(out_dir, record)
-    files = [
-        out_dir / IMAGES_FOLDER / f"{i:06d}_class{classes[i % len(classes)]:04d}.png" for i in range(config.num_images)
-    ]
-    remaining = [i for i, file in enumerate(files) if not file.exists()]
-    print(f"{config.num_images:,} images, {len(classes)} classes from {folder}, {len(remaining):,} still to draw")
+    job = Job(config, model, vae, device, classes, out_dir)
+    missing = job.missing()
+    print(f"{config.num_images:,} images, {len(classes)} classes from {folder}, {len(missing):,} still to draw")
     if dry_run:
         return
+    try:
+        job.images.mkdir(parents=True, exist_ok=True)
+        write_text(out_dir / RECORD_FILE, json.dumps(record, indent=2) + "\n")
+        with Leases(out_dir / CLAIMS, config.lease_s) as leases:
+            work(job, leases)
+    except OSError as error:
+        raise UserError(f"can't write to {out_dir}: {error}; mend that and start the same command again") from error
+    print(f"{config.num_images:,} images are in {job.images}, the first of them in {out_dir / 'grid.png'}")
 
-    files[0].parent.mkdir(parents=True, exist_ok=True)
-    write_text(out_dir / RECORD_FILE, json.dumps(record, indent=2) + "\n")
-    time_grid = make_time_grid(config.time_grid, config.num_steps)
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What is drawn, with what, and where it goes."""
+
+    config: SampleConfig
+    model: FlowAR
+    vae: VAE
+    device: torch.device
+    classes: tuple[int, ...]
+    out_dir: Path
+
+    @property
+    def images(self) -> Path:
+        return self.out_dir / IMAGES_FOLDER
+
+    def label(self, number: int) -> int:
+        """Return the class of an image."""
+        return self.classes[number % len(self.classes)]
+
+    def file(self, number: int) -> Path:
+        """Return the file of an image."""
+        return self.images / f"{number:06d}_class{self.label(number):04d}.png"
+
+    def missing(self) -> list[int]:
+        """Return the numbers of the images that are not there."""
+        there = {entry.name for entry in os.scandir(self.images)} if self.images.is_dir() else set()
+        return [number for number in range(self.config.num_images) if self.file(number).name not in there]
+
+
+def work(job: Job, leases: Leases) -> None:
+    """Claim chunks and draw them until no image is missing, whoever draws them; the last one makes the grid."""
+    config = job.config
     columns = (
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[speed]:.1f} images/s"),
         TimeRemainingColumn(),
     )
-    with Progress(TextColumn("sampling"), *columns) as progress:
-        task = progress.add_task("sampling", total=len(files), completed=len(files) - len(remaining), speed=0.0)
-        for start in range(0, len(remaining), config.batch_size):
-            numbers = remaining[start : start + config.batch_size]
-            labels = torch.tensor([classes[i % len(classes)] for i in numbers], device=device)
-            latents = sample_latents(
-                model,
-                labels,
-                time_grid=time_grid,
-                guidance=config.guidance,
-                guidance_interval=config.guidance_interval,
-                noise=draw_noise(model.config, numbers, config.seed).to(device),
+    with Progress(TextColumn("sampling, all workers"), *columns) as progress:
+        task = progress.add_task("sampling", total=config.num_images, speed=0.0)
+        while missing := job.missing():
+            progress.update(task, completed=config.num_images - len(missing), speed=progress.tasks[task].speed or 0.0)
+            chunk_images = config.chunk_batches * config.batch_size
+            chunks = list(dict.fromkeys(number // chunk_images for number in missing))
+            # A thousand workers don't all try the same chunk.
+            first = random.randrange(len(chunks)) if any(leases.folder.iterdir()) else 0
+            claimed = next((n for n in chunks[first:] + chunks[:first] if leases.claim(chunk_name(n))), None)
+            if claimed is None:
+                time.sleep(WAIT_S)
+                continue
+            start = claimed * chunk_images
+            end = min(start + chunk_images, config.num_images)
+            for first_number in range(start, end, config.batch_size):
+                numbers = range(first_number, min(first_number + config.batch_size, end))
+                draw_batch(job, numbers)
+                progress.update(task, advance=len(numbers), speed=progress.tasks[task].speed or 0.0)
+            leases.release(chunk_name(claimed))
+        progress.update(task, completed=config.num_images)
+    with contextlib.suppress(FileNotFoundError):  # another one has tidied up
+        if leases.claim("grid"):
+            save_grid(
+                load_pngs([job.file(i) for i in range(min(GRID_IMAGES, config.num_images))]),
+                job.out_dir / "grid.png",
+                columns=10,
             )
-            with torch.inference_mode():
-                decoded = vae.decode(latents)
-            if not decoded.isfinite().all():
-                raise UserError(
-                    f"images {numbers[0]} to {numbers[-1]} are not finite; the weights in {folder} are broken"
-                )
-            images = to_uint8(decoded).cpu()
-            for i, image in zip(numbers, images, strict=True):
-                save_png(image, files[i])
-            progress.update(task, advance=len(numbers), speed=progress.tasks[task].speed or 0.0)
-    save_grid(load_pngs(files[:GRID_IMAGES]), out_dir / "grid.png", columns=10)
-    print(f"wrote {len(files):,} images to {files[0].parent}, the first of them in {out_dir / 'grid.png'}")
+            shutil.rmtree(leases.folder, ignore_errors=True)
+
+
+def chunk_name(chunk: int) -> str:
+    """Return the name under which a chunk is claimed."""
+    return f"{chunk:06d}"
+
+
+def draw_batch(job: Job, numbers: range) -> None:
+    """Draw the images of one batch, all of them if any is missing: the batch's shape decides the last bits."""
+    config = job.config
+    missing = [number for number in numbers if not job.file(number).exists()]
+    if not missing:
+        return
+    latents = sample_latents(
+        job.model,
+        torch.tensor([job.label(number) for number in numbers], device=job.device),
+        time_grid=make_time_grid(config.time_grid, config.num_steps),
+        guidance=config.guidance,
+        guidance_interval=config.guidance_interval,
+        noise=draw_noise(job.model.config, numbers, config.seed).to(job.device),
+    )
+    with torch.inference_mode():
+        decoded = job.vae.decode(latents)
+    if not decoded.isfinite().all():
+        raise UserError(
+            f"images {numbers[0]} to {numbers[-1]} are not finite; the weights of {config.model} are broken"
+        )
+    images = to_uint8(decoded).cpu()
+    for number in missing:
+        save_png(images[number - numbers[0]], job.file(number))
 
 
 def load_pngs(files: list[Path]) -> Tensor:

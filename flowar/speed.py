@@ -16,7 +16,7 @@ from flowar.distributed import World, collect
 from flowar.flow import weigh
 from flowar.info import count_training_flops
 
-MEASURED_SIDE, MEASURED_TIMES = 1024, 5  # of the matrix product that tells a CPU's rate
+MEASURED_SIDE, MEASURED_SIDE_CUDA, MEASURED_TIMES = 1024, 8192, 5  # of the matrix product that tells a device's rate
 
 # Dense TFLOP/s by precision, from the makers' data sheets; the first name that the device's name contains counts.
 PEAK_TFLOPS = (
@@ -45,15 +45,18 @@ def table_tflops(name: str, precision: str) -> float | None:
     return next((rates[precision] for known, rates in PEAK_TFLOPS if known in name), None)
 
 
-def measure_tflops() -> float:
-    """Return the TFLOP/s of a float32 matrix product on this process's CPU threads, median of several."""
-    a = torch.randn(MEASURED_SIDE, MEASURED_SIDE)
+def measure_tflops(device: torch.device | None = None) -> float:
+    """Return the TFLOP/s of a float32 matrix product on a device, the CPU if None; median of several."""
+    side = MEASURED_SIDE_CUDA if device is not None and device.type == "cuda" else MEASURED_SIDE
+    a = torch.randn(side, side, device=device)
     seconds = []
     for _ in range(MEASURED_TIMES):
         began = time.perf_counter()
         a @ a
+        if a.is_cuda:
+            torch.cuda.synchronize(a.device)
         seconds.append(time.perf_counter() - began)
-    return 2 * MEASURED_SIDE**3 / statistics.median(seconds) / 1e12
+    return 2 * side**3 / statistics.median(seconds) / 1e12
 
 
 class Interval:

@@ -23,13 +23,14 @@ from flowar.config import FREE_ON_RESUME, TrainConfig, changed_settings, describ
 from flowar.data import Batch, check_fits, check_same_vae, read_batches
 from flowar.distributed import StopSignals, World, has_lost_ranks, pick_device, share, start, stop, world_size
 from flowar.ema import EMA
-from flowar.errors import UserError
+from flowar.errors import EXIT_AGAIN, UserError
 from flowar.files import write_text
 from flowar.flow import weigh
 from flowar.guard import Guard, keep_anomaly
 from flowar.layers import import_flash_attention
 from flowar.model import FlowAR
 from flowar.optim import learning_rate
+from flowar.owner import Owner, take_over
 from flowar.parallel import Engine, engine_name, make_engine
 from flowar.previews import save_previews
 from flowar.report import TrainingReport
@@ -43,12 +44,12 @@ from flowar.weights import create_model
 FREE_IN_PASSPORT = ("images", "encoded_with")  # where and on what the shards were made; their hashes say what they are
 # Batches left out by rollbacks, how many of these there were, and optimizer steps: skipped steps are none.
 FIRST_PROGRESS = {"data_offset": 0, "rollbacks": 0, "updates": 0, "guard": {}}
-EXIT_AGAIN = 75  # EX_TEMPFAIL: stopped by a signal, saved; the same command goes on
 
 
 def main(config: TrainConfig, dry_run: bool = False) -> None:
     """Train, or go on training, the run in `run_dir`; on as many processes as were started."""
     device = pick_device(config.device)
+    check_attention(config, device)
     if dry_run:
         plan_run(config, World(0, world_size(), device, None))
         with torch.device("meta"):
@@ -72,6 +73,14 @@ def main(config: TrainConfig, dry_run: bool = False) -> None:
         os._exit(1)  # a save in the background would wait for the others for much longer
     finally:
         stop()
+
+
+def check_attention(config: TrainConfig, device: torch.device) -> None:
+    """Raise a UserError if attention=flash can't run here."""
+    if config.attention == "flash":
+        import_flash_attention()
+        if device.type != "cuda":
+            raise UserError(f"attention=flash needs a GPU, but device is {device}; set attention=sdpa")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +107,6 @@ def plan_run(config: TrainConfig, world: World) -> Run:
     Raises:
         UserError: if settings, shards and processes don't fit together.
     """
-    if config.attention == "flash":
-        import_flash_attention()
-        if world.device.type != "cuda":
-            raise UserError(f"attention=flash needs a GPU, but device is {world.device}; set attention=sdpa")
     shards = LatentShards(config.data)
     passport = shards.passport
     check_fits(passport, config.model, config.data.path)
@@ -157,8 +162,7 @@ def train(config: TrainConfig, world: World) -> None:
     # Set up.
     run = plan_run(config, world)
     run_dir, passport = Path(config.run_dir), run.shards.passport
-    if world.is_main:
-        prepare_run_dir(run_dir, config, passport)
+    owner = share(prepare_run_dir(run_dir, config, passport) if world.is_main else None)
     if config.precision == "tf32" and world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
@@ -175,14 +179,14 @@ def train(config: TrainConfig, world: World) -> None:
         if world.is_main:
             print(f"resuming from {latest}")
     checkpoints = Checkpoints(
-        run_dir,
+        owner,
         world,
         model=config.model,
         passport=passport,
         keep=config.keep_checkpoints,
         keep_every_steps=config.keep_every_steps,
     )
-    kept_averages = Checkpoints(run_dir, world, model=config.model, passport=passport, kind=AVERAGES)
+    kept_averages = Checkpoints(owner, world, model=config.model, passport=passport, kind=AVERAGES)
     guard = Guard(config.guard, **progress["guard"])
 
     # Loop: step counts finished steps; batches are numbered apart, as a rollback leaves some out.
@@ -246,7 +250,10 @@ def train(config: TrainConfig, world: World) -> None:
             report.advance(step)
             is_last = step == run.num_steps
             if step % config.log_every_steps == 0 or is_last:
-                report.log(interval.record(step, run.num_steps, lr, config, peak))
+                record = interval.record(step, run.num_steps, lr, config, peak)
+                if world.is_main:
+                    owner.check()
+                report.log(record)
                 interval = Interval(step, len(config.model.scales), world)
             checkpoints.finish_if_written()
             kept_averages.finish_if_written()
@@ -358,15 +365,17 @@ def check_resumable(run_dir: Path, config: TrainConfig, passport: Passport) -> N
         )
 
 
-def prepare_run_dir(run_dir: Path, config: TrainConfig, passport: Passport) -> None:
-    """Make the folder, write the resolved config and the data's passport, remove what a killed process left."""
+def prepare_run_dir(run_dir: Path, config: TrainConfig, passport: Passport) -> Owner:
+    """Make the folder, own it, write the resolved config and the passport, remove what a killed process left."""
     try:
         (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        owner = take_over(run_dir)
         remove_unfinished(run_dir)
         write_passport(passport, run_dir)
         write_text(run_dir / CONFIG_FILE, describe_config(config))
     except OSError as error:
         raise UserError(f"can't write to run_dir={run_dir}: {error.strerror or error}") from error
+    return owner
 
 
 if __name__ == "__main__":

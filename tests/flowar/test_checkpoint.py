@@ -14,6 +14,7 @@ from flowar.config import DataConfig, EMAConfig, ParallelConfig, TrainConfig
 from flowar.distributed import World
 from flowar.ema import EMA
 from flowar.errors import UserError
+from flowar.owner import take_over
 from flowar.parallel import make_engine
 from flowar.run_folder import find_latest, list_checkpoints
 from flowar.train import FIRST_PROGRESS, restore, whole_state
@@ -46,7 +47,7 @@ def make_parts(seed=0, steps=1, **changes):
 def save(run_dir, step, parts, shards, keep=2, keep_every_steps=0):
     engine, ema = parts
     checkpoints = Checkpoints(
-        run_dir,
+        take_over(run_dir),
         ALONE,
         model=engine.model.config,
         passport=read_passport(shards),
@@ -82,7 +83,7 @@ def test_a_checkpoint_brings_everything_back(run_dir, shards):
 
 def test_saving_does_not_wait_and_keeps_the_values_of_its_moment(run_dir, shards):
     engine, ema = make_parts()
-    checkpoints = Checkpoints(run_dir, ALONE, model=engine.model.config, passport=read_passport(shards))
+    checkpoints = Checkpoints(take_over(run_dir), ALONE, model=engine.model.config, passport=read_passport(shards))
     needed = engine.model.ar.input_norm.weight.detach().clone()
     checkpoints.save(1, whole_state(engine, ema), FIRST_PROGRESS | {"averages": list(ema.averages)})
     assert find_latest(run_dir) is None

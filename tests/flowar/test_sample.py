@@ -188,6 +188,6 @@ def test_broken_weights_give_an_error_and_no_black_images(demo_shaped, tmp_path)
     with torch.no_grad():
         model.flow.output_projection.bias.fill_(float("nan"))
     save_model(model.config, model.state_dict(), tmp_path / "model")
-    with pytest.raises(UserError, match=r"images 0 to 4 are not finite; the weights in .* are broken"):
+    with pytest.raises(UserError, match=r"images 0 to 4 are not finite; the weights of .* are broken"):
         main(sampling(tmp_path / "model", tmp_path / "out"))
     assert not list((tmp_path / "out" / "images").iterdir())

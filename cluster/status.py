@@ -1,0 +1,260 @@
+"""`flowar status`, `logs` and `cancel`: what a run's jobs do, from Slurm's queue and from the files in their folders.
+
+Read next: job.py for these files.
+"""
+
+import argparse
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterable
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from cluster.job import ATTEMPTS_FILE, RECORD_FILE, Job
+from flowar.errors import UserError
+from flowar.run_folder import METRICS_FILE, STATE_FILE, checkpoint_step, find_latest
+
+JOBS = "jobs"
+REFRESH_S = 5
+TAIL_LINES = "50"
+WIDTH = 160  # of the table, where no terminal has one
+
+
+def jobs_folder(verb: str, config: object) -> Path:
+    """Return where the jobs of a verb are kept: in the folder that it writes, or beside a dataset, which is shared."""
+    names = {"train": "run_dir", "sample": "out_dir", "evaluate": "samples", "doctor": "run_dir"}
+    if verb in names:
+        return Path(getattr(config, names[verb])) / JOBS
+    dataset = Path(config.out_dir if verb == "prepare" else config.path)
+    return dataset.with_name(f"{dataset.name}.{JOBS}")
+
+
+def find_jobs(folder: Path) -> list[Job]:
+    """Return the jobs that were submitted for a run or dataset (or are in this folder of jobs), oldest first."""
+    places = (folder, folder / JOBS, folder.with_name(f"{folder.name}.{JOBS}"))
+    jobs = [Job.load(file.parent) for place in places for file in place.glob(f"*/{RECORD_FILE}")]
+    return sorted(jobs, key=lambda job: (job.submitted, job.ids))
+
+
+def newest_job(folder: Path) -> Job:
+    """Return the job that was submitted last.
+
+    Raises:
+        UserError: if there is none.
+    """
+    jobs = find_jobs(folder)
+    if not jobs:
+        raise UserError(f"no job was submitted for {folder}; its jobs would be in {folder / JOBS}")
+    return jobs[-1]
+
+
+class Queued(NamedTuple):
+    """What the scheduler says about a job."""
+
+    state: str
+    nodes: str
+    left: str
+
+
+def ask_queue(job: Job) -> dict[str, Queued]:
+    """Return what is still queued or running of a job, by id. A local job runs as long as its process."""
+    if job.cluster.scheduler == "local":
+        alive = (job_id for job_id in job.ids if _controls(job_id, job))
+        return {job_id: Queued("RUNNING", "this machine", "") for job_id in alive}
+    numbers = ",".join(dict.fromkeys(job_id.split("_")[0] for job_id in job.ids))
+    if not numbers:
+        return {}
+    return queue("-r", "-j", numbers)
+
+
+def queue(*words: str) -> dict[str, Queued]:
+    """Return squeue's answer by job id; nothing if it knows no such job, or isn't there."""
+    try:
+        answer = subprocess.run(
+            ["squeue", "-h", "-o", "%i|%T|%N|%r|%L", *words], capture_output=True, text=True, timeout=30
+        )
+    except FileNotFoundError:
+        return {}
+    found = {}
+    for line in answer.stdout.splitlines():
+        job_id, state, nodes, reason, left = line.split("|")
+        found[job_id] = Queued(state, nodes or (f"({reason})" if reason != "None" else ""), left)
+    if answer.returncode and "Invalid job id" not in answer.stderr:
+        raise UserError(f"squeue doesn't answer: {answer.stderr.strip()}")
+    return found
+
+
+def _controls(job_id: str, job: Job) -> bool:
+    """Return whether a process number is still the one that submitit started for this job."""
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(int(job_id))
+        return str(job.folder) in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def is_live(job: Job) -> bool:
+    """Return whether any of a job's tasks is queued or running."""
+    return bool(ask_queue(job))
+
+
+def state_of(job: Job, job_id: str, queued: dict[str, Queued]) -> str:
+    """Return how one of a job's ids stands: the scheduler's word if it has one, else how it ended."""
+    if job_id in queued:
+        return queued[job_id].state
+    for kind in ("finished", "failed"):
+        if job.mark(kind, job_id).exists():
+            return kind.upper()
+    if job.cluster.scheduler == "local" and job.mark("again", job_id).exists():
+        return "STOPPED"
+    return "ENDED"
+
+
+def status(words: list[str]) -> None:
+    """Show jobs, states, nodes, step, loss, speed, time left, restarts and the age of the last checkpoint."""
+    parser = argparse.ArgumentParser(prog="flowar status", description=status.__doc__)
+    parser.add_argument("run_dirs", nargs="*", type=Path, help="runs or datasets; none: all your live jobs")
+    parser.add_argument("--watch", action="store_true", help=f"again every {REFRESH_S} s, until Ctrl-C")
+    options = parser.parse_args(words)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    if not options.watch:
+        console.print(status_table(options.run_dirs))
+        return
+    with Live(console=console, auto_refresh=False) as live, contextlib.suppress(KeyboardInterrupt):
+        while True:
+            live.update(status_table(options.run_dirs), refresh=True)
+            time.sleep(REFRESH_S)
+
+
+def status_table(run_dirs: list[Path]) -> Table:
+    """Return the table of `flowar status`."""
+    columns = ("run", "job", "verb", "state", "nodes", "step", "loss", "images/s", "left", "restarts", "checkpoint")
+    table = Table(*columns, box=None)
+    for job in [newest for folder in run_dirs for newest in _known_jobs(folder)] if run_dirs else live_jobs():
+        queued = ask_queue(job)
+        run = job.folder.parent.parent.name if job.folder.parent.name == JOBS else job.folder.parent.stem
+        for state, ids in _grouped(job, queued):
+            nodes = ",".join(dict.fromkeys(queued[job_id].nodes for job_id in ids if job_id in queued))
+            name = ids[0] if len(ids) == 1 else f"{ids[0]}..{ids[-1].split('_')[-1]}"
+            restarts = max(0, sum(attempt_count(job, job_id) for job_id in ids) - len(ids))
+            cells = (run, name, job.verb, state, nodes, *_progress(job), str(restarts), _checkpoint(job))
+            table.add_row(*map(escape, cells), style="red" if state == "FAILED" else None)
+        for job_id in job.ids:
+            if job.mark("failed", job_id).exists():
+                table.caption = f"{table.caption or ''}{job_id}: {escape(job.mark('failed', job_id).read_text())}"
+    return table
+
+
+def _known_jobs(folder: Path) -> list[Job]:
+    jobs = find_jobs(folder)
+    if not jobs:
+        raise UserError(f"no job was submitted for {folder}")
+    return jobs
+
+
+def _grouped(job: Job, queued: dict[str, Queued]) -> Iterable[tuple[str, list[str]]]:
+    """Yield the ids of an array that are in the same state together."""
+    by_state = sorted(job.ids, key=lambda job_id: state_of(job, job_id, queued))
+    for state, ids in itertools.groupby(by_state, key=lambda job_id: state_of(job, job_id, queued)):
+        yield state, list(ids)
+
+
+def attempt_count(job: Job, job_id: str) -> int:
+    """Return how often a job was started."""
+    file = job.folder / ATTEMPTS_FILE
+    return file.read_text().count(f'"job": "{job_id}"') if file.exists() else 0
+
+
+def _progress(job: Job) -> tuple[str, str, str, str]:
+    """Return step, loss, images/s and the time left of a training job."""
+    from flowar.report import read_metrics
+
+    run_dir = training_folder(job)
+    if run_dir is None or not (run_dir / METRICS_FILE).exists():
+        return "", "", "", ""
+    records = read_metrics(run_dir)
+    if not records:
+        return "", "", "", ""
+    last = records[-1]
+    left = str(timedelta(seconds=round(last["remaining_s"])))
+    return f"{last['step']:,}", f"{last['loss']:.4f}", f"{last['images_per_s']:,.1f}", left
+
+
+def _checkpoint(job: Job) -> str:
+    """Return the last checkpoint's step and age."""
+    run_dir = training_folder(job)
+    latest = find_latest(run_dir) if run_dir is not None else None
+    if latest is None:
+        return ""
+    age = timedelta(seconds=round(time.time() - (latest / STATE_FILE).stat().st_mtime))
+    return f"{checkpoint_step(latest):,}, {age} ago"
+
+
+def training_folder(job: Job) -> Path | None:
+    """Return the run_dir of a training job."""
+    if job.verb != "train":
+        return None
+    from flowar.config import TrainConfig, load_config
+
+    return Path(load_config(TrainConfig, job.folder / "config.yaml").run_dir)
+
+
+def live_jobs() -> list[Job]:
+    """Return all jobs of this user that are queued or running, found by the comment that `flowar submit` gives them."""
+    answer = subprocess.run(["squeue", "-h", "--me", "-o", "%k"], capture_output=True, text=True)
+    folders = dict.fromkeys(line for line in answer.stdout.splitlines() if (Path(line) / RECORD_FILE).is_file())
+    return [Job.load(Path(folder)) for folder in folders]
+
+
+def logs(words: list[str]) -> None:
+    """Show what a task of the newest job prints."""
+    parser = argparse.ArgumentParser(prog="flowar logs", description=logs.__doc__)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--rank", type=int, default=0, help="which task")
+    parser.add_argument("--array", type=int, default=0, help="which job of an array")
+    parser.add_argument("--verb", help="of the newest job of this verb")
+    parser.add_argument("-f", "--follow", action="store_true", help="go on, until Ctrl-C")
+    options = parser.parse_args(words)
+    jobs = [job for job in find_jobs(options.run_dir) if options.verb in (None, job.verb)]
+    if not jobs:
+        raise UserError(f"no such job was submitted for {options.run_dir}")
+    job_id = jobs[-1].ids[options.array] if options.array < len(jobs[-1].ids) else None
+    files = [jobs[-1].folder / f"{job_id}_{options.rank}_log.{end}" for end in ("out", "err")]
+    files = [file for file in files if file.exists()]
+    if not files:
+        there = ", ".join(sorted(file.name for file in jobs[-1].folder.glob("*_log.*"))) or "none: has it started?"
+        raise UserError(f"{jobs[-1].folder} has no log of rank {options.rank}; there are: {there}")
+    with contextlib.suppress(KeyboardInterrupt):
+        subprocess.run(["tail", "-n", TAIL_LINES, *(["-F"] if options.follow else []), *map(str, files)])
+
+
+def cancel(words: list[str]) -> None:
+    """End a run's jobs for good. Training saves first, as far as Slurm's KillWait allows."""
+    parser = argparse.ArgumentParser(prog="flowar cancel", description=cancel.__doc__)
+    parser.add_argument("run_dir", type=Path)
+    options = parser.parse_args(words)
+    ended = []
+    for job in find_jobs(options.run_dir):
+        live = list(ask_queue(job))
+        if job.cluster.scheduler == "local":
+            for job_id in live:
+                os.kill(int(job_id), signal.SIGTERM)  # submitit's process hands it to the tasks
+        elif live:
+            numbers = list(dict.fromkeys(job_id.split("_")[0] for job_id in live))
+            answer = subprocess.run(["scancel", *numbers], capture_output=True, text=True)
+            if answer.returncode:
+                raise UserError(f"scancel refuses: {answer.stderr.strip()}")
+        ended += live
+    print(f"cancelled {', '.join(ended)}" if ended else f"no job of {options.run_dir} is queued or running")

@@ -1,0 +1,353 @@
+"""`flowar submit VERB ...`: any verb as a Slurm job, by submitit; and `flowar resume`. Knows no model and no dataset.
+
+The code is copied into the job's folder, and the copy is what runs: also after a requeue, weeks later.
+Read next: job.py for what runs, status.py for how to watch it.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import distributions
+from pathlib import Path
+
+import submitit
+
+import flowar
+from cluster.job import CONFIG_FILE, Job, last_lines, run_task
+from cluster.status import find_jobs, is_live, jobs_folder, newest_job
+from flowar.cli import VERBS, parse_words
+from flowar.config import ClusterConfig, PipelineConfig, TrainConfig, describe_config, did_you_mean, load_config
+from flowar.errors import UserError
+from flowar.files import write_text
+
+SUBMITTED_VERBS = ("prepare", "check", "train", "sample", "evaluate", "doctor")
+PIPELINE = ("prepare", "train", "sample", "evaluate")  # in this order
+PACKAGES = ("flowar", "cluster", "data_prep")
+CODE = "code"
+NEVER = 1_000_000  # submitit's own count of time-outs, which we don't use
+
+
+def main(words: list[str]) -> None:
+    """Read the command line of `flowar submit` and submit."""
+    parser = argparse.ArgumentParser(
+        prog="flowar submit",
+        usage="flowar submit VERB [CONFIG.yaml] [key=value ...] --cluster FILE [cluster.key=value ...] [--dry-run]",
+        description=f"VERB is one of {', '.join(SUBMITTED_VERBS)}, or pipeline: a chain of {', '.join(PIPELINE)}",
+        epilog="example:\n  flowar submit train configs/train/flowar_l.yaml run_dir=runs/l data.path=/data/in256 "
+        "--cluster configs/cluster/h100.yaml cluster.nodes=4\n\nsettings of a cluster and their defaults:\n\n"
+        + "\n".join(f"  {line}" for line in describe_config(ClusterConfig).splitlines()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("verb")
+    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml, key=value")
+    parser.add_argument("--cluster", metavar="FILE", required=True, help="YAML file, see configs/cluster")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="check everything, print the batch script, submit nothing"
+    )
+    options = parser.parse_intermixed_args(words)
+    if options.verb == "pipeline":
+        jobs = plan_pipeline(options.words, options.cluster)
+    elif options.verb in SUBMITTED_VERBS:
+        jobs = [plan_job(options.verb, options.words, options.cluster)]
+    else:
+        known = (*SUBMITTED_VERBS, "pipeline")
+        raise UserError(f"{options.verb!r} can't be submitted{did_you_mean(options.verb, known)}")
+    submit(jobs, dry_run=options.dry_run)
+
+
+def resume(words: list[str]) -> None:
+    """Submit a run's newest job again, with the code that it ran: `flowar resume RUN_DIR [nodes=6]`."""
+    parser = argparse.ArgumentParser(prog="flowar resume", description=resume.__doc__)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("words", nargs="*", metavar="key=value", help="settings of the cluster that change")
+    parser.add_argument("--dry-run", action="store_true")
+    options = parser.parse_intermixed_args(words)
+    before = newest_job(options.run_dir)
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        file.write(describe_config(before.cluster))
+        file.flush()
+        cluster = load_config(ClusterConfig, file.name, tuple(options.words))
+    config = load_config(VERBS[before.verb].schema, before.folder / CONFIG_FILE)
+    planned = PlannedJob(before.verb, config, cluster, before.folder.parent, code=before.folder / CODE)
+    submit([planned], dry_run=options.dry_run)
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedJob:
+    """What will be submitted."""
+
+    verb: str
+    config: object
+    cluster: ClusterConfig
+    jobs: Path  # the folder that gets the job's folder
+    code: Path | None = None  # copied code that runs again; None: what is installed here
+
+
+def plan_job(verb: str, words: list[str], cluster_file: str) -> PlannedJob:
+    """Return the job that the command line asks for.
+
+    Raises:
+        UserError: if a setting is wrong.
+    """
+    own = [word.removeprefix("cluster.") for word in words if word.startswith("cluster.")]
+    others = [word for word in words if not word.startswith("cluster.")]
+    config = parse_words(VERBS[verb], others)
+    cluster = load_config(ClusterConfig, cluster_file, tuple(own))
+    return PlannedJob(verb, config, cluster, jobs_folder(verb, config))
+
+
+def plan_pipeline(words: list[str], cluster_file: str) -> list[PlannedJob]:
+    """Return the jobs of a chain, in their order."""
+    files = [word for word in words if word.endswith((".yaml", ".yml")) and "=" not in word]
+    if len(files) > 1:
+        raise UserError(f"one config file at a time, got {', '.join(files)}")
+    config = load_config(PipelineConfig, files[0] if files else None, tuple(w for w in words if w not in files))
+    unknown = [name for name in config.cluster if name not in PIPELINE]
+    if unknown:
+        raise UserError(f"cluster.{unknown[0]} is no step of the pipeline; there are: {', '.join(PIPELINE)}")
+    jobs = []
+    for verb in PIPELINE:
+        if getattr(config, verb) is not None:
+            own = tuple(f"{key}={value}" for key, value in config.cluster.get(verb, {}).items())
+            cluster = load_config(ClusterConfig, cluster_file, own)
+            jobs.append(PlannedJob(verb, getattr(config, verb), cluster, Path(config.run_dir) / "jobs"))
+    if not jobs:
+        raise UserError(f"the pipeline has no step; give settings for some of: {', '.join(PIPELINE)}")
+    return jobs
+
+
+def submit(planned: list[PlannedJob], *, dry_run: bool) -> None:
+    """Check and submit jobs, each waiting for the one before.
+
+    Raises:
+        UserError: if the cluster would refuse one of them, or its folder is in use; nothing is submitted then.
+    """
+    for job in planned:
+        check(job, alone=len(planned) == 1)
+    if dry_run:
+        for job in planned:
+            folder = job.jobs / f"{job.verb}-TIME"
+            print(f"# {folder / CONFIG_FILE}\n{describe_config(job.config)}")
+            print(f"# batch script\n{batch_script(job, folder.absolute())}\n")
+        return
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    before: tuple[str, ...] = ()
+    for job in planned:
+        folder = job.jobs.absolute() / f"{job.verb}-{stamp}"
+        try:
+            submitted = submit_one(job, folder, after=before)
+        except UserError:
+            for job_id in before:
+                subprocess.run(["scancel", job_id.split("_")[0]], capture_output=True)
+            raise
+        before = submitted.ids
+        what = f"{submitted.ids[0]} to {submitted.ids[-1]}" if len(submitted.ids) > 1 else submitted.ids[0]
+        print(f"submitted {job.verb} as job {what}; its folder: {folder}")
+    shown = planned[-1].jobs.parent if planned[-1].jobs.name == "jobs" else planned[-1].jobs
+    print(f"watch it: flowar status {shown} --watch")
+
+
+def submit_one(job: PlannedJob, folder: Path, after: tuple[str, ...]) -> Job:
+    """Fill the job's folder, hand the job to the scheduler, and note its ids."""
+    try:
+        folder.mkdir(parents=True)
+        code = copy_code(job.code, folder)
+        write_text(folder / CONFIG_FILE, describe_config(job.config))
+        write_text(folder / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"can't write {folder}: {error.strerror or error}") from error
+    record = Job(job.verb, job.cluster, folder, submitted=time.time(), code=code)
+    record.save()
+    executor = make_executor(job, folder, after)
+    try:
+        with clean_environment():
+            if job.cluster.array > 1 and job.cluster.scheduler == "slurm":
+                started = executor.map_array(run_task, [str(folder)] * job.cluster.array)
+            else:
+                started = [executor.submit(run_task, str(folder)) for _ in range(job.cluster.array)]
+    except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+        shutil.rmtree(folder)
+        raise UserError(f"sbatch refused the job: {last_line(str(error))}") from error
+    record = dataclasses.replace(record, ids=tuple(job.job_id for job in started))
+    record.save()
+    return record
+
+
+class clean_environment:
+    """Without the variables of a job or launcher around us: a job may be submitted from inside another one."""
+
+    def __enter__(self) -> None:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "FLOWAR_JOB")
+        gone = [
+            k
+            for k in os.environ
+            if k in names or (k.startswith(("SLURM_", "SBATCH_", "SUBMITIT_")) and k != "SLURM_CONF")
+        ]
+        self.before = {name: os.environ.pop(name) for name in gone}
+
+    def __exit__(self, *exception: object) -> None:
+        os.environ.update(self.before)
+
+
+def make_executor(job: PlannedJob, folder: Path, after: tuple[str, ...] = ()) -> submitit.Executor:
+    """Return submitit's executor for a job."""
+    cluster = job.cluster
+    environment = {
+        "PYTHONPATH": f"{folder / CODE}",
+        "PYTHONSAFEPATH": "1",  # else the code in the current folder would win
+        **cluster.environment,
+    }
+    setup = [*cluster.setup, *(f"export {key}={shlex.quote(value)}" for key, value in environment.items())]
+    if cluster.scheduler == "local":
+        executor = submitit.LocalExecutor(folder, python=cluster.python)
+        executor.update_parameters(
+            timeout_min=cluster.time_min,
+            gpus_per_node=cluster.gpus_per_node,
+            tasks_per_node=cluster.tasks,
+            setup=setup,
+            signal_delay_s=cluster.stop_before_end_s,
+        )
+        return executor
+    executor = submitit.SlurmExecutor(folder, max_num_timeout=NEVER, python=cluster.python)
+    optional = {name: getattr(cluster, name) for name in ("partition", "account", "qos", "constraint", "exclude")}
+    optional |= {"gpus_per_node": cluster.gpus_per_node or None, "exclusive": cluster.exclusive or None}
+    if cluster.mem_gb is not None:
+        optional["mem"] = f"{int(1024 * cluster.mem_gb)}M" if cluster.mem_gb else "0"
+    if after:
+        numbers = ":".join(dict.fromkeys(job_id.split("_")[0] for job_id in after))
+        optional["dependency"] = f"afterok:{numbers}"
+    executor.update_parameters(
+        job_name=f"flowar-{job.verb}",
+        comment=str(folder),  # `flowar status` finds the folder of a live job by it
+        time=cluster.time_min,
+        nodes=cluster.nodes,
+        ntasks_per_node=cluster.tasks,
+        cpus_per_task=cluster.cpus_per_task,
+        signal_delay_s=cluster.stop_before_end_s,
+        setup=setup,
+        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.cpus_per_task}", *cluster.srun],
+        teardown=last_lines(Job(job.verb, cluster, folder)),
+        additional_parameters={"requeue": True, **cluster.sbatch},
+        **{key: value for key, value in optional.items() if value is not None},
+    )
+    return executor
+
+
+def batch_script(job: PlannedJob, folder: Path) -> str:
+    """Return what sbatch would get."""
+    if job.cluster.scheduler == "local":
+        return "none: scheduler=local starts processes on this machine"
+    with tempfile.TemporaryDirectory() as scratch:  # submitit makes the folder that it is given
+        executor = make_executor(job, Path(scratch))
+        if job.cluster.array > 1:
+            executor.parameters["map_count"] = job.cluster.array
+        text = executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
+        return text.replace(scratch, str(folder))
+
+
+def check(job: PlannedJob, *, alone: bool) -> None:
+    """Raise a UserError if the job can't run as it is asked for: settings, scheduler, a live job in the same folder."""
+    cluster = job.cluster
+    if cluster.scheduler == "local":
+        if cluster.nodes != 1:
+            raise UserError(f"cluster.nodes={cluster.nodes}, but scheduler=local has this machine only; set it to 1")
+        if not alone:
+            raise UserError("a pipeline needs a scheduler that knows dependencies; with scheduler=local run its steps")
+    elif shutil.which("sbatch") is None:
+        raise UserError(
+            "there is no Slurm on this machine (no sbatch on PATH); submit from a login node, or use "
+            "--cluster configs/cluster/local.yaml"
+        )
+    if cluster.array > 1 and job.verb not in ("prepare", "sample"):
+        raise UserError(f"cluster.array={cluster.array}: only prepare and sample share their work between jobs")
+    for other in find_jobs(job.jobs):
+        if other.verb == job.verb and is_live(other):
+            raise UserError(
+                f"{job.jobs} is in use by job {', '.join(other.ids)} ({other.verb}); wait for it, or end it with "
+                f"`flowar cancel {job.jobs.parent}`"
+            )
+    if job.verb == "train" and alone:
+        check_training(job.config, cluster.nodes * cluster.tasks)
+    if cluster.scheduler == "slurm":
+        check_by_slurm(job)
+
+
+def check_training(config: TrainConfig, num_tasks: int) -> None:
+    """Check what a training run would refuse at its start, for as many tasks as it will have."""
+    train = importlib.import_module("flowar.train")  # torch
+    torch = importlib.import_module("torch")
+    world = importlib.import_module("flowar.distributed").World(0, num_tasks, torch.device("cpu"), None)
+    train.plan_run(config, world)
+
+
+def check_by_slurm(job: PlannedJob) -> None:
+    """Have Slurm check the batch script without running it."""
+    script = batch_script(job, job.jobs.absolute() / "dry-run")
+    with clean_environment():
+        answer = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True)
+    if answer.returncode:
+        hint = ""
+        if "partition" in answer.stderr:
+            names = subprocess.run(["sinfo", "-h", "-o", "%R"], capture_output=True, text=True).stdout.split()
+            hint = f" (cluster.partition={job.cluster.partition}; there are: {', '.join(names)})"
+        raise UserError(f"Slurm refuses the {job.verb} job: {last_line(answer.stderr)}{hint}")
+
+
+def last_line(text: str) -> str:
+    """Return Slurm's complaint without its prefixes."""
+    lines = [line for line in text.strip().splitlines() if line.strip()]
+    return re.sub(r"^(sbatch|allocation failure|error)\W+(error:)?\s*", "", lines[-1] if lines else "no reason given")
+
+
+def copy_code(source: Path | None, folder: Path) -> str:
+    """Copy the code that will run into the job's folder; return its git commit, or version.
+
+    What is copied is what this process runs, with all changes that are not committed; these are kept as diff.patch.
+    """
+    root = source or Path(flowar.__file__).parents[1]
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+    for package in PACKAGES:
+        shutil.copytree(root / package, folder / CODE / package, ignore=ignore)
+    if source is not None:
+        for name in ("code.json", "diff.patch"):
+            if (source.parent / name).is_file():
+                shutil.copy(source.parent / name, folder / name)
+        return json.loads((folder / "code.json").read_text())["code"]
+    commit = git(root, "rev-parse", "HEAD") if (root / ".git").exists() else None
+    changes = git(root, "diff", "HEAD", "--", *PACKAGES) if commit else None
+    untracked = git(root, "ls-files", "--others", "--exclude-standard", "--", *PACKAGES) if commit else None
+    code = f"{commit.strip()[:12]}{' + changes' if changes or untracked else ''}" if commit else "no git"
+    if changes:
+        write_text(folder / "diff.patch", changes)
+    record = {
+        "code": code,
+        "commit": commit and commit.strip(),
+        "untracked": (untracked or "").split(),
+        "from": str(root),
+    }
+    write_text(folder / "code.json", json.dumps(record, indent=2) + "\n")
+    return code
+
+
+def git(root: Path, *words: str) -> str | None:
+    """Return git's answer, or None where there is none."""
+    try:
+        answer = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return answer.stdout if answer.returncode == 0 else None
+
+
+def describe_environment() -> dict[str, object]:
+    """Return python and the versions of its packages."""
+    packages = {package.metadata["Name"]: package.version for package in distributions()}
+    return {"python": sys.version, "executable": sys.executable, "packages": dict(sorted(packages.items()))}

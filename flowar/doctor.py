@@ -1,0 +1,288 @@
+"""`flowar doctor`: are the nodes of this allocation fit for a run? One process per GPU looks, rank 0 makes a table.
+
+What is slower than half of the median, or differs from most nodes, is red. Read next: distributed.py.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import platform
+import resource
+import shutil
+import socket
+import statistics
+import subprocess
+import time
+from collections import Counter
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+
+from flowar.config import DataConfig, DoctorConfig
+from flowar.distributed import World, collect, pick_device, start, stop, wait_for_all, world_size
+from flowar.errors import UserError
+from flowar.files import write_text
+from flowar.shards import LatentShards, hash_file
+from flowar.speed import measure_tflops
+
+REPORT_FILE = "doctor.json"
+GIB, MIB = 2**30, 2**20
+RENAMES = 50
+EXCHANGES = 3  # measured per pair of nodes, after one that is not
+SMI_S = 30
+MAX_USED_GIB = 2.0  # on a GPU that should be free
+MAX_RENAME_MS = 100  # checkpoints and images appear by renaming
+SPEEDS = {  # higher is better; the unit, and what a slow node does
+    "write_mib_per_s": "MiB/s written: checkpoints take longer",
+    "tflops": "TFLOP/s of matrix products: every step waits for this node",
+    "all_reduce_gb_per_s": "GB/s of all-reduces with the other nodes: every step waits for this node",
+}
+
+
+def main(config: DoctorConfig, dry_run: bool = False) -> None:
+    """Look at all nodes, print the table, and fail if one of them is not fit."""
+    device = pick_device(config.device)
+    if dry_run:
+        return
+    world = start(device, config.timeout_s, with_group=False)
+    try:
+        mine = examine(config, world)
+        mine["all_reduce_gb_per_s"] = measure_pairs(world, mine["node"], config.message_mib)
+        everyone = collect(mine)
+        if world.is_main:
+            report(everyone, config)
+    finally:
+        stop()
+
+
+def examine(config: DoctorConfig, world: World) -> dict[str, object]:
+    """Return what this process sees of its node."""
+    shm = shutil.disk_usage("/dev/shm").free / GIB if Path("/dev/shm").is_dir() else 0.0
+    return {
+        "node": os.environ.get("FLOWAR_NODE", socket.gethostname()),
+        "rank": world.rank,
+        "versions": versions(),
+        "gpus": gpus(world.device),
+        "cpus": len(os.sched_getaffinity(0)),
+        "shm_gib": shm,
+        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        **measure_files(Path(config.run_dir), config.write_mib, world.rank),
+        "tflops": measure_tflops(world.device),
+        "damaged": damaged_shards(config, world.rank),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return what has to be the same on all nodes."""
+    found = {"python": platform.python_version(), "torch": torch.__version__, "CUDA": torch.version.cuda or "none"}
+    if torch.cuda.is_available():
+        found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    for package in ("flowar", "flash-attn", "deepspeed"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "none"
+    if importlib.util.find_spec("flash_attn") is not None:
+        try:
+            importlib.import_module("flash_attn")
+        except ImportError as error:  # built for another torch
+            found["flash-attn"] += f", does not load: {str(error).splitlines()[0]}"
+    return found
+
+
+def gpus(device: torch.device) -> list[dict[str, object]]:
+    """Return the GPUs of the node, as its driver lists them; none without CUDA."""
+    if device.type != "cuda":
+        return []
+    fields = "name,memory.total,memory.used,ecc.errors.uncorrected.volatile.total,driver_version"
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(command, capture_output=True, text=True, timeout=SMI_S, check=True).stdout
+    found = []
+    for line in answer.splitlines():
+        name, total, used, errors, driver = (word.strip() for word in line.split(","))
+        errors = int(errors) if errors.isdecimal() else 0  # [N/A] where ECC is off
+        found.append({"name": name, "total_gib": int(total) / 1024, "used_gib": int(used) / 1024, "ecc_errors": errors})
+        found[-1]["driver"] = driver
+    return found
+
+
+def measure_files(folder: Path, write_mib: int, rank: int) -> dict[str, float]:
+    """Return how fast a file in `folder` is written, to the disk, and how long a rename takes; median.
+
+    Raises:
+        UserError: if it can't be written.
+    """
+    name = f".doctor.{socket.gethostname()}.{rank}"
+    file = folder / name
+    block = os.urandom(MIB)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        began = time.perf_counter()
+        with file.open("wb") as output:
+            for _ in range(write_mib):
+                output.write(block)
+            output.flush()
+            os.fsync(output.fileno())
+        speed = write_mib / (time.perf_counter() - began)
+        times = []
+        for number in range(RENAMES):
+            other = folder / f"{name}.{number}"
+            began = time.perf_counter()
+            file.rename(other)
+            times.append(time.perf_counter() - began)
+            file = other
+    except OSError as error:
+        raise UserError(f"can't write to run_dir={folder}: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            file.unlink(missing_ok=True)
+    return {"write_mib_per_s": speed, "rename_ms": 1000 * statistics.median(times)}
+
+
+def damaged_shards(config: DoctorConfig, rank: int) -> list[str]:
+    """Return those of some shards, others for each rank, that this node reads differently from what was written."""
+    if config.data is None:
+        return []
+    shards = LatentShards(DataConfig(path=config.data))
+    some = [shards.shards[(rank + world_size() * n) % len(shards.shards)] for n in range(config.num_shards)]
+    return [shard.name for shard in dict.fromkeys(some) if hash_file(shards.local_file(shard)) != shard.file_hash]
+
+
+def measure_pairs(world: World, node: str, message_mib: int) -> float | None:
+    """Return the GB/s that this node reaches in all-reduces with one other node at a time, median; None alone.
+
+    The first process of each node takes part; in each round every node has one partner (a round-robin tournament).
+    """
+    nodes = collect((node, world.rank)) if world.control is not None else [(node, 0)]
+    first_ranks = {}
+    for name, rank in nodes:
+        first_ranks.setdefault(name, rank)
+    players: list[int | None] = list(first_ranks.values())
+    if len(players) < 2:
+        return None
+    players += [None] * (len(players) % 2)
+    message = torch.ones(message_mib * MIB // 4, device=world.device)
+    speeds = []
+    for _ in range(len(players) - 1):
+        wait_for_all()
+        if world.rank in players:
+            partner = players[-1 - players.index(world.rank)]
+            if partner is not None:
+                speeds.append(message.nbytes / exchange_seconds(message, partner) / 1e9)
+        players = [players[0], players[-1], *players[1:-1]]
+    shared = collect((node, statistics.median(speeds) if speeds else None))
+    return next(speed for name, speed in shared if name == node and speed is not None)
+
+
+def exchange_seconds(message: torch.Tensor, partner: int) -> float:
+    """Return how long it takes that two processes have the sum of both messages; median."""
+    received = torch.empty_like(message)
+    seconds = []
+    for _ in range(EXCHANGES + 1):
+        began = time.perf_counter()
+        sends = [dist.P2POp(dist.isend, message, partner), dist.P2POp(dist.irecv, received, partner)]
+        for work in dist.batch_isend_irecv(sends):
+            work.wait()
+        received += message
+        if message.is_cuda:
+            torch.cuda.synchronize(message.device)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])
+
+
+def find_problems(everyone: list[dict[str, object]], config: DoctorConfig) -> dict[str, list[str]]:
+    """Return what is wrong, by node."""
+    problems: dict[str, list[str]] = {}
+
+    def note(seen: dict[str, object], what: str) -> None:
+        lines = problems.setdefault(seen["node"], [])
+        if what not in lines:
+            lines.append(what)
+
+    for name in everyone[0]["versions"]:
+        usual, _ = Counter(seen["versions"].get(name) for seen in everyone).most_common(1)[0]
+        for seen in everyone:
+            if seen["versions"].get(name) != usual:
+                note(seen, f"{name} is {seen['versions'].get(name)}, elsewhere {usual}")
+    for key, unit in (("gpus", "GPUs"), ("cpus", "CPUs per task")):
+        counts = [len(seen[key]) if key == "gpus" else seen[key] for seen in everyone]
+        usual, _ = Counter(counts).most_common(1)[0]
+        for seen, count in zip(everyone, counts, strict=True):
+            if count < usual:
+                note(seen, f"{count} {unit}, elsewhere {usual}")
+    for key, effect in SPEEDS.items():
+        speeds = [seen[key] for seen in everyone if seen[key] is not None]
+        middle = statistics.median(speeds) if speeds else 0
+        for seen in everyone:
+            if seen[key] is not None and seen[key] < config.min_share * middle:
+                note(seen, f"{seen[key]:.3g}, median {middle:.3g} {effect}")
+    for seen in everyone:
+        if seen["shm_gib"] < config.min_shm_gib:
+            note(seen, f"{seen['shm_gib']:.2f} GiB free in /dev/shm, where readers hand over batches")
+        if seen["open_files"] < config.min_open_files:
+            note(seen, f"ulimit -n is {seen['open_files']}: readers and sockets may run out of files")
+        if seen["rename_ms"] > MAX_RENAME_MS:
+            note(seen, f"a rename takes {seen['rename_ms']:.0f} ms in {config.run_dir}")
+        for name in seen["damaged"]:
+            note(seen, f"reads shard {name} differently from what was written")
+        for index, gpu in enumerate(seen["gpus"]):
+            if gpu["ecc_errors"]:
+                note(seen, f"GPU {index} has {gpu['ecc_errors']} uncorrected memory errors")
+            if gpu["used_gib"] > MAX_USED_GIB + len(everyone):  # each of our processes takes some
+                note(seen, f"GPU {index} has {gpu['used_gib']:.1f} GiB in use by others")
+    return problems
+
+
+def report(everyone: list[dict[str, object]], config: DoctorConfig) -> None:
+    """Print the table and what is wrong; write doctor.json.
+
+    Raises:
+        UserError: if a node is not fit, with what to exclude.
+    """
+    problems = find_problems(everyone, config)
+    nodes: dict[str, list[dict[str, object]]] = {}
+    for seen in everyone:
+        nodes.setdefault(seen["node"], []).append(seen)
+    columns = ("node", "tasks", "GPUs", "CPUs/task", "shm GiB", "files", "MiB/s", "rename ms", "TFLOP/s", "GB/s", "")
+    table = Table(*columns, box=None)
+    for node, seen in nodes.items():
+        first = seen[0]
+        speed = first["all_reduce_gb_per_s"]
+        cells = (
+            node,
+            str(len(seen)),
+            f"{len(first['gpus'])} x {first['gpus'][0]['name']}" if first["gpus"] else "none",
+            str(min(one["cpus"] for one in seen)),
+            f"{first['shm_gib']:.1f}",
+            f"{first['open_files']:,}",
+            f"{min(one['write_mib_per_s'] for one in seen):,.0f}",
+            f"{max(one['rename_ms'] for one in seen):.2f}",
+            f"{min(one['tflops'] for one in seen):.3g}",
+            "" if speed is None else f"{speed:.3g}",
+            "NOT FIT" if node in problems else "fit",
+        )
+        table.add_row(*cells, style="red" if node in problems else None)
+    console = Console(width=None if Console().is_terminal else 140)
+    console.print(", ".join(f"{name} {found}" for name, found in everyone[0]["versions"].items()), highlight=False)
+    console.print(table)
+    for node, lines in problems.items():
+        for line in lines:
+            console.print(f"{node}: {line}", style="red", highlight=False)
+    write_text(
+        Path(config.run_dir) / REPORT_FILE, json.dumps({"seen": everyone, "problems": problems}, indent=2) + "\n"
+    )
+    if problems:
+        names = ",".join(problems)
+        raise UserError(f"{len(problems)} of {len(nodes)} nodes are not fit; leave them out: --exclude={names}")
+    print(f"{len(nodes)} nodes are fit")
+
+
+if __name__ == "__main__":
+    from flowar.cli import run_verb
+
+    run_verb("doctor")
