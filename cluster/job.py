@@ -73,9 +73,16 @@ def run_task(folder: str) -> None:
     stop_on_signals(job, task.job_id)
     environment.export_for_torch()
     if task.rank == 0:
-        attempt = {"job": task.job_id, "restarts": task.restarts, "started": time.time(), "hosts": task.hosts}
+        code = str(Path(__file__).parents[1])  # the copy
+        attempt = {
+            "job": task.job_id,
+            "restarts": task.restarts,
+            "started": time.time(),
+            "hosts": task.hosts,
+            "code": code,
+        }
         with (job.folder / ATTEMPTS_FILE).open("a") as file:
-            file.write(json.dumps(attempt) + "\n")
+            file.write(json.dumps(attempt | {"code": code}) + "\n")
     stop_before_the_end(job.cluster.stop_before_end_s)
     verb = VERBS[job.verb]
     try:
@@ -135,6 +142,17 @@ def stop_before_the_end(margin_s: float) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
+def first_lines(job: Job) -> list[str]:
+    """Return what the batch script does before srun: nothing if all is done, else forget how the last start ended."""
+    return [
+        "id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}; id=${id:-$SLURM_JOB_ID}",
+        f"cd {shlex.quote(str(job.folder))} || exit 1",
+        'if [ -e "finished_$id" ]; then echo "finished before"; exit 0; fi',
+        'rm -f "again_$id" "failed_$id"',
+        'cd "$OLDPWD"',
+    ]
+
+
 def last_lines(job: Job) -> list[str]:
     """Return what the batch script does after srun: finish, requeue, or leave it.
 
@@ -144,7 +162,6 @@ def last_lines(job: Job) -> list[str]:
     folder = shlex.quote(str(job.folder))
     return [
         "rc=$?",
-        "id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}; id=${id:-$SLURM_JOB_ID}",
         f"cd {folder} || exit 1",
         "requeue() {",
         '  state=$(squeue -h -j "$SLURM_JOB_ID" -o %T)',

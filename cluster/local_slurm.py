@@ -21,7 +21,7 @@ from flowar.errors import UserError
 
 CONF = "slurm.conf"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
-UP_WITHIN_S = 60
+UP_WITHIN_S, END_WITHIN_S = 60, 10
 CONFIG = """\
 ClusterName=local
 SlurmctldHost={host}(127.0.0.1)
@@ -91,7 +91,7 @@ def start(folder: Path, num_nodes: int, more: str = "") -> Path:
     key.write_bytes(os.urandom(1024))
     key.chmod(0o400)
     munge = [f"--{name}={folder}/munge/{name.split('-')[0]}" for name in ("key-file", "socket", "pid-file", "log-file")]
-    run([find_program("munged"), *munge, f"--seed-file={folder}/munge/seed"], folder)
+    run([find_program("munged"), "--force", *munge, f"--seed-file={folder}/munge/seed"], folder)  # only root needs it
     run([find_program("slurmctld"), "-f", str(conf)], folder)
     for name in names:
         start_node(folder, name)
@@ -123,13 +123,16 @@ def stop(folder: Path) -> None:
     folder = folder.resolve()
     if not (folder / CONF).is_file():
         raise UserError(f"{folder} holds no {CONF} of `start`")
-    for file in (*folder.glob("n*.pid"), folder / "slurmctld.pid", folder / "munge" / "pid"):
+    daemons = []
+    for file in (*folder.glob("*.pid"), folder / "munge" / "pid"):
         with contextlib.suppress(FileNotFoundError, ValueError, psutil.NoSuchProcess):
             daemon = psutil.Process(int(file.read_text()))
-            if str(folder) not in " ".join(daemon.cmdline()):
-                continue  # the number is somebody else's by now
-            daemon.send_signal(signal.SIGTERM)
-            daemon.wait(timeout=30)
+            if str(folder) in " ".join(daemon.cmdline()):  # else the number is somebody else's by now
+                daemon.send_signal(signal.SIGTERM)
+                daemons.append(daemon)
+    _, alive = psutil.wait_procs(daemons, timeout=END_WITHIN_S)
+    for daemon in alive:
+        daemon.kill()
     for process in psutil.process_iter():  # the steps' daemons survive slurmd
         with contextlib.suppress(psutil.Error):
             if process.name() == "slurmstepd" and process.environ().get("SLURM_CONF") == str(folder / CONF):

@@ -22,7 +22,7 @@ from pathlib import Path
 import submitit
 
 import flowar
-from cluster.job import CONFIG_FILE, Job, last_lines, run_task
+from cluster.job import CONFIG_FILE, Job, first_lines, last_lines, run_task
 from cluster.status import find_jobs, is_live, jobs_folder, newest_job
 from flowar.cli import VERBS, parse_words
 from flowar.config import ClusterConfig, PipelineConfig, TrainConfig, describe_config, did_you_mean, load_config
@@ -207,6 +207,7 @@ def make_executor(job: PlannedJob, folder: Path, after: tuple[str, ...] = ()) ->
         **cluster.environment,
     }
     setup = [*cluster.setup, *(f"export {key}={shlex.quote(value)}" for key, value in environment.items())]
+    record = Job(job.verb, cluster, folder)
     if cluster.scheduler == "local":
         executor = submitit.LocalExecutor(folder, python=cluster.python)
         executor.update_parameters(
@@ -233,9 +234,9 @@ def make_executor(job: PlannedJob, folder: Path, after: tuple[str, ...] = ()) ->
         ntasks_per_node=cluster.tasks,
         cpus_per_task=cluster.cpus_per_task,
         signal_delay_s=cluster.stop_before_end_s,
-        setup=setup,
+        setup=[*first_lines(record), *setup],
         srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.cpus_per_task}", *cluster.srun],
-        teardown=last_lines(Job(job.verb, cluster, folder)),
+        teardown=last_lines(record),
         additional_parameters={"requeue": True, **cluster.sbatch},
         **{key: value for key, value in optional.items() if value is not None},
     )
@@ -290,7 +291,19 @@ def check_training(config: TrainConfig, num_tasks: int) -> None:
 
 
 def check_by_slurm(job: PlannedJob) -> None:
-    """Have Slurm check the batch script without running it."""
+    """Have Slurm check the batch script without running it, and the account against the partition's list.
+
+    Slurm itself looks at accounts only where there is an accounting database.
+    """
+    cluster = job.cluster
+    if cluster.partition and cluster.account:
+        answer = subprocess.run(["scontrol", "show", "partition", cluster.partition], capture_output=True, text=True)
+        allowed = re.search(r"AllowAccounts=(\S+)", answer.stdout)
+        if allowed and allowed[1] != "ALL" and cluster.account not in allowed[1].split(","):
+            raise UserError(
+                f"cluster.account={cluster.account} may not use cluster.partition={cluster.partition}, which is for: "
+                f"{allowed[1]}"
+            )
     script = batch_script(job, job.jobs.absolute() / "dry-run")
     with clean_environment():
         answer = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True)

@@ -279,7 +279,7 @@ def report(everyone: list[dict[str, object]], config: DoctorConfig) -> None:
     if problems:
         names = ",".join(problems)
         raise UserError(f"{len(problems)} of {len(nodes)} nodes are not fit; leave them out: --exclude={names}")
-    print(f"{len(nodes)} nodes are fit")
+    print(f"fit: {', '.join(nodes)}")
 
 
 if __name__ == "__main__":

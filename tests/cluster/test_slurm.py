@@ -1,0 +1,188 @@
+"""Jobs on a real Slurm: what disturbs them, and that nothing is lost."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+
+import pytest
+
+from cluster import local_slurm
+from cluster.status import attempt_count, cancel, logs, newest_job, status
+from cluster.submit import resume
+from flowar.config import DoctorConfig, ParallelConfig
+from flowar.errors import UserError
+from flowar.report import read_metrics
+from flowar.run_folder import find_latest
+from tests.cluster.conftest import assert_same_weights, processes_of, read_logs, run, steps_printed
+from tests.conftest import training
+from tests.flowar.ranks import run_ranks
+from tests.flowar.test_parallel import LOSS_TOLERANCE
+
+pytestmark = pytest.mark.slow
+STEPS = 120
+STOPPED, RESUMED = r"stopped by SIG\w+ after step ([\d,]+), saved", r"resuming from \S*step_(\d+)"
+
+
+def settings(shards, run_dir, **changes):
+    model = dataclasses.replace(training(shards, run_dir).model, dropout=0.0)
+    fixed = {
+        "model": model,
+        "epochs": STEPS / 2,
+        "batch_size": 12,
+        "log_every_steps": 1,
+        "save_every_steps": 10,
+        "parallel": ParallelConfig(timeout_s=20),
+    }
+    return training(shards, run_dir, **(fixed | changes))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards, tmp_path_factory):
+    """The run on two processes without Slurm."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    run_ranks(settings(shards, run_dir), 2, run_dir.parent / "log")
+    return run_dir
+
+
+def assert_every_step_once(run_dir):
+    assert [record["step"] for record in read_metrics(run_dir)] == list(range(1, STEPS + 1))
+
+
+def assert_same_losses(run_dir, needed):
+    for record, other in zip(read_metrics(run_dir), read_metrics(needed), strict=True):
+        assert record["loss"] == pytest.approx(other["loss"], rel=LOSS_TOLERANCE), record["step"]
+
+
+def signalled(name):
+    def disturb(slurm, job):
+        run("scancel", f"--signal={name}", *job.ids)
+
+    return disturb
+
+
+def requeued(slurm, job):
+    run("scontrol", "requeue", *job.ids)
+
+
+def killed(slurm, job):
+    os.kill(processes_of(job.ids[0])[1].pid, signal.SIGKILL)
+
+
+def lost_node(slurm, job):
+    assert run("squeue", "-h", "-j", job.ids[0], "-o", "%N").strip() == "n[1-2]"
+    tasks = processes_of(job.ids[0])
+    for task in tasks:
+        task.suspend()
+    os.kill(int((slurm.folder / "n2.pid").read_text()), signal.SIGKILL)
+    slurm.wait_for(lambda: "n2 down" in run("sinfo", "-h", "-N", "-n", "n2", "-o", "%N %t").replace("*", ""), "n2 down")
+    slurm.wait_for(lambda: attempt_count(job, job.ids[0]) == 2, "a second start")
+    tasks[1].resume()  # on the lost node; Slurm could not end it
+    tasks[1].wait(timeout=60)
+    local_slurm.start_node(slurm.folder, "n2")
+
+
+@pytest.mark.parametrize("disturb", [signalled("USR2"), signalled("TERM"), requeued], ids=["USR2", "TERM", "requeue"])
+def test_a_job_that_is_asked_to_stop_loses_no_step(slurm, shards, undisturbed, tmp_path, disturb):
+    run_dir = tmp_path / "run"
+    job = slurm.submit("train", settings(shards, run_dir), run_dir)
+    slurm.wait_for_checkpoint(run_dir, job)
+    disturb(slurm, job)
+    slurm.wait_until_finished(job)
+    stopped, resumed = steps_printed(job, STOPPED), steps_printed(job, RESUMED)
+    assert stopped == resumed and len(stopped) == 1, read_logs(job)
+    assert_every_step_once(run_dir)
+    assert_same_weights(run_dir, undisturbed)
+    assert not job.mark("failures", job.ids[0]).exists()
+
+
+@pytest.mark.parametrize("disturb", [killed, lost_node])
+def test_a_job_whose_task_or_node_dies_goes_on_from_the_last_checkpoint(slurm, shards, undisturbed, tmp_path, disturb):
+    run_dir = tmp_path / "run"
+    job = slurm.submit("train", settings(shards, run_dir), run_dir)
+    slurm.wait_for_checkpoint(run_dir, job)
+    latest = int(find_latest(run_dir).name[-8:])
+    disturb(slurm, job)
+    slurm.wait_until_finished(job)
+    (resumed,) = steps_printed(job, RESUMED)
+    assert resumed >= latest, read_logs(job)
+    assert_every_step_once(run_dir)
+    assert_same_weights(run_dir, undisturbed)
+
+
+def test_a_job_stops_itself_before_its_time_is_over(slurm, shards, undisturbed, tmp_path):
+    """Slurm's own signal is switched off, as it doesn't always come."""
+    run_dir = tmp_path / "run"
+    limits = ("cluster.time_min=1", "cluster.stop_before_end_s=46", "cluster.sbatch.signal=USR2@0")
+    job = slurm.submit("train", settings(shards, run_dir, micro_batch_size=1), run_dir, *limits)
+    slurm.wait_until_finished(job)
+    stopped, resumed = steps_printed(job, STOPPED), steps_printed(job, RESUMED)
+    assert stopped and stopped == resumed, read_logs(job)
+    assert_every_step_once(run_dir)
+    assert_same_losses(run_dir, undisturbed)
+
+
+def test_four_nodes_then_two(slurm, shards, undisturbed, tmp_path, capsys):
+    """`flowar cancel`, then `flowar resume` with fewer nodes, under FSDP; status and logs on the way."""
+    run_dir = tmp_path / "run"
+    config = settings(shards, run_dir, parallel=ParallelConfig(engine="fsdp", timeout_s=20))
+    first = slurm.submit("train", config, run_dir, "cluster.nodes=4")
+    slurm.wait_for_checkpoint(run_dir, first)
+    with pytest.raises(UserError, match=rf"is in use by job {first.ids[0]} \(train\); wait for it, or end it with"):
+        resume([str(run_dir), "nodes=2"])
+    capsys.readouterr()
+    status([str(run_dir)])
+    assert f" {first.ids[0]} " in (shown := capsys.readouterr().out) and "RUNNING" in shown and "n[1-4]" in shown
+    cancel([str(run_dir)])
+    slurm.wait_for(lambda: not run("squeue", "-h", "-j", first.ids[0]), "the end of the first job")
+    resume([str(run_dir), "nodes=2"])
+    second = newest_job(run_dir)
+    assert second.ids != first.ids and second.code == first.code
+    slurm.wait_until_finished(second)
+    assert steps_printed(first, STOPPED) == steps_printed(second, RESUMED)
+    assert_every_step_once(run_dir)
+    assert_same_losses(run_dir, undisturbed)
+    capsys.readouterr()
+    status([str(run_dir)])
+    shown = capsys.readouterr().out
+    assert "FINISHED" in shown and "ENDED" in shown and f"{STEPS}, 0:0" in shown
+    logs([str(run_dir), "--rank", "1"])
+
+
+def test_two_tasks_on_each_of_two_nodes_train_with_deepspeed(slurm, shards, undisturbed, tmp_path):
+    """What runs is the copy of the code."""
+    run_dir = tmp_path / "run"
+    config = settings(shards, run_dir, parallel=ParallelConfig(engine="deepspeed", timeout_s=20))
+    job = slurm.submit("train", config, run_dir, "cluster.tasks_per_node=2")
+    slurm.wait_until_finished(job)
+    assert_every_step_once(run_dir)
+    assert_same_losses(run_dir, undisturbed)
+    (attempt,) = (json.loads(line) for line in (job.folder / "attempts.jsonl").read_text().splitlines())
+    assert attempt["code"] == str(job.folder / "code") and attempt["hosts"] == ["n1", "n2"]
+    assert f"{job.folder}/code/flowar/" in read_logs(job) or "Traceback" not in read_logs(job)
+
+
+def test_an_error_of_ours_is_shown_and_not_tried_again(slurm, shards, tmp_path, capsys):
+    data = shutil.copytree(shards, tmp_path / "data")
+    run_dir = tmp_path / "run"
+    job = slurm.submit("train", settings(data, run_dir), run_dir)
+    shutil.rmtree(data)
+    slurm.wait_for(lambda: job.mark("failed", job.ids[0]).exists(), "the failure")
+    slurm.wait_for(lambda: not run("squeue", "-h", "-j", job.ids[0]), "the end of the job")
+    assert attempt_count(job, job.ids[0]) == 1
+    capsys.readouterr()
+    status([str(run_dir)])
+    shown = capsys.readouterr().out
+    assert "FAILED" in shown and str(data) in shown.replace("\n", "")
+
+
+def test_a_task_that_dies_each_time_is_given_up(slurm, tmp_path):
+    """Here by a signal from its own batch script's setup, long before Python starts."""
+    job = slurm.submit(
+        "doctor", DoctorConfig(run_dir=str(tmp_path / "run")), tmp_path / "run", "cluster.python=false",
+        "cluster.nodes=1", "cluster.max_restarts=1",
+    )  # fmt: skip
+    slurm.wait_for(lambda: job.mark("failed", job.ids[0]).exists(), "giving up")
+    assert job.mark("failed", job.ids[0]).read_text() == "failed 2 times\n"
+    assert len(job.mark("failures", job.ids[0]).read_text().splitlines()) == 2

@@ -1,0 +1,132 @@
+"""What `flowar submit` refuses, and what it would hand to Slurm."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.environment import parse_duration
+from cluster.job import Job
+from cluster.status import cancel, find_jobs, logs, newest_job, status
+from cluster.submit import main as submit
+from flowar.errors import UserError
+from flowar.report import read_metrics
+from flowar.run_folder import find_latest
+from tests.conftest import training
+
+ROOT = Path(__file__).parents[2]
+CLUSTERS = ROOT / "configs" / "cluster"
+
+
+def train_words(shards, run_dir, *words):
+    """The command line of a small training run."""
+    from flowar.config import describe_config
+
+    file = run_dir.with_suffix(".yaml")
+    file.write_text(describe_config(training(shards, run_dir)))
+    return ["train", str(file), *words]
+
+
+def refused(words, match, cluster):
+    with pytest.raises(UserError, match=match):
+        submit([*words, "--cluster", str(cluster)])
+
+
+def test_what_slurm_would_refuse_is_refused_before(slurm, shards, tmp_path):
+    words = train_words(shards, tmp_path / "run")
+    one = "cluster.nodes=1"
+    refused([*words, one, "cluster.partition=gpu"], r"partition=gpu; there are: local, h100\)$", slurm.cluster_file)
+    refused(
+        [*words, one, "cluster.partition=h100", "cluster.account=yours"],
+        "cluster.account=yours may not use cluster.partition=h100, which is for: my_account$",
+        slurm.cluster_file,
+    )
+    refused([*words, "cluster.nodes=5", "batch_size=10"], "Slurm refuses the train job: .*node", slurm.cluster_file)
+    assert not (tmp_path / "run").exists()
+
+
+def test_errors_in_the_settings_are_found_before_submission(slurm, shards, tmp_path):
+    words = train_words(shards, tmp_path / "run")
+    refused([*words, "batch_siz=8"], "batch_siz is not a setting; did you mean batch_size", slurm.cluster_file)
+    refused([*words, "cluster.node=3"], "node is not a setting; did you mean nodes", slurm.cluster_file)
+    refused([*words, "cluster.nodes=3"], "batch_size=8 is not a multiple of 3 processes; try", slurm.cluster_file)
+    refused([*words, "data.path=/nowhere"], "/nowhere", slurm.cluster_file)
+    refused([*words, "cluster.array=2"], "only prepare and sample share their work", slurm.cluster_file)
+    refused([*words, "cluster.time_min=1"], "stop_before_end_s=60 is not less than", slurm.cluster_file)
+    refused(["trian"], "'trian' can't be submitted; did you mean train", slurm.cluster_file)
+    refused(words, "there is no config file", tmp_path / "none.yaml")
+    assert not (tmp_path / "run").exists()
+
+
+def test_without_slurm_one_line_says_what_to_do(shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    refused(train_words(shards, tmp_path / "run"), r"no Slurm on this machine .*local.yaml$", CLUSTERS / "a100.yaml")
+
+
+def test_the_h100_example_is_accepted_by_sbatch(slurm, shards, tmp_path, capsys):
+    words = train_words(shards, tmp_path / "run", "batch_size=16", "--dry-run", "--cluster", str(CLUSTERS / "h100.yaml"))
+    submit(words)
+    printed = capsys.readouterr().out
+    script = printed[printed.index("#!/bin/bash") :]
+    assert "batch_size: 16" in printed and "#SBATCH --gpus-per-node=8" in script and "--ntasks-per-node=8" in script
+    assert "--cpus-per-task=12" in script.split("srun ")[1] and "module load cuda" in script
+    result = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True)
+    assert result.returncode == 0 and "to start at" in result.stderr, result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", [file.name for file in sorted(CLUSTERS.glob("*.yaml"))])
+def test_every_example_of_a_cluster_loads(name):
+    from flowar.config import ClusterConfig, load_config
+
+    load_config(ClusterConfig, CLUSTERS / name)
+
+
+def test_durations_of_slurm():
+    assert parse_duration("1-02:03:04") == 93784 and parse_duration("10:00") == 600 and parse_duration("59") == 59
+    assert parse_duration("UNLIMITED") is None and parse_duration("") is None and parse_duration("INVALID") is None
+
+
+def test_the_job_folder_records_code_environment_and_changes(slurm, shards, tmp_path):
+    """The code comes from a repository with a change that is not committed."""
+    root = tmp_path / "repository"
+    for package in ("flowar", "cluster", "data_prep"):
+        shutil.copytree(ROOT / package, root / package)
+    git = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"]):
+        subprocess.run([*git, *command], check=True)
+    source = root / "flowar" / "errors.py"
+    source.write_text(source.read_text() + "\nCHANGED = True\n")
+    words = train_words(shards, tmp_path / "run", "cluster.sbatch.begin=now+600", "--cluster", str(slurm.cluster_file))
+    code = f"import sys; sys.path.insert(0, {str(root)!r})\nfrom cluster.submit import main; main({words!r})"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    job = newest_job(tmp_path / "run")
+    recorded = json.loads((job.folder / "code.json").read_text())
+    assert job.code == f"{recorded['commit'][:12]} + changes" and "+CHANGED" in (job.folder / "diff.patch").read_text()
+    assert "CHANGED" in (job.folder / "code" / "flowar" / "errors.py").read_text()
+    assert "torch" in json.loads((job.folder / "environment.json").read_text())["packages"]
+    assert Job.load(job.folder) == job
+    cancel([str(tmp_path / "run")])
+
+
+@pytest.mark.slow
+def test_processes_on_this_machine_by_the_local_scheduler(shards, tmp_path, capsys):
+    words = train_words(shards, tmp_path / "run", "cluster.tasks_per_node=2", "--cluster", str(CLUSTERS / "local.yaml"))
+    submit(words)
+    (job,) = find_jobs(tmp_path / "run")
+    capsys.readouterr()
+    status([str(tmp_path / "run")])
+    assert "RUNNING" in capsys.readouterr().out
+    psutil.wait_procs([psutil.Process(int(job_id)) for job_id in job.ids], timeout=120)
+    assert find_latest(tmp_path / "run").name == "step_00000030", (job.folder / f"{job.ids[0]}_0_log.err").read_text()
+    assert len(read_metrics(tmp_path / "run")) == 6
+    time.sleep(0.1)
+    status([str(tmp_path / "run")])
+    assert "FINISHED" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"has no log of rank 7; there are: \d+_0_log.err"):
+        logs([str(tmp_path / "run"), "--rank", "7"])
