@@ -89,6 +89,8 @@ def run_task(folder: str) -> None:
         environment.check_resources(task, job.cluster)
         config = load_config(verb.schema, job.folder / CONFIG_FILE)
         importlib.import_module(verb.module).main(config)
+        if job.cluster.scheduler == "local" and task.rank == 0:
+            job.mark("finished", task.job_id).touch()  # on Slurm the batch script does, when all tasks have ended
     except SystemExit as stop:
         if stop.code != EXIT_AGAIN:
             raise

@@ -6,8 +6,6 @@ Read next: job.py for these files.
 import argparse
 import contextlib
 import itertools
-import os
-import signal
 import subprocess
 import time
 from collections.abc import Iterable
@@ -70,7 +68,7 @@ class Queued(NamedTuple):
 def ask_queue(job: Job) -> dict[str, Queued]:
     """Return what is still queued or running of a job, by id. A local job runs as long as its process."""
     if job.cluster.scheduler == "local":
-        alive = (job_id for job_id in job.ids if _controls(job_id, job))
+        alive = (job_id for job_id in job.ids if find_controller(job_id, job))
         return {job_id: Queued("RUNNING", "this machine", "") for job_id in alive}
     numbers = ",".join(dict.fromkeys(job_id.split("_")[0] for job_id in job.ids))
     if not numbers:
@@ -95,12 +93,15 @@ def queue(*words: str) -> dict[str, Queued]:
     return found
 
 
-def _controls(job_id: str, job: Job) -> bool:
-    """Return whether a process number is still the one that submitit started for this job."""
+def find_controller(job_id: str, job: Job) -> psutil.Process | None:
+    """Return the process of submitit that runs a local job's tasks: the one of this number, or its shell's child."""
     with contextlib.suppress(psutil.Error):
-        process = psutil.Process(int(job_id))
-        return str(job.folder) in process.cmdline() and process.status() != psutil.STATUS_ZOMBIE
-    return False
+        first = psutil.Process(int(job_id))
+        for process in (first, *first.children()):
+            command = process.cmdline()
+            if "submitit.local._local" in command and str(job.folder) in command:
+                return process
+    return None
 
 
 def is_live(job: Job) -> bool:
@@ -250,7 +251,8 @@ def cancel(words: list[str]) -> None:
         live = list(ask_queue(job))
         if job.cluster.scheduler == "local":
             for job_id in live:
-                os.kill(int(job_id), signal.SIGTERM)  # submitit's process hands it to the tasks
+                if (controller := find_controller(job_id, job)) is not None:
+                    controller.terminate()  # it hands the signal to the tasks
         elif live:
             numbers = list(dict.fromkeys(job_id.split("_")[0] for job_id in live))
             answer = subprocess.run(["scancel", *numbers], capture_output=True, text=True)

@@ -93,7 +93,8 @@ def test_a_pipeline_with_a_sampling_array_gives_the_metrics_of_a_local_run(slurm
     for mine, theirs in zip(read_metrics(chain.train.run_dir), read_metrics(local.train.run_dir), strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=LOSS_TOLERANCE)
     names = [
-        sorted(file.name for file in (tmp_path / which / "samples" / "images").iterdir()) for which in ("local", "chain")
+        sorted(file.name for file in (tmp_path / which / "samples" / "images").iterdir())
+        for which in ("local", "chain")
     ]
     assert names[0] == names[1] and len(names[0]) == NUM_IMAGES
     found, needed = (

@@ -69,7 +69,9 @@ def test_without_slurm_one_line_says_what_to_do(shards, tmp_path, monkeypatch):
 
 
 def test_the_h100_example_is_accepted_by_sbatch(slurm, shards, tmp_path, capsys):
-    words = train_words(shards, tmp_path / "run", "batch_size=16", "--dry-run", "--cluster", str(CLUSTERS / "h100.yaml"))
+    words = train_words(
+        shards, tmp_path / "run", "batch_size=16", "--dry-run", "--cluster", str(CLUSTERS / "h100.yaml")
+    )
     submit(words)
     printed = capsys.readouterr().out
     script = printed[printed.index("#!/bin/bash") :]
@@ -122,6 +124,8 @@ def test_processes_on_this_machine_by_the_local_scheduler(shards, tmp_path, caps
     capsys.readouterr()
     status([str(tmp_path / "run")])
     assert "RUNNING" in capsys.readouterr().out
+    with pytest.raises(UserError, match=rf"is in use by job {job.ids[0]}"):
+        submit(words)
     psutil.wait_procs([psutil.Process(int(job_id)) for job_id in job.ids], timeout=120)
     assert find_latest(tmp_path / "run").name == "step_00000030", (job.folder / f"{job.ids[0]}_0_log.err").read_text()
     assert len(read_metrics(tmp_path / "run")) == 6
