@@ -5,10 +5,13 @@ submitit's JobEnvironment knows the names, for Slurm and for its local processes
 
 import contextlib
 import os
+import shlex
 import shutil
 import socket
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from submitit import JobEnvironment
 
@@ -118,3 +121,50 @@ def parse_duration(text: str) -> float | None:
     for part in parts:
         seconds = 60 * seconds + int(part)
     return 86_400 * int(days or 0) + seconds
+
+
+@contextlib.contextmanager
+def outside_of_jobs() -> Iterator[None]:
+    """Hide the variables of a job or launcher around us: a job may be submitted from inside another one."""
+    given = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "FLOWAR_JOB")
+    schedulers = ("SLURM_", "SBATCH_", "SUBMITIT_")
+    hidden = [name for name in os.environ if name in given or name.startswith(schedulers)]
+    before = {name: os.environ.pop(name) for name in hidden if name != "SLURM_CONF"}
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+
+
+def first_lines(folder: Path) -> list[str]:
+    """Return what the batch script does before srun: nothing if all is done, else forget how the last start ended."""
+    return [
+        "id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}; id=${id:-$SLURM_JOB_ID}",
+        f"cd {shlex.quote(str(folder))} || exit 1",
+        'if [ -e "finished_$id" ]; then echo "finished before"; exit 0; fi',
+        'rm -f "again_$id" "failed_$id"',
+        'cd "$OLDPWD"',
+    ]
+
+
+def last_lines(folder: Path, max_restarts: int) -> list[str]:
+    """Return what the batch script does after srun: finish, requeue, or leave it.
+
+    In bash, as this also has to work where the tasks run in a container. Only a running job is requeued: not one that
+    was cancelled, or that Slurm requeues by itself.
+    """
+    return [
+        "rc=$?",
+        f"cd {shlex.quote(str(folder))} || exit 1",
+        "requeue() {",
+        '  state=$(squeue -h -j "$SLURM_JOB_ID" -o %T)',
+        '  if [ "$state" != RUNNING ]; then echo "not requeued: the job is ${state:-gone}"; exit 1; fi',
+        '  scontrol requeue "$SLURM_JOB_ID"; exit',
+        "}",
+        'if [ -e "failed_$id" ]; then cat "failed_$id"; exit 1; fi',
+        'if [ -e "again_$id" ]; then rm "again_$id"; requeue; fi',
+        'if [ $rc -eq 0 ]; then touch "finished_$id"; exit 0; fi',
+        'echo "$(date -Is) exit code $rc on $SLURM_JOB_NODELIST" >> "failures_$id"',
+        f'if [ "$(wc -l < "failures_$id")" -le {max_restarts} ]; then requeue; fi',
+        f'echo "failed {max_restarts + 1} times" > "failed_$id"; exit $rc',
+    ]

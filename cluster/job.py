@@ -16,7 +16,6 @@ import dataclasses
 import importlib
 import json
 import os
-import shlex
 import signal
 import socket
 import sys
@@ -142,38 +141,3 @@ def stop_before_the_end(margin_s: float) -> None:
             os.kill(os.getpid(), signal.SIGUSR2)
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-def first_lines(job: Job) -> list[str]:
-    """Return what the batch script does before srun: nothing if all is done, else forget how the last start ended."""
-    return [
-        "id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}; id=${id:-$SLURM_JOB_ID}",
-        f"cd {shlex.quote(str(job.folder))} || exit 1",
-        'if [ -e "finished_$id" ]; then echo "finished before"; exit 0; fi',
-        'rm -f "again_$id" "failed_$id"',
-        'cd "$OLDPWD"',
-    ]
-
-
-def last_lines(job: Job) -> list[str]:
-    """Return what the batch script does after srun: finish, requeue, or leave it.
-
-    In bash, as this also has to work where the tasks run in a container. Only a running job is requeued: not one that
-    was cancelled, or that Slurm requeues by itself.
-    """
-    folder = shlex.quote(str(job.folder))
-    return [
-        "rc=$?",
-        f"cd {folder} || exit 1",
-        "requeue() {",
-        '  state=$(squeue -h -j "$SLURM_JOB_ID" -o %T)',
-        '  if [ "$state" != RUNNING ]; then echo "not requeued: the job is ${state:-gone}"; exit 1; fi',
-        '  scontrol requeue "$SLURM_JOB_ID"; exit',
-        "}",
-        'if [ -e "failed_$id" ]; then cat "failed_$id"; exit 1; fi',
-        'if [ -e "again_$id" ]; then rm "again_$id"; requeue; fi',
-        'if [ $rc -eq 0 ]; then touch "finished_$id"; exit 0; fi',
-        'echo "$(date -Is) exit code $rc on $SLURM_JOB_NODELIST" >> "failures_$id"',
-        f'if [ "$(wc -l < "failures_$id")" -le {job.cluster.max_restarts} ]; then requeue; fi',
-        f'echo "failed {job.cluster.max_restarts + 1} times" > "failed_$id"; exit $rc',
-    ]

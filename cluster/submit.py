@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import importlib
 import json
-import os
 import re
 import shlex
 import shutil
@@ -22,7 +21,8 @@ from pathlib import Path
 import submitit
 
 import flowar
-from cluster.job import CONFIG_FILE, Job, first_lines, last_lines, run_task
+from cluster.environment import first_lines, last_lines, outside_of_jobs
+from cluster.job import CONFIG_FILE, Job, run_task
 from cluster.status import find_jobs, is_live, jobs_folder, newest_job
 from flowar.cli import VERBS, parse_words
 from flowar.config import ClusterConfig, PipelineConfig, TrainConfig, describe_config, did_you_mean, load_config
@@ -169,7 +169,7 @@ def submit_one(job: PlannedJob, folder: Path, after: tuple[str, ...]) -> Job:
     record.save()
     executor = make_executor(job, folder, after)
     try:
-        with clean_environment():
+        with outside_of_jobs():
             if job.cluster.array > 1 and job.cluster.scheduler == "slurm":
                 started = executor.map_array(run_task, [str(folder)] * job.cluster.array)
             else:
@@ -182,22 +182,6 @@ def submit_one(job: PlannedJob, folder: Path, after: tuple[str, ...]) -> Job:
     return record
 
 
-class clean_environment:
-    """Without the variables of a job or launcher around us: a job may be submitted from inside another one."""
-
-    def __enter__(self) -> None:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "FLOWAR_JOB")
-        gone = [
-            k
-            for k in os.environ
-            if k in names or (k.startswith(("SLURM_", "SBATCH_", "SUBMITIT_")) and k != "SLURM_CONF")
-        ]
-        self.before = {name: os.environ.pop(name) for name in gone}
-
-    def __exit__(self, *exception: object) -> None:
-        os.environ.update(self.before)
-
-
 def make_executor(job: PlannedJob, folder: Path, after: tuple[str, ...] = ()) -> submitit.Executor:
     """Return submitit's executor for a job."""
     cluster = job.cluster
@@ -207,7 +191,6 @@ def make_executor(job: PlannedJob, folder: Path, after: tuple[str, ...] = ()) ->
         **cluster.environment,
     }
     setup = [*cluster.setup, *(f"export {key}={shlex.quote(value)}" for key, value in environment.items())]
-    record = Job(job.verb, cluster, folder)
     if cluster.scheduler == "local":
         executor = submitit.LocalExecutor(folder, python=cluster.python)
         executor.update_parameters(
@@ -234,9 +217,9 @@ def make_executor(job: PlannedJob, folder: Path, after: tuple[str, ...] = ()) ->
         ntasks_per_node=cluster.tasks,
         cpus_per_task=cluster.cpus_per_task,
         signal_delay_s=cluster.stop_before_end_s,
-        setup=[*first_lines(record), *setup],
+        setup=[*first_lines(folder), *setup],
         srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.cpus_per_task}", *cluster.srun],
-        teardown=last_lines(record),
+        teardown=last_lines(folder, cluster.max_restarts),
         additional_parameters={"requeue": True, **cluster.sbatch},
         **{key: value for key, value in optional.items() if value is not None},
     )
@@ -305,7 +288,7 @@ def check_by_slurm(job: PlannedJob) -> None:
                 f"{allowed[1]}"
             )
     script = batch_script(job, job.jobs.absolute() / "dry-run")
-    with clean_environment():
+    with outside_of_jobs():
         answer = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True)
     if answer.returncode:
         hint = ""

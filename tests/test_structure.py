@@ -31,6 +31,16 @@ def test_flowar_never_imports_cluster():
         assert not [module for module in imported_modules(file) if module.split(".")[0] == "cluster"], file
 
 
+def test_only_the_environment_knows_what_slurm_calls_things():
+    naming = [
+        file.name
+        for folder in ("flowar", "data_prep", "cluster")
+        for file in (ROOT / folder).glob("*.py")
+        if "SLURM_" in file.read_text().replace("SLURM_CONF", "")
+    ]
+    assert naming == ["environment.py"]
+
+
 def test_only_vae_and_the_demo_vae_script_import_diffusers():
     importing = {
         file.name

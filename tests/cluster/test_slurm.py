@@ -186,6 +186,17 @@ def test_an_error_of_ours_is_shown_and_not_tried_again(slurm, shards, tmp_path, 
     assert "FAILED" in shown and str(data) in shown.replace("\n", "")
 
 
+def test_the_doctor_sees_every_node(slurm, shards, tmp_path):
+    run_dir = tmp_path / "run"
+    limits = {"write_mib": 2, "message_mib": 1, "min_share": 0.01, "min_open_files": 1, "min_shm_gib": 0.0}
+    config = DoctorConfig(run_dir=str(run_dir), data=str(shards), **limits)
+    job = slurm.submit("doctor", config, run_dir, "cluster.nodes=4")
+    slurm.wait_until_finished(job)
+    seen = json.loads((run_dir / "doctor.json").read_text())["seen"]
+    assert [one["node"] for one in seen] == ["n1", "n2", "n3", "n4"]
+    assert all(one["all_reduce_gb_per_s"] > 0 for one in seen) and "fit: n1, n2, n3, n4" in read_logs(job)
+
+
 def test_a_task_that_dies_each_time_is_given_up(slurm, tmp_path):
     """Here by a signal from its own batch script's setup, long before Python starts."""
     job = slurm.submit(

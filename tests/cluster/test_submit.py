@@ -1,5 +1,6 @@
 """What `flowar submit` refuses, and what it would hand to Slurm."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -10,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.environment import parse_duration
+from cluster.environment import Task, check_resources, parse_duration
 from cluster.job import Job
 from cluster.status import cancel, find_jobs, logs, newest_job, status
 from cluster.submit import main as submit
@@ -80,6 +81,16 @@ def test_the_h100_example_is_accepted_by_sbatch(slurm, shards, tmp_path, capsys)
     result = subprocess.run(["sbatch", "--test-only"], input=script, capture_output=True, text=True)
     assert result.returncode == 0 and "to start at" in result.stderr, result.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_a_task_that_got_less_than_was_asked_for_says_so():
+    from flowar.config import ClusterConfig
+
+    task = Task("7", restarts=0, rank=0, num_tasks=1, hosts=("n1",), cpus_asked=10_000)
+    with pytest.raises(UserError, match=r"cpus_per_task=10000 was asked for, but this task may use \d+ CPUs on node"):
+        check_resources(task, ClusterConfig())
+    with pytest.raises(UserError, match=r"gpus_per_node=99 was asked for, but torch sees \d+ on node"):
+        check_resources(dataclasses.replace(task, cpus_asked=1), ClusterConfig(gpus_per_node=99))
 
 
 @pytest.mark.parametrize("name", [file.name for file in sorted(CLUSTERS.glob("*.yaml"))])

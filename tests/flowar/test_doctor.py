@@ -1,0 +1,87 @@
+"""What `flowar doctor` finds, on nodes that are described here."""
+
+import copy
+import dataclasses
+import json
+import shutil
+
+import pytest
+
+from flowar.config import DoctorConfig
+from flowar.doctor import find_problems, main, report
+from flowar.errors import UserError
+from tests.conftest import flip_bit
+
+GPU = {"name": "H100", "total_gib": 80.0, "used_gib": 1.0, "ecc_errors": 0, "driver": "570"}
+
+
+def nodes():
+    """Four sound nodes of two tasks each."""
+    seen = {
+        "versions": {"torch": "2.14", "NCCL": "2.30"},
+        "gpus": [dict(GPU), dict(GPU)],
+        "cpus": 8,
+        "shm_gib": 100.0,
+        "open_files": 65536,
+        "write_mib_per_s": 1000.0,
+        "rename_ms": 1.0,
+        "tflops": 50.0,
+        "all_reduce_gb_per_s": 40.0,
+        "damaged": [],
+    }
+    return [copy.deepcopy(seen) | {"node": f"n{rank // 2}", "rank": rank} for rank in range(8)]
+
+
+def config(tmp_path, **changes):
+    return DoctorConfig(run_dir=str(tmp_path), **changes)
+
+
+def test_sound_nodes_are_fit(tmp_path, capsys):
+    report(nodes(), config(tmp_path))
+    assert "fit: n0, n1, n2, n3" in capsys.readouterr().out
+    assert json.loads((tmp_path / "doctor.json").read_text())["problems"] == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"versions": {"torch": "2.13", "NCCL": "2.30"}}, "torch is 2.13, elsewhere 2.14"),
+        ({"gpus": [dict(GPU)]}, "1 GPUs, elsewhere 2"),
+        ({"gpus": [dict(GPU), GPU | {"ecc_errors": 3}]}, "GPU 1 has 3 uncorrected memory errors"),
+        ({"gpus": [dict(GPU), GPU | {"used_gib": 40.0}]}, "GPU 1 has 40.0 GiB in use by others"),
+        ({"cpus": 1}, "1 CPUs per task, elsewhere 8"),
+        ({"shm_gib": 0.06}, "0.06 GiB free in /dev/shm"),
+        ({"open_files": 1024}, "ulimit -n is 1024"),
+        ({"write_mib_per_s": 100.0}, "100, median 1e+03 MiB/s written"),
+        ({"rename_ms": 500.0}, "a rename takes 500 ms"),
+        ({"tflops": 20.0}, "20, median 50 TFLOP/s"),
+        ({"all_reduce_gb_per_s": 5.0}, "5, median 40 GB/s of all-reduces"),
+        ({"damaged": ["shard.00003.mds"]}, "reads shard shard.00003.mds differently"),
+    ],
+)
+def test_what_is_wrong_with_one_node_is_said_and_the_node_is_named_to_exclude(tmp_path, capsys, changes, expected):
+    seen = nodes()
+    seen[5] |= changes
+    assert list(find_problems(seen, config(tmp_path))) == ["n2"]
+    with pytest.raises(UserError, match=r"1 of 4 nodes are not fit; leave them out: --exclude=n2$"):
+        report(seen, config(tmp_path))
+    assert f"n2: {expected}" in capsys.readouterr().out
+
+
+def test_one_machine_is_looked_at_for_real(shards, tmp_path, capsys):
+    settings = config(tmp_path / "run", data=str(shards), write_mib=4, min_open_files=1, min_shm_gib=0.0)
+    main(settings)
+    seen = json.loads((tmp_path / "run" / "doctor.json").read_text())["seen"]
+    assert len(seen) == 1 and seen[0]["write_mib_per_s"] > 0 and seen[0]["tflops"] > 0
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["doctor.json"]
+    data = shutil.copytree(shards, tmp_path / "data")
+    flip_bit(next(data.glob("**/*.mds")), -10)
+    with pytest.raises(UserError, match="1 of 1 nodes are not fit"):
+        main(dataclasses.replace(settings, data=str(data)))
+    assert "differently from what was written" in capsys.readouterr().out
+
+
+def test_a_folder_that_can_not_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="can't write to run_dir=.*file/run: Not a directory"):
+        main(config(tmp_path / "file" / "run"))
