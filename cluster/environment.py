@@ -6,7 +6,6 @@ submitit's JobEnvironment knows the names, for Slurm and for its local processes
 import contextlib
 import os
 import shlex
-import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ ASK_S = 30  # for an answer of Slurm
 
 
 @dataclass(frozen=True)
-class Task:
+class Place:
     """This process's place in its job."""
 
     job_id: str  # 1234, or 1234_5 in an array
@@ -34,10 +33,10 @@ class Task:
     cpus_asked: int
 
 
-def read_task() -> Task:
+def read_task() -> Place:
     """Return what the scheduler says about this process."""
     given = JobEnvironment()
-    return Task(
+    return Place(
         job_id=given.job_id,
         restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         rank=given.global_rank,
@@ -72,12 +71,14 @@ def find_address(node: str) -> str:
     with contextlib.suppress(OSError):
         socket.getaddrinfo(node, None)
         return node
-    answer = subprocess.run(["scontrol", "show", "node", node, "-o"], capture_output=True, text=True, timeout=ASK_S)
-    fields = dict(word.split("=", 1) for word in answer.stdout.split() if "=" in word)
-    return fields.get("NodeAddr", node)
+    with contextlib.suppress(FileNotFoundError):  # in a container there may be no scontrol
+        answer = subprocess.run(["scontrol", "show", "node", node, "-o"], capture_output=True, text=True, timeout=ASK_S)
+        fields = dict(word.split("=", 1) for word in answer.stdout.split() if "=" in word)
+        return fields.get("NodeAddr", node)
+    return node
 
 
-def check_resources(task: Task, cluster: ClusterConfig) -> None:
+def check_resources(task: Place, cluster: ClusterConfig) -> None:
     """Check that this task may use what was asked for.
 
     Raises:
@@ -103,17 +104,19 @@ def check_resources(task: Task, cluster: ClusterConfig) -> None:
 
 
 def seconds_left() -> float | None:
-    """Return how long this job may still run; None without a limit, or without Slurm."""
-    job_id = os.environ.get("SLURM_JOB_ID")
-    if job_id is None or shutil.which("squeue") is None:
-        return None
-    answer = subprocess.run(["squeue", "-h", "-j", job_id, "-o", "%L"], capture_output=True, text=True, timeout=ASK_S)
-    return parse_duration(answer.stdout.strip())
+    """Return how long this job may still run; None without a limit.
+
+    Raises:
+        OSError: if there is no squeue.
+        subprocess.SubprocessError: if it doesn't answer.
+    """
+    command = ["squeue", "-h", "-j", JobEnvironment().job_id, "-o", "%L"]
+    return parse_duration(subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, check=True).stdout)
 
 
 def parse_duration(text: str) -> float | None:
     """Return the seconds of Slurm's days-hours:minutes:seconds; None for UNLIMITED and the like."""
-    days, _, clock = text.rpartition("-")
+    days, _, clock = text.strip().rpartition("-")
     parts = clock.split(":")
     if not all(part.isdecimal() for part in (*parts, days or "0")):
         return None
@@ -127,7 +130,7 @@ def parse_duration(text: str) -> float | None:
 def outside_of_jobs() -> Iterator[None]:
     """Hide the variables of a job or launcher around us: a job may be submitted from inside another one."""
     given = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "FLOWAR_JOB")
-    schedulers = ("SLURM_", "SBATCH_", "SUBMITIT_")
+    schedulers = ("SLURM_", "SBATCH_", "SUBMITIT_") if "SLURM_JOB_ID" in os.environ else ()
     hidden = [name for name in os.environ if name in given or name.startswith(schedulers)]
     before = {name: os.environ.pop(name) for name in hidden if name != "SLURM_CONF"}
     try:
@@ -137,34 +140,49 @@ def outside_of_jobs() -> Iterator[None]:
 
 
 def first_lines(folder: Path) -> list[str]:
-    """Return what the batch script does before srun: nothing if all is done, else forget how the last start ended."""
+    """Return what the batch script does before srun: nothing if all is done."""
     return [
         "id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}; id=${id:-$SLURM_JOB_ID}",
+        "n=${SLURM_RESTART_COUNT:-0}",
         f"cd {shlex.quote(str(folder))} || exit 1",
         'if [ -e "finished_$id" ]; then echo "finished before"; exit 0; fi',
-        'rm -f "again_$id" "failed_$id"',
+        'rm -f "failed_$id" "cancelled_$id" "${id}"_*_result.pkl.save_tmp',  # submitit stumbles over the last ones
         'cd "$OLDPWD"',
     ]
 
 
 def last_lines(folder: Path, max_restarts: int) -> list[str]:
-    """Return what the batch script does after srun: finish, requeue, or leave it.
+    """Return what the batch script does after srun: finish, requeue, or say why not.
 
-    In bash, as this also has to work where the tasks run in a container. Only a running job is requeued: not one that
-    was cancelled, or that Slurm requeues by itself.
+    In bash, as this also has to work where the tasks run in a container. A script that outlived its node's daemon finds
+    that Slurm has started the job again, and leaves it alone.
     """
     return [
         "rc=$?",
         f"cd {shlex.quote(str(folder))} || exit 1",
         "requeue() {",
-        '  state=$(squeue -h -j "$SLURM_JOB_ID" -o %T)',
-        '  if [ "$state" != RUNNING ]; then echo "not requeued: the job is ${state:-gone}"; exit 1; fi',
-        '  scontrol requeue "$SLURM_JOB_ID"; exit',
+        "  for try in $(seq 60); do",
+        """    now=$(scontrol show job "$id" | sed -n 's/.*Restarts=\\([0-9]*\\).*/\\1/p')""",
+        '    if [ -n "$now" ] && [ "$now" != "$n" ]; then exit 0; fi',
+        """    state=$(scontrol show job "$id" | sed -n 's/.*JobState=\\([A-Z_]*\\).*/\\1/p')""",
+        '    case "$state" in',
+        '      RUNNING|SUSPENDED|STOPPED|SIGNALING) scontrol requeue "$id" && exit 0 ;;',
+        '      ?*) echo "not requeued: the job is $state"; exit 1 ;;',
+        "    esac",
+        "    sleep 5",
+        "  done",
+        '  echo "Slurm did not requeue the job" > "failed_$id"; exit 1',
         "}",
-        'if [ -e "failed_$id" ]; then cat "failed_$id"; exit 1; fi',
-        'if [ -e "again_$id" ]; then rm "again_$id"; requeue; fi',
+        "count() {",
+        '  echo "$(date -Is) start $n on $SLURM_JOB_NODELIST: $1" >> "failures_$id"',
+        f'  if [ "$(wc -l < "failures_$id")" -le {max_restarts} ]; then requeue; fi',
+        f'  echo "no gain in {max_restarts + 1} starts, the last: $1" > "failed_$id"; exit 1',
+        "}",
+        "if [ $rc -ne 0 ]; then sleep 2; ls -a > /dev/null; fi",  # NFS may show late what other nodes wrote
+        'if [ -e "cancelled_$id" ]; then exit 1; fi',
+        'if [ -s "again_$id.$n" ]; then count "stopped before its first step"; fi',
+        'if [ -e "again_$id.$n" ]; then rm -f "failures_$id"; requeue; fi',
+        'if [ -e "error_$id.$n" ]; then cat "error_$id.$n"; cp "error_$id.$n" "failed_$id"; exit 1; fi',
         'if [ $rc -eq 0 ]; then touch "finished_$id"; exit 0; fi',
-        'echo "$(date -Is) exit code $rc on $SLURM_JOB_NODELIST" >> "failures_$id"',
-        f'if [ "$(wc -l < "failures_$id")" -le {max_restarts} ]; then requeue; fi',
-        f'echo "failed {max_restarts + 1} times" > "failed_$id"; exit $rc',
+        'count "exit code $rc"',
     ]

@@ -1,27 +1,31 @@
 """What every task of a job does, and how it ends: finished, to be started again, or failed. Read next: submit.py.
 
-A job has a folder:
+A job has a folder (ID is Slurm's number, N how often Slurm has started the job again):
     job.json, config.yaml     what runs where; `Job`
     code/, code.json          the code that runs, also after a requeue; its git commit; diff.patch where it was changed
-    environment.json          python and its packages
-    ID_RANK_log.out, .err     what each task printed, over all attempts (submitit's names)
+    environment.json          python and its packages, as they are where the tasks run
+    ID_RANK_log.out, .err     what each task printed, over all starts (submitit's names)
     attempts.jsonl            one line per start: when and where
-    again_ID                  the tasks saved and stopped on purpose: the batch script requeues the job
-    failed_ID                 our code said why it can't go on: the job is not started again
-    failures_ID               one line per unplanned end, to stop after max_restarts of them
-    finished_ID               all is done
+    again_ID.N                the tasks stopped on purpose and go on in a new start; "counted" in it: nothing was gained
+    error_ID.N                our code said why it can't go on
+    failures_ID               one line per end without gain, to stop after max_restarts of them
+    cancelled_ID              `flowar cancel` asked for the end
+    finished_ID, failed_ID    all is done; it is not started again, and why
 """
 
 import dataclasses
 import importlib
 import json
 import os
+import random
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 import traceback
+from importlib.metadata import distributions
 from pathlib import Path
 from types import FrameType
 
@@ -31,10 +35,11 @@ from flowar.config import ClusterConfig, load_config
 from flowar.errors import EXIT_AGAIN, STOP_SIGNALS, UserError
 from flowar.files import write_text
 
-RECORD_FILE, CONFIG_FILE = "job.json", "config.yaml"
+RECORD_FILE, CONFIG_FILE, ENVIRONMENT_FILE = "job.json", "config.yaml", "environment.json"
 ATTEMPTS_FILE = "attempts.jsonl"
 GRACE_S = 20  # to end after a signal, where nothing is saved
-LOOK_AGAIN_S = 600  # time limits can be changed while a job runs
+LAST_MOMENT_S = 30  # before the end of the job's time, when what hangs is ended
+LOOK_AGAIN_S, ASK_AGAIN_S = 600, 60  # time limits can be changed while a job runs; after no answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Job:
     ids: tuple[str, ...] = ()  # of the scheduler: 1234, or 1234_0, 1234_1, ... of an array
     submitted: float = 0  # seconds since 1970
     code: str = ""  # git commit, with "+ changes" where files differed from it
+    cwd: str = ""  # from which relative paths count
 
     def save(self) -> None:
         """Write job.json."""
@@ -55,89 +61,145 @@ class Job:
 
     @classmethod
     def load(cls, folder: Path) -> "Job":
-        """Return the job of a folder."""
-        record = json.loads((folder / RECORD_FILE).read_text())
-        cluster = ClusterConfig(**record.pop("cluster"))
-        return cls(**record | {"cluster": cluster, "ids": tuple(record["ids"]), "folder": folder})
+        """Return the job of a folder. Settings that this version doesn't know are left out."""
+        record = _known(cls, json.loads((folder / RECORD_FILE).read_text()))
+        cluster = ClusterConfig(**_known(ClusterConfig, record.pop("cluster")))
+        return cls(**record | {"cluster": cluster, "ids": tuple(record["ids"]), "folder": folder.resolve()})
 
     def mark(self, kind: str, job_id: str) -> Path:
-        """Return the file that says how a job ended: kind is again, failed, failures or finished."""
+        """Return the file that says something about one of the ids: finished, failed, failures or cancelled."""
         return self.folder / f"{kind}_{job_id}"
+
+
+def _known(schema: type, record: dict[str, object]) -> dict[str, object]:
+    names = {field.name for field in dataclasses.fields(schema)}
+    return {name: value for name, value in record.items() if name in names}
 
 
 def run_task(folder: str) -> None:
     """Run the job's verb as one of its tasks. submitit calls this on every task, at every start."""
     job = Job.load(Path(folder))
-    task = environment.read_task()
-    stop_on_signals(job, task.job_id)
-    environment.export_for_torch()
-    if task.rank == 0:
+    Task(job, environment.read_task()).run()
+
+
+class Task:
+    """This process's part in one start of a job."""
+
+    def __init__(self, job: Job, place: environment.Place) -> None:
+        self.job = job
+        self.place = place
+        self.is_stopping = False
+
+    def run(self) -> None:
+        """Set up, run the verb, and note how it ended."""
+        self._handle_signals()
+        environment.export_for_torch()
+        if self.place.rank == 0:
+            self._describe_start()
+        self._stop_before_the_end()
+        verb = VERBS[self.job.verb]
+        try:
+            self._change_folder()
+            environment.check_resources(self.place, self.job.cluster)
+            config = load_config(verb.schema, self.job.folder / CONFIG_FILE)
+            importlib.import_module(verb.module).main(config)
+            if self.job.cluster.scheduler == "local" and self.place.rank == 0:
+                self.job.mark("finished", self.place.job_id).touch()  # on Slurm the batch script does, after all tasks
+        except SystemExit as stop:
+            if stop.code != EXIT_AGAIN:
+                raise
+            if not self.is_stopping:  # the verb stopped by itself, and saved
+                self._mark("again").touch()
+        except UserError as error:
+            self._fail(f"flowar {self.job.verb}: {error}")
+        except Exception as error:
+            from flowar.distributed import has_lost_ranks  # torch, which is there already
+
+            traceback.print_exc()
+            if has_lost_ranks(error) and self.job.verb != "doctor":
+                sys.exit(1)  # no fault of ours: another task died
+            self._fail(f"{type(error).__name__}: {error}")
+
+    def _mark(self, kind: str) -> Path:
+        """Return the file that says how this start ended: again or error."""
+        return self.job.folder / f"{kind}_{self.place.job_id}.{self.place.restarts}"
+
+    def _fail(self, reason: str) -> None:
+        """Note why the job can't go on, and end."""
+        where = f"task {self.place.rank} on {socket.gethostname()}: {' '.join(reason.split())}"
+        is_local = self.job.cluster.scheduler == "local"
+        if not self.is_stopping:
+            write_text(self.job.mark("failed", self.place.job_id) if is_local else self._mark("error"), where + "\n")
+        sys.exit(where)
+
+    def _describe_start(self) -> None:
         code = str(Path(__file__).parents[1])  # the copy
-        attempt = {
-            "job": task.job_id,
-            "restarts": task.restarts,
-            "started": time.time(),
-            "hosts": task.hosts,
-            "code": code,
-        }
-        with (job.folder / ATTEMPTS_FILE).open("a") as file:
-            file.write(json.dumps(attempt | {"code": code}) + "\n")
-    stop_before_the_end(job.cluster.stop_before_end_s)
-    verb = VERBS[job.verb]
-    try:
-        environment.check_resources(task, job.cluster)
-        config = load_config(verb.schema, job.folder / CONFIG_FILE)
-        importlib.import_module(verb.module).main(config)
-        if job.cluster.scheduler == "local" and task.rank == 0:
-            job.mark("finished", task.job_id).touch()  # on Slurm the batch script does, when all tasks have ended
-    except SystemExit as stop:
-        if stop.code != EXIT_AGAIN:
-            raise
-        job.mark("again", task.job_id).touch()
-    except UserError as error:
-        fail(job, task, f"flowar {job.verb}: {error}")
-    except Exception as error:
-        from flowar.distributed import has_lost_ranks  # torch, which is there already
+        start = {"job": self.place.job_id, "restarts": self.place.restarts, "started": time.time()}
+        with (self.job.folder / ATTEMPTS_FILE).open("a") as file:
+            file.write(json.dumps(start | {"hosts": self.place.hosts, "code": code}) + "\n")
+        packages = {package.metadata["Name"]: package.version for package in distributions()}
+        found = {"python": sys.version, "executable": sys.executable, "packages": dict(sorted(packages.items()))}
+        write_text(self.job.folder / ENVIRONMENT_FILE, json.dumps(found, indent=2) + "\n")
 
-        traceback.print_exc()
-        if has_lost_ranks(error):
-            sys.exit(1)  # no fault of ours: another task died
-        fail(job, task, f"{type(error).__name__}: {error}")
+    def _change_folder(self) -> None:
+        """Go to where the job was submitted, from which relative paths count; containers start elsewhere."""
+        try:
+            os.chdir(self.job.cwd)
+        except OSError as error:
+            raise UserError(
+                f"the folder of submission {self.job.cwd} is not here ({error.strerror}); mount it on all nodes and in "
+                "containers, or submit from one that is"
+            ) from error
 
+    def _handle_signals(self) -> None:
+        """Have the stop signals end this process so that the job is started again.
 
-def fail(job: Job, task: environment.Task, reason: str) -> None:
-    """Note why the job can't go on, and end."""
-    where = f"task {task.rank} on {socket.gethostname()}: {' '.join(reason.split())}"
-    write_text(job.mark("failed", task.job_id), where + "\n")
-    sys.exit(where)
+        This replaces submitit's handlers, which requeue from inside rank 0's handler and leave the others alone.
+        Training replaces it in turn while its loop runs: there all ranks agree on a step, and save.
+        """
 
+        def stop(number: int, frame: FrameType | None) -> None:
+            self.is_stopping = True
+            for other in STOP_SIGNALS:
+                signal.signal(other, signal.SIG_IGN)
+            timer = threading.Timer(GRACE_S, os._exit, [EXIT_AGAIN])  # should something wait for peers, or swallow this
+            timer.daemon = True
+            timer.start()
+            shares_work = self.job.verb in ("prepare", "sample")  # and keeps what is done
+            self._mark("again").write_text("" if shares_work else "counted")
+            raise SystemExit(EXIT_AGAIN)
 
-def stop_on_signals(job: Job, job_id: str) -> None:
-    """Have the stop signals end this process so that the job is started again.
+        for number in STOP_SIGNALS:
+            signal.signal(number, stop)
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)
 
-    This replaces submitit's handlers, which requeue from inside rank 0's handler and leave the others alone. Training
-    replaces it in turn while its loop runs: there all ranks agree on a step, and save.
-    """
+    def _stop_before_the_end(self) -> None:
+        """Send this process SIGUSR2 when the job's time is nearly over, should Slurm's own signal not come.
 
-    def stop(number: int, frame: FrameType | None) -> None:
-        job.mark("again", job_id).touch()
-        threading.Timer(GRACE_S, os._exit, [0]).start()  # should something swallow the exception, or wait for peers
-        raise SystemExit(EXIT_AGAIN)
+        In training all ranks agree, so that rank 0 alone looks; elsewhere each does. What hangs is ended at last.
+        """
+        if self.job.cluster.scheduler == "local" or (self.job.verb == "train" and self.place.rank > 0):
+            return
 
-    for number in STOP_SIGNALS:
-        signal.signal(number, stop)
-    signal.signal(signal.SIGCONT, signal.SIG_DFL)
+        def watch() -> None:
+            has_asked = False
+            time.sleep(random.uniform(0, min(self.place.rank, ASK_AGAIN_S / 2)))  # a thousand tasks not all at once
+            while True:
+                try:
+                    left = environment.seconds_left()
+                except (OSError, subprocess.SubprocessError) as error:
+                    print(f"squeue doesn't answer ({error}); asking again in {ASK_AGAIN_S} s", file=sys.stderr)
+                    time.sleep(ASK_AGAIN_S)
+                    continue
+                if left is None:
+                    return
+                if left <= LAST_MOMENT_S and has_asked:
+                    self._mark("again").touch()
+                    os._exit(EXIT_AGAIN)
+                if left <= self.job.cluster.stop_before_end_s and not has_asked:
+                    has_asked = True
+                    os.kill(os.getpid(), signal.SIGUSR2)
+                until = LAST_MOMENT_S if has_asked else self.job.cluster.stop_before_end_s
+                time.sleep(max(1, min(left - until, LOOK_AGAIN_S)))
 
-
-def stop_before_the_end(margin_s: float) -> None:
-    """Send this process SIGUSR2 when the job's time is nearly over, should Slurm's own signal not come."""
-    if environment.seconds_left() is None:
-        return
-
-    def watch() -> None:
-        while (left := environment.seconds_left()) is not None and left > margin_s:
-            time.sleep(min(left - margin_s, LOOK_AGAIN_S))
-        if left is not None:
-            os.kill(os.getpid(), signal.SIGUSR2)
-
-    threading.Thread(target=watch, daemon=True).start()
+        threading.Thread(target=watch, daemon=True).start()

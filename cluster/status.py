@@ -6,6 +6,7 @@ Read next: job.py for these files.
 import argparse
 import contextlib
 import itertools
+import shutil
 import subprocess
 import time
 from collections.abc import Iterable
@@ -84,6 +85,8 @@ def queue(*words: str) -> dict[str, Queued]:
         )
     except FileNotFoundError:
         return {}
+    except subprocess.TimeoutExpired as error:
+        raise UserError(f"squeue doesn't answer within {error.timeout:g} s; try again") from error
     found = {}
     for line in answer.stdout.splitlines():
         job_id, state, nodes, reason, left = line.split("|")
@@ -113,12 +116,18 @@ def state_of(job: Job, job_id: str, queued: dict[str, Queued]) -> str:
     """Return how one of a job's ids stands: the scheduler's word if it has one, else how it ended."""
     if job_id in queued:
         return queued[job_id].state
-    for kind in ("finished", "failed"):
+    for kind in ("finished", "failed", "cancelled"):
         if job.mark(kind, job_id).exists():
             return kind.upper()
-    if job.cluster.scheduler == "local" and job.mark("again", job_id).exists():
-        return "STOPPED"
-    return "ENDED"
+    if shutil.which("squeue") is None and job.cluster.scheduler == "slurm":
+        return "UNKNOWN"
+    # Stopped on purpose, but Slurm doesn't have it any more; or ended from outside: scancel, a time limit.
+    return "STOPPED" if any(job.folder.glob(f"again_{job_id}.*")) else "ENDED"
+
+
+def is_finished(job: Job) -> bool:
+    """Return whether all of a job's ids have done all their work."""
+    return bool(job.ids) and all(job.mark("finished", job_id).exists() for job_id in job.ids)
 
 
 def status(words: list[str]) -> None:
@@ -135,7 +144,10 @@ def status(words: list[str]) -> None:
         return
     with Live(console=console, auto_refresh=False) as live, contextlib.suppress(KeyboardInterrupt):
         while True:
-            live.update(status_table(options.run_dirs), refresh=True)
+            try:
+                live.update(status_table(options.run_dirs), refresh=True)
+            except UserError as error:  # Slurm is busy; the table stays
+                live.console.print(str(error), highlight=False)
             time.sleep(REFRESH_S)
 
 
@@ -209,11 +221,13 @@ def training_folder(job: Job) -> Path | None:
         return None
     from flowar.config import TrainConfig, load_config
 
-    return Path(load_config(TrainConfig, job.folder / "config.yaml").run_dir)
+    return Path(job.cwd) / load_config(TrainConfig, job.folder / "config.yaml").run_dir
 
 
 def live_jobs() -> list[Job]:
     """Return all jobs of this user that are queued or running, found by the comment that `flowar submit` gives them."""
+    if shutil.which("squeue") is None:
+        raise UserError("there is no Slurm on this machine (no squeue on PATH); name a run: flowar status RUN_DIR")
     answer = subprocess.run(["squeue", "-h", "--me", "-o", "%k"], capture_output=True, text=True)
     folders = dict.fromkeys(line for line in answer.stdout.splitlines() if (Path(line) / RECORD_FILE).is_file())
     return [Job.load(Path(folder)) for folder in folders]
@@ -242,21 +256,35 @@ def logs(words: list[str]) -> None:
 
 
 def cancel(words: list[str]) -> None:
-    """End a run's jobs for good. Training saves first, as far as Slurm's KillWait allows."""
+    """End a run's jobs for good. What runs is asked to save and stop, and killed if it does not in time."""
     parser = argparse.ArgumentParser(prog="flowar cancel", description=cancel.__doc__)
     parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--now", action="store_true", help="don't wait until it has saved")
     options = parser.parse_args(words)
     ended = []
-    for job in find_jobs(options.run_dir):
-        live = list(ask_queue(job))
+    for job in reversed(find_jobs(options.run_dir)):  # those that wait for others first
+        queued = ask_queue(job)
+        ended += list(queued)
         if job.cluster.scheduler == "local":
-            for job_id in live:
+            for job_id in queued:
                 if (controller := find_controller(job_id, job)) is not None:
                     controller.terminate()  # it hands the signal to the tasks
-        elif live:
-            numbers = list(dict.fromkeys(job_id.split("_")[0] for job_id in live))
-            answer = subprocess.run(["scancel", *numbers], capture_output=True, text=True)
-            if answer.returncode:
-                raise UserError(f"scancel refuses: {answer.stderr.strip()}")
-        ended += live
+            continue
+        running = [job_id for job_id, seen in queued.items() if seen.state == "RUNNING"]
+        for job_id in running:
+            job.mark("cancelled", job_id).touch()
+        if running and not options.now:
+            print(f"asking {', '.join(running)} to save and stop, for at most {job.cluster.stop_before_end_s} s")
+            _scancel("--signal=USR2", *running)
+            deadline = time.monotonic() + job.cluster.stop_before_end_s
+            while time.monotonic() < deadline and any(seen.state == "RUNNING" for seen in ask_queue(job).values()):
+                time.sleep(1)
+        if left := list(ask_queue(job)):
+            _scancel(*left)
     print(f"cancelled {', '.join(ended)}" if ended else f"no job of {options.run_dir} is queued or running")
+
+
+def _scancel(*words: str) -> None:
+    answer = subprocess.run(["scancel", *words], capture_output=True, text=True)
+    if answer.returncode and "already completing" not in answer.stderr and "Invalid job id" not in answer.stderr:
+        raise UserError(f"scancel refuses: {answer.stderr.strip()}")

@@ -12,10 +12,8 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import tempfile
 import time
-from importlib.metadata import distributions
 from pathlib import Path
 
 import submitit
@@ -23,7 +21,7 @@ import submitit
 import flowar
 from cluster.environment import first_lines, last_lines, outside_of_jobs
 from cluster.job import CONFIG_FILE, Job, run_task
-from cluster.status import find_jobs, is_live, jobs_folder, newest_job
+from cluster.status import JOBS, find_jobs, is_finished, is_live, jobs_folder, newest_job
 from flowar.cli import VERBS, parse_words
 from flowar.config import ClusterConfig, PipelineConfig, TrainConfig, describe_config, did_you_mean, load_config
 from flowar.errors import UserError
@@ -55,30 +53,41 @@ def main(words: list[str]) -> None:
     )
     options = parser.parse_intermixed_args(words)
     if options.verb == "pipeline":
-        jobs = plan_pipeline(options.words, options.cluster)
+        run_dir, jobs = plan_pipeline(options.words, options.cluster)
+        submit(jobs, dry_run=options.dry_run, listed_in=run_dir)
     elif options.verb in SUBMITTED_VERBS:
-        jobs = [plan_job(options.verb, options.words, options.cluster)]
+        submit([plan_job(options.verb, options.words, options.cluster)], dry_run=options.dry_run)
     else:
         known = (*SUBMITTED_VERBS, "pipeline")
         raise UserError(f"{options.verb!r} can't be submitted{did_you_mean(options.verb, known)}")
-    submit(jobs, dry_run=options.dry_run)
 
 
 def resume(words: list[str]) -> None:
-    """Submit a run's newest job again, with the code that it ran: `flowar resume RUN_DIR [nodes=6]`."""
+    """Submit a run's newest job again, with the code that it ran; of a pipeline, what is not finished."""
     parser = argparse.ArgumentParser(prog="flowar resume", description=resume.__doc__)
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("words", nargs="*", metavar="key=value", help="settings of the cluster that change")
+    parser.add_argument("words", nargs="*", metavar="key=value", help="settings of the cluster that change: nodes=6")
     parser.add_argument("--dry-run", action="store_true")
     options = parser.parse_intermixed_args(words)
-    before = newest_job(options.run_dir)
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        file.write(describe_config(before.cluster))
-        file.flush()
-        cluster = load_config(ClusterConfig, file.name, tuple(options.words))
-    config = load_config(VERBS[before.verb].schema, before.folder / CONFIG_FILE)
-    planned = PlannedJob(before.verb, config, cluster, before.folder.parent, code=before.folder / CODE)
-    submit([planned], dry_run=options.dry_run)
+    newest = newest_job(options.run_dir)
+    chain = [job for job in find_jobs(options.run_dir) if job.folder.name.endswith(stamp_of(newest))]
+    unfinished = [job for job in chain if not is_finished(job)]
+    if not unfinished:
+        raise UserError(f"{options.run_dir}: {newest.verb} is finished; to train on, submit it with more epochs")
+    planned = []
+    for before in unfinished:
+        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+            file.write(describe_config(before.cluster))
+            file.flush()
+            cluster = load_config(ClusterConfig, file.name, tuple(options.words))
+        config = load_config(VERBS[before.verb].schema, before.folder / CONFIG_FILE)
+        planned.append(PlannedJob(before.verb, config, cluster, before.folder.parent, again=before))
+    submit(planned, dry_run=options.dry_run, listed_in=options.run_dir if len(chain) > 1 else None)
+
+
+def stamp_of(job: Job) -> str:
+    """Return the time in the name of a job's folder, which the jobs of one submission have in common."""
+    return job.folder.name.split("-", 1)[1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +98,12 @@ class PlannedJob:
     config: object
     cluster: ClusterConfig
     jobs: Path  # the folder that gets the job's folder
-    code: Path | None = None  # copied code that runs again; None: what is installed here
+    again: Job | None = None  # whose code and settings run again; None: what is installed here
+
+    @property
+    def cwd(self) -> str:
+        """From which relative paths count."""
+        return self.again.cwd if self.again else str(Path.cwd())
 
 
 def plan_job(verb: str, words: list[str], cluster_file: str) -> PlannedJob:
@@ -105,8 +119,8 @@ def plan_job(verb: str, words: list[str], cluster_file: str) -> PlannedJob:
     return PlannedJob(verb, config, cluster, jobs_folder(verb, config))
 
 
-def plan_pipeline(words: list[str], cluster_file: str) -> list[PlannedJob]:
-    """Return the jobs of a chain, in their order."""
+def plan_pipeline(words: list[str], cluster_file: str) -> tuple[Path, list[PlannedJob]]:
+    """Return the folder of a chain, and its jobs in their order."""
     files = [word for word in words if word.endswith((".yaml", ".yml")) and "=" not in word]
     if len(files) > 1:
         raise UserError(f"one config file at a time, got {', '.join(files)}")
@@ -119,14 +133,20 @@ def plan_pipeline(words: list[str], cluster_file: str) -> list[PlannedJob]:
         if getattr(config, verb) is not None:
             own = tuple(f"{key}={value}" for key, value in config.cluster.get(verb, {}).items())
             cluster = load_config(ClusterConfig, cluster_file, own)
-            jobs.append(PlannedJob(verb, getattr(config, verb), cluster, Path(config.run_dir) / "jobs"))
+            settings = getattr(config, verb)
+            jobs.append(PlannedJob(verb, settings, cluster, jobs_folder(verb, settings)))
     if not jobs:
         raise UserError(f"the pipeline has no step; give settings for some of: {', '.join(PIPELINE)}")
-    return jobs
+    return Path(config.run_dir), jobs
 
 
-def submit(planned: list[PlannedJob], *, dry_run: bool) -> None:
+def submit(planned: list[PlannedJob], *, dry_run: bool, listed_in: Path | None = None) -> None:
     """Check and submit jobs, each waiting for the one before.
+
+    Args:
+        planned: in their order.
+        dry_run: print what would be submitted instead.
+        listed_in: folder of a chain, where links to the jobs' folders go.
 
     Raises:
         UserError: if the cluster would refuse one of them, or its folder is in use; nothing is submitted then.
@@ -140,19 +160,23 @@ def submit(planned: list[PlannedJob], *, dry_run: bool) -> None:
             print(f"# batch script\n{batch_script(job, folder.absolute())}\n")
         return
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    before: tuple[str, ...] = ()
-    for job in planned:
-        folder = job.jobs.absolute() / f"{job.verb}-{stamp}"
-        try:
-            submitted = submit_one(job, folder, after=before)
-        except UserError:
-            for job_id in before:
-                subprocess.run(["scancel", job_id.split("_")[0]], capture_output=True)
-            raise
-        before = submitted.ids
-        what = f"{submitted.ids[0]} to {submitted.ids[-1]}" if len(submitted.ids) > 1 else submitted.ids[0]
-        print(f"submitted {job.verb} as job {what}; its folder: {folder}")
-    shown = planned[-1].jobs.parent if planned[-1].jobs.name == "jobs" else planned[-1].jobs
+    done: list[Job] = []
+    try:
+        for job in planned:
+            folder = job.jobs.absolute() / f"{job.verb}-{stamp}"
+            done.append(submit_one(job, folder, after=done[-1].ids if done else ()))
+            if listed_in is not None:
+                (listed_in / JOBS).mkdir(parents=True, exist_ok=True)
+                (listed_in / JOBS / folder.name).symlink_to(folder)
+    except BaseException:
+        for job in done:
+            subprocess.run(["scancel", *dict.fromkeys(job_id.split("_")[0] for job_id in job.ids)])
+        raise
+    for job in done:
+        what = f"{job.ids[0]} to {job.ids[-1]}" if len(job.ids) > 1 else job.ids[0]
+        print(f"submitted {job.verb} as job {what}; its folder: {job.folder}")
+    jobs = planned[-1].jobs
+    shown = listed_in or (jobs.parent if jobs.name == JOBS else jobs.with_name(jobs.name.removesuffix(f".{JOBS}")))
     print(f"watch it: flowar status {shown} --watch")
 
 
@@ -160,15 +184,17 @@ def submit_one(job: PlannedJob, folder: Path, after: tuple[str, ...]) -> Job:
     """Fill the job's folder, hand the job to the scheduler, and note its ids."""
     try:
         folder.mkdir(parents=True)
-        code = copy_code(job.code, folder)
-        write_text(folder / CONFIG_FILE, describe_config(job.config))
-        write_text(folder / "environment.json", json.dumps(describe_environment(), indent=2) + "\n")
+        code = copy_code(job.again, folder)
+        if job.again is not None:  # word for word, for the code of that time
+            shutil.copy(job.again.folder / CONFIG_FILE, folder / CONFIG_FILE)
+        else:
+            write_text(folder / CONFIG_FILE, describe_config(job.config))
     except OSError as error:
         raise UserError(f"can't write {folder}: {error.strerror or error}") from error
-    record = Job(job.verb, job.cluster, folder, submitted=time.time(), code=code)
+    record = Job(job.verb, job.cluster, folder, submitted=time.time(), code=code, cwd=job.cwd)
     record.save()
-    executor = make_executor(job, folder, after)
     try:
+        executor = make_executor(job, folder, after)
         with outside_of_jobs():
             if job.cluster.array > 1 and job.cluster.scheduler == "slurm":
                 started = executor.map_array(run_task, [str(folder)] * job.cluster.array)
@@ -185,12 +211,12 @@ def submit_one(job: PlannedJob, folder: Path, after: tuple[str, ...]) -> Job:
 def make_executor(job: PlannedJob, folder: Path, after: tuple[str, ...] = ()) -> submitit.Executor:
     """Return submitit's executor for a job."""
     cluster = job.cluster
-    environment = {
-        "PYTHONPATH": f"{folder / CODE}",
-        "PYTHONSAFEPATH": "1",  # else the code in the current folder would win
-        **cluster.environment,
-    }
-    setup = [*cluster.setup, *(f"export {key}={shlex.quote(value)}" for key, value in environment.items())]
+    setup = [
+        *cluster.setup,
+        f"export PYTHONPATH={shlex.quote(str(folder / CODE))}${{PYTHONPATH:+:$PYTHONPATH}}",
+        "export PYTHONSAFEPATH=1",  # else the code in the current folder would win
+        *(f"export {key}={shlex.quote(value)}" for key, value in cluster.environment.items()),
+    ]
     if cluster.scheduler == "local":
         executor = submitit.LocalExecutor(folder, python=cluster.python)
         executor.update_parameters(
@@ -202,6 +228,7 @@ def make_executor(job: PlannedJob, folder: Path, after: tuple[str, ...] = ()) ->
         )
         return executor
     executor = submitit.SlurmExecutor(folder, max_num_timeout=NEVER, python=cluster.python)
+    more = {"requeue": True, "chdir": job.cwd, **cluster.sbatch}
     optional = {name: getattr(cluster, name) for name in ("partition", "account", "qos", "constraint", "exclude")}
     optional |= {"gpus_per_node": cluster.gpus_per_node or None, "exclusive": cluster.exclusive or None}
     if cluster.mem_gb is not None:
@@ -209,6 +236,7 @@ def make_executor(job: PlannedJob, folder: Path, after: tuple[str, ...] = ()) ->
     if after:
         numbers = ":".join(dict.fromkeys(job_id.split("_")[0] for job_id in after))
         optional["dependency"] = f"afterok:{numbers}"
+        more["kill-on-invalid-dep"] = "yes"  # else it would wait for ever for one that failed
     executor.update_parameters(
         job_name=f"flowar-{job.verb}",
         comment=str(folder),  # `flowar status` finds the folder of a live job by it
@@ -220,7 +248,7 @@ def make_executor(job: PlannedJob, folder: Path, after: tuple[str, ...] = ()) ->
         setup=[*first_lines(folder), *setup],
         srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.cpus_per_task}", *cluster.srun],
         teardown=last_lines(folder, cluster.max_restarts),
-        additional_parameters={"requeue": True, **cluster.sbatch},
+        additional_parameters=more,
         **{key: value for key, value in optional.items() if value is not None},
     )
     return executor
@@ -253,21 +281,31 @@ def check(job: PlannedJob, *, alone: bool) -> None:
         )
     if cluster.array > 1 and job.verb not in ("prepare", "sample"):
         raise UserError(f"cluster.array={cluster.array}: only prepare and sample share their work between jobs")
+    if job.verb in ("check", "evaluate") and cluster.nodes * cluster.tasks > 1:
+        raise UserError(
+            f"`flowar {job.verb}` runs in one process, not in {cluster.nodes} x {cluster.tasks}; set cluster.nodes=1 "
+            "cluster.tasks_per_node=1"
+        )
+    if "time" in cluster.sbatch:
+        raise UserError(f"cluster.sbatch.time={cluster.sbatch['time']} is given as cluster.time_min; use that")
     for other in find_jobs(job.jobs):
         if other.verb == job.verb and is_live(other):
             raise UserError(
                 f"{job.jobs} is in use by job {', '.join(other.ids)} ({other.verb}); wait for it, or end it with "
                 f"`flowar cancel {job.jobs.parent}`"
             )
-    if job.verb == "train" and alone:
-        check_training(job.config, cluster.nodes * cluster.tasks)
+    if job.verb == "train":
+        check_training(job.config, cluster.nodes * cluster.tasks, has_data=alone)
     if cluster.scheduler == "slurm":
         check_by_slurm(job)
 
 
-def check_training(config: TrainConfig, num_tasks: int) -> None:
+def check_training(config: TrainConfig, num_tasks: int, *, has_data: bool) -> None:
     """Check what a training run would refuse at its start, for as many tasks as it will have."""
     train = importlib.import_module("flowar.train")  # torch
+    if not has_data:  # the dataset is still to be prepared
+        train.split_batch(config, num_tasks)
+        return
     torch = importlib.import_module("torch")
     world = importlib.import_module("flowar.distributed").World(0, num_tasks, torch.device("cpu"), None)
     train.plan_run(config, world)
@@ -304,20 +342,20 @@ def last_line(text: str) -> str:
     return re.sub(r"^(sbatch|allocation failure|error)\W+(error:)?\s*", "", lines[-1] if lines else "no reason given")
 
 
-def copy_code(source: Path | None, folder: Path) -> str:
+def copy_code(again: Job | None, folder: Path) -> str:
     """Copy the code that will run into the job's folder; return its git commit, or version.
 
     What is copied is what this process runs, with all changes that are not committed; these are kept as diff.patch.
     """
-    root = source or Path(flowar.__file__).parents[1]
+    root = again.folder / CODE if again else Path(flowar.__file__).parents[1]
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
     for package in PACKAGES:
         shutil.copytree(root / package, folder / CODE / package, ignore=ignore)
-    if source is not None:
+    if again is not None:
         for name in ("code.json", "diff.patch"):
-            if (source.parent / name).is_file():
-                shutil.copy(source.parent / name, folder / name)
-        return json.loads((folder / "code.json").read_text())["code"]
+            if (again.folder / name).is_file():
+                shutil.copy(again.folder / name, folder / name)
+        return again.code
     commit = git(root, "rev-parse", "HEAD") if (root / ".git").exists() else None
     changes = git(root, "diff", "HEAD", "--", *PACKAGES) if commit else None
     untracked = git(root, "ls-files", "--others", "--exclude-standard", "--", *PACKAGES) if commit else None
@@ -341,9 +379,3 @@ def git(root: Path, *words: str) -> str | None:
     except FileNotFoundError:
         return None
     return answer.stdout if answer.returncode == 0 else None
-
-
-def describe_environment() -> dict[str, object]:
-    """Return python and the versions of its packages."""
-    packages = {package.metadata["Name"]: package.version for package in distributions()}
-    return {"python": sys.version, "executable": sys.executable, "packages": dict(sorted(packages.items()))}

@@ -28,6 +28,7 @@ from data_prep.crops import decode_image, make_views, num_views, resize_side
 from data_prep.progress import PrepareProgress
 from data_prep.schema import LISTING_FILE, PASSPORT_FILE, Passport, read_passport
 from data_prep.sources import Source, open_source
+from flowar import __version__
 from flowar.config import PrepareConfig
 from flowar.data import BATCHES_AHEAD, check_shared_memory, from_workers
 from flowar.distributed import pick_device
@@ -40,7 +41,7 @@ MIB = 2**20
 WAIT_S = 2  # between two looks at what other workers do
 SETTLE_S = 60  # within which a network file system shows what another machine did
 GONE = (errno.ENOENT, errno.ESTALE)
-RECORDED_VERSIONS = ("flowar", "torch", "diffusers", "pillow", "numpy", "mosaicml-streaming")
+RECORDED_VERSIONS = ("torch", "diffusers", "pillow", "numpy", "mosaicml-streaming")
 
 
 def main(config: PrepareConfig, dry_run: bool = False) -> None:
@@ -406,7 +407,8 @@ def describe_worker(device: torch.device) -> dict[str, str]:
     """Return versions and device: the bytes are the same where these are. On a CPU the threads count, in last bits."""
     cpu = f"cpu {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu
-    return {package: version(package) for package in RECORDED_VERSIONS} | {"device": name}
+    packages = {package: version(package) for package in RECORDED_VERSIONS}
+    return {"flowar": __version__, **packages, "device": name}
 
 
 def print_summary(passport: Passport, out_dir: Path) -> None:

@@ -15,7 +15,12 @@ import torch.distributed as dist
 from flowar.errors import STOP_SIGNALS, UserError
 
 BACKGROUND_TIMEOUT = timedelta(minutes=30)
-LOST_RANKS = re.compile(r"gloo|nccl|timed out|connection (closed|reset)", re.IGNORECASE)
+SETUP_TIMEOUT = timedelta(minutes=15)  # imports from a slow file system, images of containers, removing old files
+LOST_RANKS = re.compile(
+    r"gloo|nccl|timed out|timeout|connection (closed|reset|was)|failed to (recv|listen|connect)|broken pipe|"
+    r"address already in use",
+    re.IGNORECASE,
+)
 
 
 class World(NamedTuple):
@@ -78,24 +83,36 @@ def refuse_many_processes(verb: str) -> None:
         )
 
 
-def start(device: torch.device, timeout_s: float, *, with_group: bool) -> World:
+def start(device: torch.device, *, with_group: bool) -> World:
     """Return the world; start its process groups where there are several processes or `with_group` asks for it.
+
+    Ranks wait long for each other, until `limit_waiting`.
 
     Args:
         device: of this process.
-        timeout_s: how long a rank waits for the others before it ends with an error.
         with_group: also for one process.
     """
     if world_size() == 1 and not with_group:
         return World(0, 1, device, None)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    settings = {"backend": backend, "timeout": timedelta(seconds=timeout_s)}
+    settings = {"backend": backend, "timeout": SETUP_TIMEOUT}
     if "RANK" in os.environ:
         dist.init_process_group(**settings)
     else:
         dist.init_process_group(**settings, store=dist.HashStore(), rank=0, world_size=1)
-    control = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s))
+    control = dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT)
     return World(dist.get_rank(), dist.get_world_size(), device, control)
+
+
+def limit_waiting(timeout_s: float) -> None:
+    """From now on have a rank that waits for others for so long end with an error; not in background groups."""
+    if dist.is_initialized():
+        for group in list(dist.distributed_c10d._world.pg_map):
+            if group not in _background_groups:
+                dist.set_timeout(timedelta(seconds=timeout_s), group)
+
+
+_background_groups: list[dist.ProcessGroup] = []
 
 
 def background_group() -> dist.ProcessGroup | None:
@@ -103,18 +120,23 @@ def background_group() -> dist.ProcessGroup | None:
 
     Groups must not be shared by two things that happen at once. A disk may be slow: it waits for half an hour.
     """
-    return dist.new_group(backend="gloo", timeout=BACKGROUND_TIMEOUT) if dist.is_initialized() else None
+    if not dist.is_initialized():
+        return None
+    group = dist.new_group(backend="gloo", timeout=BACKGROUND_TIMEOUT)
+    _background_groups.append(group)
+    return group
 
 
 def has_lost_ranks(error: BaseException) -> bool:
     """Return whether an error says that other ranks died, or kept this one waiting for too long."""
-    return world_size() > 1 and LOST_RANKS.search(str(error)) is not None
+    return world_size() > 1 and (isinstance(error, dist.DistError) or LOST_RANKS.search(str(error)) is not None)
 
 
 def stop() -> None:
     """End the process groups, if there are any."""
     if dist.is_initialized():
         dist.destroy_process_group()
+        _background_groups.clear()
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -23,8 +23,19 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
+from flowar import __version__
 from flowar.config import DataConfig, DoctorConfig
-from flowar.distributed import World, collect, pick_device, start, stop, wait_for_all, world_size
+from flowar.distributed import (
+    World,
+    collect,
+    has_lost_ranks,
+    limit_waiting,
+    pick_device,
+    start,
+    stop,
+    wait_for_all,
+    world_size,
+)
 from flowar.errors import UserError
 from flowar.files import write_text
 from flowar.shards import LatentShards, hash_file
@@ -49,22 +60,50 @@ def main(config: DoctorConfig, dry_run: bool = False) -> None:
     device = pick_device(config.device)
     if dry_run:
         return
-    world = start(device, config.timeout_s, with_group=False)
+    world = start(device, with_group=False)
+    limit_waiting(config.timeout_s)
+    progress = Path(config.run_dir) / f".rank_{world.rank:05d}"
     try:
+        note(progress, "examining itself")
         mine = examine(config, world)
+        wait_for_all()
+        note(progress, "measuring the network")
         mine["all_reduce_gb_per_s"] = measure_pairs(world, mine["node"], config.message_mib)
         everyone = collect(mine)
+        progress.unlink()
         if world.is_main:
             report(everyone, config)
+    except RuntimeError as error:
+        if not has_lost_ranks(error):
+            raise
+        seen = sorted(file.read_text() for file in progress.parent.glob(".rank_*"))
+        raise UserError(
+            f"rank {world.rank} waited for others for {config.timeout_s:g} s, or lost them; of {world.size} ranks: "
+            f"{'; '.join(seen)}; leave out the nodes that stand apart: cluster.exclude=..."
+        ) from error
     finally:
         stop()
+
+
+def note(file: Path, what: str) -> None:
+    """Write down what this process is about to do, for whoever waits for it in vain."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_text(file, f"{file.name.removeprefix('.')} on {node_name()} is {what}")
+    except OSError as error:
+        raise UserError(f"can't write to run_dir={file.parent}: {error.strerror or error}") from error
+
+
+def node_name() -> str:
+    """Return what the cluster calls this machine."""
+    return os.environ.get("FLOWAR_NODE", socket.gethostname())
 
 
 def examine(config: DoctorConfig, world: World) -> dict[str, object]:
     """Return what this process sees of its node."""
     shm = shutil.disk_usage("/dev/shm").free / GIB if Path("/dev/shm").is_dir() else 0.0
     return {
-        "node": os.environ.get("FLOWAR_NODE", socket.gethostname()),
+        "node": node_name(),
         "rank": world.rank,
         "versions": versions(),
         "gpus": gpus(world.device),
@@ -79,10 +118,17 @@ def examine(config: DoctorConfig, world: World) -> dict[str, object]:
 
 def versions() -> dict[str, str]:
     """Return what has to be the same on all nodes."""
-    found = {"python": platform.python_version(), "torch": torch.__version__, "CUDA": torch.version.cuda or "none"}
+    found = {
+        "flowar": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "CUDA": torch.version.cuda or "none",
+    }
     if torch.cuda.is_available():
         found["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
-    for package in ("flowar", "flash-attn", "deepspeed"):
+    if torch.cuda.is_available():
+        found["GPU"] = torch.cuda.get_device_name()
+    for package in ("flash-attn", "deepspeed"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
@@ -199,7 +245,7 @@ def find_problems(everyone: list[dict[str, object]], config: DoctorConfig) -> di
     """Return what is wrong, by node."""
     problems: dict[str, list[str]] = {}
 
-    def note(seen: dict[str, object], what: str) -> None:
+    def add(seen: dict[str, object], what: str) -> None:
         lines = problems.setdefault(seen["node"], [])
         if what not in lines:
             lines.append(what)
@@ -208,33 +254,39 @@ def find_problems(everyone: list[dict[str, object]], config: DoctorConfig) -> di
         usual, _ = Counter(seen["versions"].get(name) for seen in everyone).most_common(1)[0]
         for seen in everyone:
             if seen["versions"].get(name) != usual:
-                note(seen, f"{name} is {seen['versions'].get(name)}, elsewhere {usual}")
+                add(seen, f"{name} is {seen['versions'].get(name)}, elsewhere {usual}")
+    drivers = [seen["gpus"][0]["driver"] if seen["gpus"] else "none" for seen in everyone]
+    usual, _ = Counter(drivers).most_common(1)[0]
+    for seen, driver in zip(everyone, drivers, strict=True):
+        if driver != usual:
+            add(seen, f"the driver is {driver}, elsewhere {usual}")
     for key, unit in (("gpus", "GPUs"), ("cpus", "CPUs per task")):
         counts = [len(seen[key]) if key == "gpus" else seen[key] for seen in everyone]
         usual, _ = Counter(counts).most_common(1)[0]
         for seen, count in zip(everyone, counts, strict=True):
             if count < usual:
-                note(seen, f"{count} {unit}, elsewhere {usual}")
+                add(seen, f"{count} {unit}, elsewhere {usual}")
     for key, effect in SPEEDS.items():
         speeds = [seen[key] for seen in everyone if seen[key] is not None]
         middle = statistics.median(speeds) if speeds else 0
         for seen in everyone:
             if seen[key] is not None and seen[key] < config.min_share * middle:
-                note(seen, f"{seen[key]:.3g}, median {middle:.3g} {effect}")
+                add(seen, f"{seen[key]:.3g}, median {middle:.3g} {effect}")
     for seen in everyone:
         if seen["shm_gib"] < config.min_shm_gib:
-            note(seen, f"{seen['shm_gib']:.2f} GiB free in /dev/shm, where readers hand over batches")
+            add(seen, f"{seen['shm_gib']:.2f} GiB free in /dev/shm, where readers hand over batches")
         if seen["open_files"] < config.min_open_files:
-            note(seen, f"ulimit -n is {seen['open_files']}: readers and sockets may run out of files")
+            add(seen, f"ulimit -n is {seen['open_files']}: readers and sockets may run out of files")
         if seen["rename_ms"] > MAX_RENAME_MS:
-            note(seen, f"a rename takes {seen['rename_ms']:.0f} ms in {config.run_dir}")
+            add(seen, f"a rename takes {seen['rename_ms']:.0f} ms in {config.run_dir}")
         for name in seen["damaged"]:
-            note(seen, f"reads shard {name} differently from what was written")
+            add(seen, f"reads shard {name} differently from what was written")
+        tasks = sum(other["node"] == seen["node"] for other in everyone)
         for index, gpu in enumerate(seen["gpus"]):
             if gpu["ecc_errors"]:
-                note(seen, f"GPU {index} has {gpu['ecc_errors']} uncorrected memory errors")
-            if gpu["used_gib"] > MAX_USED_GIB + len(everyone):  # each of our processes takes some
-                note(seen, f"GPU {index} has {gpu['used_gib']:.1f} GiB in use by others")
+                add(seen, f"GPU {index} has {gpu['ecc_errors']} uncorrected memory errors")
+            if gpu["used_gib"] > MAX_USED_GIB + tasks:  # each of our processes takes some
+                add(seen, f"GPU {index} has {gpu['used_gib']:.1f} GiB in use by others")
     return problems
 
 
@@ -278,7 +330,7 @@ def report(everyone: list[dict[str, object]], config: DoctorConfig) -> None:
     )
     if problems:
         names = ",".join(problems)
-        raise UserError(f"{len(problems)} of {len(nodes)} nodes are not fit; leave them out: --exclude={names}")
+        raise UserError(f"{len(problems)} of {len(nodes)} nodes are not fit; leave them out: cluster.exclude={names}")
     print(f"fit: {', '.join(nodes)}")
 
 

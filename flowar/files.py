@@ -1,13 +1,15 @@
 """Files that are there whole or not at all, whenever the process dies."""
 
 import os
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` fill a hidden file beside `path`; give it its name when it is on the disk."""
-    hidden = path.with_name(f".{path.name}.{os.getpid()}")
+    unique = f"{os.getpid()}.{secrets.token_hex(4)}"  # other machines have the same numbers
+    hidden = path.with_name(f".{path.name}.{unique}")
     try:
         write(hidden)
         _sync(hidden)

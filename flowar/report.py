@@ -19,7 +19,8 @@ QUIET_LINE_EVERY = 10  # where no terminal shows the bar, every so many records 
 def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
     """Return the records of a run's metrics.jsonl, one per logged step."""
     file = Path(run_dir) / METRICS_FILE
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be half-written
 
 
 class TrainingReport:

@@ -11,7 +11,6 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -20,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from data_prep.schema import PASSPORT_FILE, read_passport
+from flowar import __version__
 from flowar.config import ModelConfig, SampleConfig
 from flowar.data import check_same_vae
 from flowar.distributed import pick_device
@@ -246,12 +246,14 @@ def work(job: Job, leases: Leases) -> None:
     with Progress(TextColumn("sampling, all workers"), *columns) as progress:
         task = progress.add_task("sampling", total=config.num_images, speed=0.0)
         while missing := job.missing():
+            leases.folder.mkdir(exist_ok=True)  # it goes when all is done, which file systems may show late
             progress.update(task, completed=config.num_images - len(missing), speed=progress.tasks[task].speed or 0.0)
             chunk_images = config.chunk_batches * config.batch_size
             chunks = list(dict.fromkeys(number // chunk_images for number in missing))
-            # A thousand workers don't all try the same chunk.
-            first = random.randrange(len(chunks)) if any(leases.folder.iterdir()) else 0
-            claimed = next((n for n in chunks[first:] + chunks[:first] if leases.claim(chunk_name(n))), None)
+            try:
+                claimed = claim_one(chunks, leases)
+            except FileNotFoundError:
+                continue
             if claimed is None:
                 time.sleep(WAIT_S)
                 continue
@@ -271,6 +273,13 @@ def work(job: Job, leases: Leases) -> None:
                 columns=10,
             )
             shutil.rmtree(leases.folder, ignore_errors=True)
+
+
+def claim_one(chunks: list[int], leases: Leases) -> int | None:
+    """Return a chunk that this worker has just claimed, or None if others hold all of them."""
+    others = any(leases.folder.iterdir())
+    first = random.randrange(len(chunks)) if others else 0  # a thousand workers don't all try the same chunk
+    return next((chunk for chunk in chunks[first:] + chunks[:first] if leases.claim(chunk_name(chunk))), None)
 
 
 def chunk_name(chunk: int) -> str:
@@ -331,7 +340,7 @@ def describe_samples(config: SampleConfig, folder: Path, model: FlowAR, vae: VAE
     for key in ("out_dir", "model", "vae"):
         settings.pop(key)
     identity = {"weights_sha256": weights_sha256, "vae_sha256": vae.weights_sha256, "vae_name": vae.name}
-    return {"model": str(folder), "flowar": version("flowar"), "torch": torch.__version__, **identity, **settings}
+    return {"model": str(folder), "flowar": __version__, "torch": torch.__version__, **identity, **settings}
 
 
 def check_same_samples(out_dir: Path, record: dict[str, object]) -> None:

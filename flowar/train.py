@@ -21,7 +21,17 @@ from data_prep.schema import Passport, read_passport, write_passport
 from flowar.checkpoint import Checkpoints, remove_averages_after, remove_unfinished
 from flowar.config import FREE_ON_RESUME, TrainConfig, changed_settings, describe_config, load_config
 from flowar.data import Batch, check_fits, check_same_vae, read_batches
-from flowar.distributed import StopSignals, World, has_lost_ranks, pick_device, share, start, stop, world_size
+from flowar.distributed import (
+    StopSignals,
+    World,
+    has_lost_ranks,
+    limit_waiting,
+    pick_device,
+    share,
+    start,
+    stop,
+    world_size,
+)
 from flowar.ema import EMA
 from flowar.errors import EXIT_AGAIN, UserError
 from flowar.files import write_text
@@ -57,7 +67,7 @@ def main(config: TrainConfig, dry_run: bool = False) -> None:
         print(f"{config.model.variant}: {parameters / 1e6:.1f} M parameters; dry run, nothing was written")
         return
     needs_group = config.parallel.engine in ("fsdp", "deepspeed")
-    world = start(device, config.parallel.timeout_s, with_group=needs_group)
+    world = start(device, with_group=needs_group)
     try:
         train(config, world)
     except RuntimeError as error:
@@ -190,7 +200,7 @@ def train(config: TrainConfig, world: World) -> None:
     guard = Guard(config.guard, **progress["guard"])
 
     # Loop: step counts finished steps; batches are numbered apart, as a rollback leaves some out.
-    step, asked_to_stop = first_step, 0
+    step, asked_to_stop, is_set_up = first_step, 0, False
     settings = dataclasses.asdict(config)
     sinks = TrainingReport(
         run_dir,
@@ -247,6 +257,9 @@ def train(config: TrainConfig, world: World) -> None:
                 continue
 
             # What a step leaves behind.
+            if not is_set_up:
+                limit_waiting(config.parallel.timeout_s)
+                is_set_up = True
             report.advance(step)
             is_last = step == run.num_steps
             if step % config.log_every_steps == 0 or is_last:

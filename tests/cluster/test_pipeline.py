@@ -114,8 +114,11 @@ def test_interpolations_variants_and_steps_of_a_pipeline(tmp_path):
     )
     cluster = tmp_path / "cluster.yaml"
     cluster.write_text("gpus_per_node: 8\n")
-    train, sampling = plan_pipeline([str(file), "cluster.sample.array=4", "cluster.sample.nodes=2"], str(cluster))
+    folder, (train, sampling) = plan_pipeline(
+        [str(file), "cluster.sample.array=4", "cluster.sample.nodes=2"], str(cluster)
+    )
     assert train.config.model.ar_width == 768 and train.cluster.nodes == 1
+    assert str(folder) == "runs/chain" and str(sampling.jobs) == "runs/x/samples/jobs"
     assert sampling.config.model == "runs/x" and (sampling.cluster.array, sampling.cluster.nodes) == (4, 2)
     assert sampling.cluster.gpus_per_node == sampling.cluster.tasks == 8
     with pytest.raises(UserError, match=r"cluster.sampel is no step of the pipeline"):
