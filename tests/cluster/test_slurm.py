@@ -207,7 +207,7 @@ def test_a_task_that_dies_each_time_is_given_up(slurm, tmp_path):
         "cluster.nodes=1", "cluster.max_restarts=1",
     )  # fmt: skip
     slurm.wait_for(lambda: job.mark("failed", job.ids[0]).exists(), "giving up")
-    assert job.mark("failed", job.ids[0]).read_text() == "no gain in 2 starts, the last: exit code 1\n"
+    assert job.mark("failed", job.ids[0]).read_text().startswith("no gain in 2 starts, the last: exit code ")
     assert len(job.mark("failures", job.ids[0]).read_text().splitlines()) == 2
 
 
