@@ -160,11 +160,12 @@ def last_lines(folder: Path, max_restarts: int) -> list[str]:
     return [
         "rc=$?",
         f"cd {shlex.quote(str(folder))} || exit 1",
+        """show() { scontrol show job "$id" | sed -n "s/.*$1=\\([A-Z0-9_]*\\).*/\\1/p"; }""",
+        'is_newest() { now=$(show Restarts); [ -z "$now" ] || [ "$now" = "$n" ]; }',
         "requeue() {",
         "  for try in $(seq 60); do",
-        """    now=$(scontrol show job "$id" | sed -n 's/.*Restarts=\\([0-9]*\\).*/\\1/p')""",
-        '    if [ -n "$now" ] && [ "$now" != "$n" ]; then exit 0; fi',
-        """    state=$(scontrol show job "$id" | sed -n 's/.*JobState=\\([A-Z_]*\\).*/\\1/p')""",
+        "    is_newest || exit 0",
+        "    state=$(show JobState)",
         '    case "$state" in',
         '      RUNNING|SUSPENDED|STOPPED|SIGNALING) scontrol requeue "$id" && exit 0 ;;',
         '      ?*) echo "not requeued: the job is $state"; exit 1 ;;',
@@ -178,6 +179,7 @@ def last_lines(folder: Path, max_restarts: int) -> list[str]:
         f'  if [ "$(wc -l < "failures_$id")" -le {max_restarts} ]; then requeue; fi',
         f'  echo "no gain in {max_restarts + 1} starts, the last: $1" > "failed_$id"; exit 1',
         "}",
+        "is_newest || exit 0",
         "if [ $rc -ne 0 ]; then sleep 2; ls -a > /dev/null; fi",  # NFS may show late what other nodes wrote
         'if [ -e "cancelled_$id" ]; then exit 1; fi',
         'if [ -s "again_$id.$n" ]; then count "stopped before its first step"; fi',
