@@ -9,10 +9,10 @@ _HOME = {
     "create_model": "flowar.weights",
     "load_model": "flowar.weights",
     "load_vae": "flowar.vae",
-    "released_time_grid": "flowar.flow",
+    "released_time_grid": "flowar.solvers",
     "sample_latents": "flowar.sample",
     "training_loss": "flowar.flow",
-    "uniform_time_grid": "flowar.flow",
+    "uniform_time_grid": "flowar.solvers",
 }
 
 __all__ = list(_HOME)

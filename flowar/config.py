@@ -410,8 +410,12 @@ class SampleConfig:
     chunk_batches: int = 2  # that one worker claims at once
     lease_s: float = 60  # a worker that gives no sign of life for so long is taken for dead
     num_steps: int = 25
-    time_grid: Literal["released", "uniform"] = "released"
+    last_scale_steps: int | None = None  # of the finest scale, linear from num_steps at the coarsest (DiSA); None: same
+    time_grid: Literal["released", "uniform", "shifted"] = "released"
+    shift: float = 1.0  # of time_grid=shifted: above 1 more steps near the noise
+    solver: Literal["euler", "heun", "midpoint", "adams-bashforth", "euler-maruyama"] = "euler"  # released: euler
     guidance: float = 2.4  # paper: S 4.3, L 2.4, H 2.4
+    guidance_schedule: Literal["linear", "constant"] = "linear"  # over scales; released: from 1 to guidance
     guidance_interval: tuple[float, float] = (0.0, 0.9)  # paper: S and L 0.9, H 0.7 (with 50 steps)
     seed: int = 0
     device: str = "auto"
@@ -423,6 +427,11 @@ class SampleConfig:
                 f"batch_size={self.batch_size} and chunk_batches={self.chunk_batches} must be at least 1, "
                 f"lease_s={self.lease_s} above 0"
             )
+        least = 2 if self.time_grid == "released" else 1
+        if self.last_scale_steps is not None and self.last_scale_steps < least:
+            raise UserError(f"last_scale_steps={self.last_scale_steps} must be at least {least}")
+        if self.shift <= 0:
+            raise UserError(f"shift={self.shift} must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -577,7 +586,7 @@ def check_sampling(config: object, prefix: str = "") -> None:
     for name in ("num_images", "num_samples"):
         if getattr(config, name, 1) < 1:
             raise UserError(f"{prefix}{name}={getattr(config, name)} must be at least 1")
-    least = 1 if getattr(config, "time_grid", "released") == "uniform" else 2
+    least = 2 if getattr(config, "time_grid", "released") == "released" else 1
     if config.num_steps < least:
         raise UserError(f"{prefix}num_steps={config.num_steps} must be at least {least}")
     if config.guidance < 1:

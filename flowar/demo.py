@@ -27,10 +27,10 @@ from flowar.digits import (
 )
 from flowar.distributed import refuse_many_processes
 from flowar.files import write_text
-from flowar.flow import released_time_grid
 from flowar.pictures import save_grid, save_loss_curve
 from flowar.report import read_metrics
 from flowar.sample import draw_noise, load_pngs, sample_token_maps
+from flowar.solvers import released_time_grid
 from flowar.vae import load_vae, to_uint8
 from flowar.weights import load_model
 

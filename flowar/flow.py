@@ -1,11 +1,10 @@
-"""Flow matching: the path, its velocity, the loss per scale and the Euler solver. Takes any velocity function.
+"""Flow matching: the path, its velocity and the loss per scale. Takes any velocity function.
 
 `time` is 0 at the data and 1 at the noise, as in the released weights; the paper's t is 1 - time, and its velocity has
-the opposite sign. No other file mentions it. Read next: sample.py, train.py.
+the opposite sign. No other file mentions it. Read next: solvers.py, train.py.
 """
 
 from collections.abc import Callable
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import torch
@@ -115,39 +114,3 @@ def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
     """Raise a ValueError that names the tensor, what it is and what it should be."""
     if tuple(tensor.shape) != expected:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but this model needs {expected}")
-
-
-def released_time_grid(num_steps: int) -> Tensor:
-    """Return the released sampler's times from 1 to 0, float64: uniform for 50 steps, denser near the data otherwise.
-
-    An odd number of steps gives one step less, as released: 25 gives 24.
-    """
-    if num_steps < 2:
-        raise ValueError(f"the released time grid needs at least 2 steps, got num_steps={num_steps}")
-    if num_steps == 50:
-        return uniform_time_grid(50)
-    half = num_steps // 2
-    coarse = torch.linspace(1, 0.3, half, dtype=torch.float64)
-    fine = torch.linspace(0.25, 0, half + 1, dtype=torch.float64)
-    return torch.cat([coarse, fine])
-
-
-def uniform_time_grid(num_steps: int) -> Tensor:
-    """Return num_steps + 1 evenly spaced times from 1 to 0, float64."""
-    if num_steps < 1:
-        raise ValueError(f"a time grid needs at least 1 step, got num_steps={num_steps}")
-    return torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
-
-
-def solve_euler(velocity: Callable[[Tensor, float], Tensor], noise: Tensor, time_grid: Tensor) -> Tensor:
-    """Return the state that the flow carries `noise` to, by one Euler step between neighbouring times of the grid.
-
-    Args:
-        velocity: (state, time) -> d state / d time, same shape as the state.
-        noise: the state at time_grid[0].
-        time_grid: (steps + 1,) decreasing from 1 to 0; float64, so that steps add up exactly.
-    """
-    state = noise
-    for start, end in pairwise(time_grid.tolist()):
-        state = state + (end - start) * velocity(state, start)
-    return state

@@ -5,12 +5,13 @@ Read next: evaluate.py.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -25,16 +26,24 @@ from flowar.data import check_same_vae
 from flowar.distributed import pick_device
 from flowar.errors import UserError
 from flowar.files import write_text
-from flowar.flow import check_shape, released_time_grid, solve_euler, uniform_time_grid
+from flowar.flow import check_shape
 from flowar.leases import Leases
 from flowar.model import FlowAR
 from flowar.pictures import save_grid, save_png
 from flowar.scales import next_input, num_tokens, token_range, unpatchify
 from flowar.seeding import derive_seed
+from flowar.solvers import (
+    annealed_steps,
+    evaluation_times,
+    released_time_grid,
+    shifted_time_grid,
+    solve,
+    uniform_time_grid,
+)
 from flowar.vae import VAE, load_vae, to_uint8
 from flowar.weights import find_model_folder, hash_weights, load_model
 
-NOISE_STREAM = 3  # keeps the seeds of the images apart from those of the training
+NOISE_STREAM, STEP_STREAM = 3, 4  # keeps the seeds of the images apart from those of the training
 RECORD_FILE = "samples.json"
 IMAGES_FOLDER = "images"
 GRID_IMAGES = 100  # shown in grid.png
@@ -54,14 +63,19 @@ def scale_guidance(guidance: float, index: int, num_scales: int) -> float:
 
 def find_guided_times(time_grid: Tensor, guidance_interval: tuple[float, float]) -> set[float]:
     """Return the times at which a step starts inside the guidance interval, its ends included."""
+    return {time for time in time_grid.tolist()[:-1] if is_guided_at(time, guidance_interval)}
+
+
+def is_guided_at(time: float, guidance_interval: tuple[float, float]) -> bool:
+    """Return whether a time lies in the guidance interval, its ends included."""
     low, high = guidance_interval
-    return {time for time in time_grid.tolist()[:-1] if low - TIME_SLACK <= time <= high + TIME_SLACK}
+    return low - TIME_SLACK <= time <= high + TIME_SLACK
 
 
 def guided_velocity(
-    model: FlowAR, semantics: Tensor, span: range, *, weight: float, guided_times: set[float]
+    model: FlowAR, semantics: Tensor, span: range, *, weight: float, guidance_interval: tuple[float, float]
 ) -> Callable[[Tensor, float], Tensor]:
-    """Return the velocity (state, time) -> (B, N, C p p) of one scale, guided by `weight` at the `guided_times`.
+    """Return the velocity (state, time) -> (B, N, C p p) of one scale, guided by `weight` inside the interval.
 
     Where guidance does not act, the flow Transformer's unconditional half is not computed.
 
@@ -70,7 +84,7 @@ def guided_velocity(
     """
 
     def velocity(state: Tensor, time: float) -> Tensor:
-        guided = weight > 1 and time in guided_times
+        guided = weight > 1 and is_guided_at(time, guidance_interval)
         batch = torch.cat([state, state]) if guided else state
         at = torch.full((len(batch), 1), time, dtype=torch.float32, device=state.device)
         result = model.flow(batch, at, semantics[: len(batch)], span)
@@ -87,10 +101,13 @@ def sample_token_maps(
     model: FlowAR,
     labels: Tensor,
     *,
-    time_grid: Tensor,
+    time_grid: Tensor | Sequence[Tensor],
     guidance: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
+    guidance_schedule: str = "linear",
+    solver: str = "euler",
     noise: Tensor | None = None,
+    draw_noise: Callable[[tuple[int, int]], Tensor] | None = None,
     generator: torch.Generator | None = None,
 ) -> list[Tensor]:
     """Return the generated map of every scale, (B, C, side p, side p) coarse to fine; arguments as `sample_latents`."""
@@ -102,9 +119,13 @@ def sample_token_maps(
     if noise is None:
         noise = torch.randn(shape, generator=generator, device=generator.device if generator else device).to(device)
     check_shape("noise", noise, shape)
+    grids = [time_grid] * len(config.scales) if isinstance(time_grid, Tensor) else list(time_grid)
+    if len(grids) != len(config.scales):
+        raise ValueError(f"{len(grids)} time grids were given for {len(config.scales)} scales")
 
-    guided_times = find_guided_times(time_grid, guidance_interval)
-    is_guided = guidance > 1 and bool(guided_times)
+    is_guided = guidance > 1 and any(
+        is_guided_at(time, guidance_interval) for grid in grids for time in evaluation_times(solver, grid)
+    )
     if is_guided:  # The unconditional half runs through the AR Transformer at every scale: later scales see its keys.
         labels = torch.cat([labels, torch.full_like(labels, config.num_classes)])
 
@@ -117,9 +138,13 @@ def sample_token_maps(
             inputs = next_input(token_maps[-1], side, config.scales, config.patch_size)
             inputs = torch.cat([inputs, inputs]) if is_guided else inputs
         semantics, cache = model.ar(inputs, labels, span, cache)
-        weight = scale_guidance(guidance, index, len(config.scales)) if is_guided else 1.0
-        velocity = guided_velocity(model, semantics, span, weight=weight, guided_times=guided_times)
-        tokens = solve_euler(velocity, noise[:, token_range(config.scales, span)], time_grid)
+        weight = 1.0
+        if is_guided:
+            is_constant = guidance_schedule == "constant"
+            weight = guidance if is_constant else scale_guidance(guidance, index, len(config.scales))
+        velocity = guided_velocity(model, semantics, span, weight=weight, guidance_interval=guidance_interval)
+        draw = None if draw_noise is None else functools.partial(draw_noise, (side * side, config.token_width))
+        tokens = solve(solver, velocity, noise[:, token_range(config.scales, span)], grids[index], draw)
         token_maps.append(unpatchify(tokens, side, config.patch_size))
     return token_maps
 
@@ -128,10 +153,13 @@ def sample_latents(
     model: FlowAR,
     labels: Tensor,
     *,
-    time_grid: Tensor,
+    time_grid: Tensor | Sequence[Tensor],
     guidance: float = 1.0,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
+    guidance_schedule: str = "linear",
+    solver: str = "euler",
     noise: Tensor | None = None,
+    draw_noise: Callable[[tuple[int, int]], Tensor] | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Return generated latents (B, C, h, w), about unit std: the VAE's `decode` divides by the multiplier.
@@ -139,15 +167,17 @@ def sample_latents(
     Args:
         model: a FlowAR in evaluation mode.
         labels: (B,) int64 classes, on the model's device; num_classes draws from all classes.
-        time_grid: (steps + 1,) from 1 to 0, for example `released_time_grid(25)`.
-        guidance: classifier-free guidance at the finest scale, growing linearly from 1 at the coarsest; 1 is off, and
-            costs nothing.
-        guidance_interval: (low, high) in time; steps that start outside are not guided, and cost nothing extra.
+        time_grid: (steps + 1,) from 1 to 0, for example `released_time_grid(25)`; or one such grid for each scale.
+        guidance: classifier-free guidance; 1 is off, and costs nothing.
+        guidance_interval: (low, high) in time; outside nothing is guided, and costs nothing extra.
+        guidance_schedule: "linear", from 1 at the coarsest scale to `guidance` at the finest, as released; "constant".
+        solver: euler, heun, midpoint, adams-bashforth or euler-maruyama, of solvers.py.
         noise: (B, L, C p p), standard normal, packed coarse to fine; drawn with `generator` if None.
+        draw_noise: (N, C p p) -> (B, N, C p p) standard normal, once a step; for euler-maruyama.
         generator: of the noise; torch's global one if None.
 
     Raises:
-        ValueError: if guidance is below 1 or the noise has another shape.
+        ValueError: if guidance is below 1, the noise has another shape, or the grids are not one for each scale.
     """
     return sample_token_maps(
         model,
@@ -155,7 +185,10 @@ def sample_latents(
         time_grid=time_grid,
         guidance=guidance,
         guidance_interval=guidance_interval,
+        guidance_schedule=guidance_schedule,
+        solver=solver,
         noise=noise,
+        draw_noise=draw_noise,
         generator=generator,
     )[-1]
 
@@ -167,9 +200,31 @@ def draw_noise(config: ModelConfig, images: Iterable[int], seed: int) -> Tensor:
     return torch.stack([torch.randn(shape, generator=generator) for generator in generators])
 
 
-def make_time_grid(name: str, num_steps: int) -> Tensor:
-    """Return the time grid that a config names: "released" or "uniform"."""
+class StepNoise:
+    """Standard normal noise for the steps of stochastic solvers: of each image a function of (seed, number)."""
+
+    def __init__(self, images: Iterable[int], seed: int, device: torch.device) -> None:
+        seeds = (derive_seed(seed, STEP_STREAM, image) for image in images)
+        self.generators = [torch.Generator().manual_seed(number) for number in seeds]
+        self.device = device
+
+    def __call__(self, shape: tuple[int, int]) -> Tensor:
+        """Return the next noise, (B, N, C p p)."""
+        return torch.stack([torch.randn(shape, generator=each) for each in self.generators]).to(self.device)
+
+
+def make_time_grid(name: str, num_steps: int, shift: float = 1.0) -> Tensor:
+    """Return the time grid that a config names: "released", "uniform" or "shifted"."""
+    if name == "shifted":
+        return shifted_time_grid(num_steps, shift)
     return released_time_grid(num_steps) if name == "released" else uniform_time_grid(num_steps)
+
+
+def make_time_grids(config: SampleConfig, num_scales: int) -> list[Tensor]:
+    """Return the time grid of each scale."""
+    last = config.num_steps if config.last_scale_steps is None else config.last_scale_steps
+    steps = annealed_steps(config.num_steps, last, num_scales)
+    return [make_time_grid(config.time_grid, number, config.shift) for number in steps]
 
 
 def main(config: SampleConfig, dry_run: bool = False) -> None:
@@ -296,9 +351,12 @@ def draw_batch(job: Job, numbers: range) -> None:
     latents = sample_latents(
         job.model,
         torch.tensor([job.label(number) for number in numbers], device=job.device),
-        time_grid=make_time_grid(config.time_grid, config.num_steps),
+        time_grid=make_time_grids(config, len(job.model.config.scales)),
         guidance=config.guidance,
         guidance_interval=config.guidance_interval,
+        guidance_schedule=config.guidance_schedule,
+        solver=config.solver,
+        draw_noise=StepNoise(numbers, config.seed, job.device),
         noise=draw_noise(job.model.config, numbers, config.seed).to(job.device),
     )
     with torch.inference_mode():

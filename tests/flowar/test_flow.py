@@ -4,12 +4,9 @@ import torch
 from flowar.flow import (
     interpolate,
     per_token,
-    released_time_grid,
     scale_losses,
     scale_weights,
-    solve_euler,
     training_loss,
-    uniform_time_grid,
 )
 from flowar.model import FlowAR
 from flowar.scales import pack
@@ -23,38 +20,6 @@ def test_the_path_starts_at_the_data_and_ends_at_the_noise():
     assert torch.equal(interpolate(tokens, noise, torch.zeros(2, 5)), tokens)
     assert torch.equal(interpolate(tokens, noise, torch.ones(2, 5)), noise)
     torch.testing.assert_close(interpolate(tokens, noise, torch.full((2, 5), 0.5)), (tokens + noise) / 2)
-
-
-def test_euler_is_exact_on_a_constant_field():
-    noise, field = torch.randn(2, 2, 5, 3).unbind(0)
-    for grid in (uniform_time_grid(1), uniform_time_grid(7), released_time_grid(25)):
-        torch.testing.assert_close(solve_euler(lambda state, time: field, noise, grid), noise - field)
-
-
-def test_euler_carries_noise_to_the_data_along_the_true_velocity():
-    tokens, noise = torch.randn(2, 2, 5, 3).unbind(0)
-    arrived = solve_euler(lambda state, time: noise - tokens, noise, released_time_grid(12))
-    torch.testing.assert_close(arrived, tokens)
-
-
-def test_euler_converges_to_the_closed_form_at_first_order():
-    start = torch.ones(1, dtype=torch.float64)
-    exact = torch.exp(torch.tensor(-1.0, dtype=torch.float64))  # dx/dt = x from t=1 to 0
-    errors = [
-        abs(solve_euler(lambda state, time: state, start, uniform_time_grid(n)) - exact).item() for n in (50, 100)
-    ]
-    assert errors[0] / errors[1] == pytest.approx(2, rel=0.05)
-
-
-def test_released_time_grids():
-    assert torch.equal(released_time_grid(50), uniform_time_grid(50))
-    grid = released_time_grid(25)
-    assert len(grid) == 25  # 24 steps
-    assert grid.dtype == torch.float64
-    assert grid[0] == 1 and grid[-1] == 0 and (grid.diff() < 0).all()
-    assert grid[11].item() == pytest.approx(0.3) and grid[12].item() == pytest.approx(0.25)
-    with pytest.raises(ValueError, match="num_steps=1"):
-        released_time_grid(1)
 
 
 def test_a_perfect_velocity_has_no_loss_and_none_at_all_has_that_of_its_target():

@@ -8,9 +8,9 @@ from PIL import Image
 
 from flowar.config import SampleConfig, VAEConfig
 from flowar.errors import UserError
-from flowar.flow import released_time_grid, uniform_time_grid
 from flowar.model import FlowAR
 from flowar.sample import draw_noise, find_guided_times, main, sample_latents, sample_token_maps, scale_guidance
+from flowar.solvers import released_time_grid, uniform_time_grid
 from flowar.vae import DEMO_VAE
 from flowar.weights import create_model, save_model
 from tests.conftest import randomise, tiny_config
@@ -144,6 +144,24 @@ def test_images_are_class_balanced_and_do_not_depend_on_the_batch_size(demo_shap
     assert first["000000_class0000.png"].shape == (32, 32, 3)
     assert max(np.abs(first[name] - second[name]).max() for name in first) <= 1
     assert (tmp_path / "a" / "grid.png").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"solver": "heun"},
+        {"solver": "midpoint", "time_grid": "shifted", "shift": 2.0},
+        {"solver": "adams-bashforth", "last_scale_steps": 2, "num_steps": 6},
+        {"solver": "euler-maruyama", "guidance_schedule": "constant"},
+    ],
+)
+def test_solvers_grids_and_schedules_change_the_images_but_not_what_they_depend_on(demo_shaped, tmp_path, changes):
+    main(sampling(demo_shaped, tmp_path / "plain"))
+    main(sampling(demo_shaped, tmp_path / "a", **changes))
+    main(sampling(demo_shaped, tmp_path / "b", batch_size=12, **changes))
+    plain, first, second = (read(tmp_path / name) for name in ("plain", "a", "b"))
+    assert max(np.abs(first[name] - second[name]).max() for name in first) <= 1
+    assert any(not np.array_equal(first[name], plain[name]) for name in first)
 
 
 def test_running_again_draws_only_what_is_missing(demo_shaped, tmp_path):
