@@ -59,7 +59,7 @@ VERBS = {
     ),
     "doctor": Verb(
         "flowar.doctor", configs.DoctorConfig, "are these nodes, their GPUs, network and file system fit? before a run",
-        "flowar submit doctor data=/data/in256 --cluster configs/cluster/h100.yaml",
+        "flowar doctor run_dir=runs/doctor data=/data/in256  # in a job: flowar submit doctor ... --cluster FILE",
     ),
     "demo": Verb(
         "flowar.demo", configs.DemoConfig, "handwritten digits from images to a report, in minutes on a laptop",

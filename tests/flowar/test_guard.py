@@ -141,6 +141,8 @@ def test_all_ranks_skip_what_one_of_them_met_with(shards, tmp_path, engine):
         "save_every_steps": 2,
         "ema": EMAConfig(decays=(0.9,), stds=(0.1,), keep_every_steps=6),
         "epochs": 13,
+        "batch_size": 8,
+        "micro_batch_size": 2,
     }
     run_ranks(settings(shards, tmp_path / "alone", "single", **changes), 1, tmp_path / "log")
     run_ranks(settings(shards, tmp_path / "ranks", engine, **changes), 2, tmp_path / "log")
