@@ -406,7 +406,11 @@ class SampleConfig:
     vae: VAEConfig = field(default_factory=VAEConfig)
     num_images: int = 64  # classes in turn: image i shows class i modulo num_classes
     classes: tuple[int, ...] | None = None  # only these, in turn
+    label_file: str | None = None  # or image i shows the class in line i of this file, which starts anew at its end
+    unconditional: bool = False  # or of no class
+    also: tuple[Literal["npz", "tar", "mds"], ...] = ()  # more forms beside the PNG files: ADM's, WebDataset's, MDS
     batch_size: int = 64
+    decode_batch_size: int | None = None  # images that the VAE decodes at once; None: batch_size
     chunk_batches: int = 2  # that one worker claims at once
     lease_s: float = 60  # a worker that gives no sign of life for so long is taken for dead
     num_steps: int = 25
@@ -422,6 +426,13 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         check_sampling(self)
+        chosen = [name for name in ("classes", "label_file", "unconditional") if getattr(self, name)]
+        if len(chosen) > 1:
+            raise UserError(f"{' and '.join(chosen)} are both given; give one of them")
+        if self.unconditional and self.guidance > 1:
+            raise UserError(f"guidance={self.guidance} needs classes; set guidance=1 with unconditional=true")
+        if self.decode_batch_size is not None and self.decode_batch_size < 1:
+            raise UserError(f"decode_batch_size={self.decode_batch_size} must be at least 1")
         if self.batch_size < 1 or self.chunk_batches < 1 or self.lease_s <= 0:
             raise UserError(
                 f"batch_size={self.batch_size} and chunk_batches={self.chunk_batches} must be at least 1, "

@@ -3,7 +3,6 @@
 Read next: evaluate.py.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -12,6 +11,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from flowar.files import write_text
 from flowar.flow import check_shape
 from flowar.leases import Leases
 from flowar.model import FlowAR
+from flowar.packing import pack
 from flowar.pictures import save_grid, save_png
 from flowar.scales import next_input, num_tokens, token_range, unpatchify
 from flowar.seeding import derive_seed
@@ -47,8 +48,17 @@ NOISE_STREAM, STEP_STREAM = 3, 4  # keeps the seeds of the images apart from tho
 RECORD_FILE = "samples.json"
 IMAGES_FOLDER = "images"
 GRID_IMAGES = 100  # shown in grid.png
-FREE_ON_RERUN = ("num_images", "batch_size", "chunk_batches", "lease_s", "device")  # don't change image i
+FREE_ON_RERUN = (
+    "num_images",
+    "also",
+    "batch_size",
+    "decode_batch_size",
+    "chunk_batches",
+    "lease_s",
+    "device",
+)  # don't change image i
 CLAIMS = "claims"
+WRITERS = 4  # threads
 WAIT_S = 1  # between two looks at what other workers do
 
 TIME_SLACK = 1e-6  # grid points may coincide with the ends of the guidance interval
@@ -237,17 +247,13 @@ def main(config: SampleConfig, dry_run: bool = False) -> None:
     model = load_model(folder, config.weights).to(device)
     vae = load_vae(config.vae.name, config.vae.weights).to(device)
     check_decodable(folder, model.config, vae)
-    classes = config.classes or tuple(range(model.config.num_classes))
-    if not all(0 <= label < model.config.num_classes for label in classes):
-        raise UserError(
-            f"classes={list(classes)} must lie in 0 to {model.config.num_classes - 1}, as the model has them"
-        )
+    classes = choose_classes(config, model.config)
     out_dir = Path(config.out_dir)
     record = describe_samples(config, folder, model, vae)
     check_same_samples(out_dir, record)
     job = Job(config, model, vae, device, classes, out_dir)
     missing = job.missing()
-    print(f"{config.num_images:,} images, {len(classes)} classes from {folder}, {len(missing):,} still to draw")
+    print(f"{config.num_images:,} images, {len(set(classes)):,} classes from {folder}, {len(missing):,} still to draw")
     if dry_run:
         return
     try:
@@ -258,6 +264,30 @@ def main(config: SampleConfig, dry_run: bool = False) -> None:
     except OSError as error:
         raise UserError(f"can't write to {out_dir}: {error}; mend that and start the same command again") from error
     print(f"{config.num_images:,} images are in {job.images}, the first of them in {out_dir / 'grid.png'}")
+
+
+def choose_classes(config: SampleConfig, model: ModelConfig) -> tuple[int, ...]:
+    """Return the classes that the images show in turn.
+
+    Raises:
+        UserError: if the label file can't be read, or one is no class of the model.
+    """
+    if config.unconditional:
+        return (model.num_classes,)  # stands for "no class"
+    classes, source = config.classes, "classes"
+    if config.label_file is not None:
+        source = f"label_file={config.label_file}"
+        try:
+            classes = tuple(int(line) for line in Path(config.label_file).read_text().split())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{source} is no file of one class number per line: {error}") from error
+    if classes is None:
+        return tuple(range(model.num_classes))
+    wrong = [label for label in classes if not 0 <= label < model.num_classes]
+    if wrong or not classes:
+        found = f"holds {wrong[0]}" if wrong else "is empty"
+        raise UserError(f"{source} {found}; classes lie in 0 to {model.num_classes - 1}, as the model has them")
+    return classes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,7 +320,10 @@ class Job:
 
 
 def work(job: Job, leases: Leases) -> None:
-    """Claim chunks and draw them until no image is missing, whoever draws them; the last one makes the grid."""
+    """Claim chunks and draw them until no image is missing, whoever draws them; the last one makes the grid.
+
+    Threads check and write the images of one chunk while the next is drawn.
+    """
     config = job.config
     columns = (
         BarColumn(),
@@ -298,36 +331,57 @@ def work(job: Job, leases: Leases) -> None:
         TextColumn("{task.fields[speed]:.1f} images/s"),
         TimeRemainingColumn(),
     )
-    with Progress(TextColumn("sampling, all workers"), *columns) as progress:
+    drawn: list[tuple[int, list[Future]]] = []  # claimed chunks whose images are still being written
+
+    def settle(keep: int) -> None:
+        while len(drawn) > keep:
+            chunk, writes = drawn.pop(0)
+            for write in writes:
+                write.result()
+            leases.release(chunk_name(chunk))
+
+    chunk_images = config.chunk_batches * config.batch_size
+    with Progress(TextColumn("sampling, all workers"), *columns) as progress, ThreadPoolExecutor(WRITERS) as pool:
         task = progress.add_task("sampling", total=config.num_images, speed=0.0)
         while missing := job.missing():
             leases.folder.mkdir(exist_ok=True)  # it goes when all is done, which file systems may show late
             progress.update(task, completed=config.num_images - len(missing), speed=progress.tasks[task].speed or 0.0)
-            chunk_images = config.chunk_batches * config.batch_size
             chunks = list(dict.fromkeys(number // chunk_images for number in missing))
             try:
                 claimed = claim_one(chunks, leases)
             except FileNotFoundError:
                 continue
             if claimed is None:
-                time.sleep(WAIT_S)
+                if not drawn:
+                    time.sleep(WAIT_S)
+                settle(keep=0)
                 continue
             start = claimed * chunk_images
             end = min(start + chunk_images, config.num_images)
-            for first_number in range(start, end, config.batch_size):
-                numbers = range(first_number, min(first_number + config.batch_size, end))
-                draw_batch(job, numbers)
-                progress.update(task, advance=len(numbers), speed=progress.tasks[task].speed or 0.0)
-            leases.release(chunk_name(claimed))
+            writes = []
+            for first in range(start, end, config.batch_size):
+                writes += draw_batch(job, range(first, min(first + config.batch_size, end)), pool)
+            drawn.append((claimed, writes))
+            settle(keep=1)
+        settle(keep=0)
         progress.update(task, completed=config.num_images)
-    with contextlib.suppress(FileNotFoundError):  # another one has tidied up
-        if leases.claim("grid"):
-            save_grid(
-                load_pngs([job.file(i) for i in range(min(GRID_IMAGES, config.num_images))]),
-                job.out_dir / "grid.png",
-                columns=10,
-            )
-            shutil.rmtree(leases.folder, ignore_errors=True)
+    try:
+        is_last = leases.claim("finish")
+    except FileNotFoundError:
+        return  # another one has finished all
+    if is_last:
+        finish(job)
+        shutil.rmtree(leases.folder, ignore_errors=True)
+
+
+def finish(job: Job) -> None:
+    """Make the grid and what else was asked for of all images; remove what killed workers left."""
+    for leftover in job.images.glob(".*"):
+        leftover.unlink()
+    files = [job.file(number) for number in range(job.config.num_images)]
+    save_grid(load_pngs(files[:GRID_IMAGES]), job.out_dir / "grid.png", columns=10)
+    for kind in job.config.also:
+        print(f"wrote {pack(kind, files, [job.label(number) for number in range(len(files))], job.out_dir)}")
 
 
 def claim_one(chunks: list[int], leases: Leases) -> int | None:
@@ -342,12 +396,14 @@ def chunk_name(chunk: int) -> str:
     return f"{chunk:06d}"
 
 
-def draw_batch(job: Job, numbers: range) -> None:
-    """Draw the images of one batch, all of them if any is missing: the batch's shape decides the last bits."""
+def draw_batch(job: Job, numbers: range, pool: ThreadPoolExecutor) -> list[Future]:
+    """Draw the images of one batch and begin to write them.
+
+    All are drawn if any is missing: the batch's shape decides the last bits.
+    """
     config = job.config
-    missing = [number for number in numbers if not job.file(number).exists()]
-    if not missing:
-        return
+    if all(job.file(number).exists() for number in numbers):
+        return []
     latents = sample_latents(
         job.model,
         torch.tensor([job.label(number) for number in numbers], device=job.device),
@@ -359,15 +415,33 @@ def draw_batch(job: Job, numbers: range) -> None:
         draw_noise=StepNoise(numbers, config.seed, job.device),
         noise=draw_noise(job.model.config, numbers, config.seed).to(job.device),
     )
-    with torch.inference_mode():
-        decoded = job.vae.decode(latents)
+    size = config.decode_batch_size or len(numbers)
+    writes = []
+    for first in range(0, len(numbers), size):
+        with torch.inference_mode():
+            decoded = job.vae.decode(latents[first : first + size])
+        writes.append(pool.submit(save_images, job, decoded, numbers[first : first + size]))
+    return writes
+
+
+@torch.inference_mode()
+def save_images(job: Job, decoded: Tensor, numbers: range) -> None:
+    """Write those of some images, (B, 3, H, W) in [-1, 1], that are not there. For a thread: a GPU isn't waited for.
+
+    Raises:
+        UserError: if they are not finite.
+    """
     if not decoded.isfinite().all():
         raise UserError(
-            f"images {numbers[0]} to {numbers[-1]} are not finite; the weights of {config.model} are broken"
+            f"images {numbers[0]} to {numbers[-1]} are not finite; the weights of {job.config.model} are broken"
         )
-    images = to_uint8(decoded).cpu()
-    for number in missing:
-        save_png(images[number - numbers[0]], job.file(number))
+    for number, image in zip(numbers, to_uint8(decoded).cpu(), strict=True):
+        if not job.file(number).exists():
+            try:
+                save_png(image, job.file(number))
+            except FileNotFoundError:  # all is done, and somebody tidied up
+                if not job.file(number).exists():
+                    raise
 
 
 def load_pngs(files: list[Path]) -> Tensor:

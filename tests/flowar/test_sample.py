@@ -1,5 +1,9 @@
 import json
+import multiprocessing
+import os
+import random
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -197,8 +201,92 @@ def test_another_vae_than_the_models_is_refused(demo_shaped, shards, tmp_path):
 def test_classes_can_be_chosen_and_are_checked(demo_shaped, tmp_path):
     main(sampling(demo_shaped, tmp_path / "a", classes=(7, 2), num_images=3))
     assert [name[-8:-4] for name in read(tmp_path / "a")] == ["0007", "0002", "0007"]
-    with pytest.raises(UserError, match="must lie in 0 to 9"):
+    with pytest.raises(UserError, match="classes holds 10; classes lie in 0 to 9"):
         main(sampling(demo_shaped, tmp_path / "b", classes=(10,)))
+
+
+def test_classes_come_from_a_file_or_there_is_none(demo_shaped, tmp_path):
+    file = tmp_path / "labels.txt"
+    file.write_text("3\n3\n8\n")
+    main(sampling(demo_shaped, tmp_path / "a", label_file=str(file), num_images=4))
+    assert [name[-8:-4] for name in read(tmp_path / "a")] == ["0003", "0003", "0008", "0003"]
+    main(sampling(demo_shaped, tmp_path / "b", unconditional=True, guidance=1.0, num_images=2))
+    assert [name[-8:-4] for name in read(tmp_path / "b")] == ["0010", "0010"]
+    file.write_text("3\nthree\n")
+    with pytest.raises(UserError, match="label_file=.*labels.txt is no file of one class number per line"):
+        main(sampling(demo_shaped, tmp_path / "c", label_file=str(file)))
+    with pytest.raises(UserError, match="guidance=2.4 needs classes"):
+        sampling(demo_shaped, tmp_path / "c", unconditional=True)
+    with pytest.raises(UserError, match="classes and unconditional are both given"):
+        sampling(demo_shaped, tmp_path / "c", unconditional=True, guidance=1.0, classes=(1,))
+
+
+def test_images_are_packed_when_all_are_there(demo_shaped, tmp_path):
+    main(sampling(demo_shaped, tmp_path))
+    main(sampling(demo_shaped, tmp_path, also=("npz", "tar")))
+    with np.load(tmp_path / "samples.npz") as content:
+        packed = {pixels.tobytes() for pixels in content["arr_0"]}
+    assert packed == {pixels.astype(np.uint8).tobytes() for pixels in read(tmp_path).values()}
+    assert (tmp_path / "tar" / "samples-00000.tar").exists() and not (tmp_path / "claims").exists()
+
+
+NUM_DRAWN, NUM_KILLS = 2000, 10
+
+
+def draw_here(config, place, log):
+    """What one worker does."""
+    os.environ |= {key: str(value) for key, value in place.items()}
+    output = log.open("a", buffering=1)
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    torch.set_num_threads(1)
+    main(config)
+
+
+def start_workers(config, ranks, log):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.flowar.test_sample"])
+    workers = [
+        context.Process(target=draw_here, args=(config, {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 4}, log))
+        for rank in ranks
+    ]
+    for worker in workers:
+        worker.start()
+    return workers
+
+
+@pytest.mark.slow
+def test_one_process_four_ranks_and_killed_workers_draw_the_same_images(demo_shaped, tmp_path):
+    changes = {"num_images": NUM_DRAWN, "batch_size": 20, "chunk_batches": 1, "num_steps": 3}
+    configs = {name: sampling(demo_shaped, tmp_path / name, **changes) for name in ("alone", "ranks", "killed")}
+    main(configs["alone"])
+    log = tmp_path / "log"
+    for worker in (workers := start_workers(configs["ranks"], range(4), log)):
+        worker.join(timeout=300)
+    assert [worker.exitcode for worker in workers] == [0] * 4, log.read_text()[-2000:]
+
+    moments, kills = random.Random(0), 0
+    workers = start_workers(configs["killed"], range(4), log)
+    while kills < NUM_KILLS:
+        time.sleep(moments.uniform(0, 0.5))
+        index = moments.randrange(4)
+        if (tmp_path / "killed" / "claims").exists() and workers[index].is_alive():
+            workers[index].kill()
+            workers[index].join()
+            kills += 1
+            workers[index] = start_workers(configs["killed"], [index], log)[0]
+        assert any(worker.is_alive() for worker in workers), "the work was done too early to be disturbed"
+    for worker in workers:
+        worker.join(timeout=300)
+    assert [worker.exitcode for worker in workers] == [0] * 4, log.read_text()[-2000:]
+
+    needed = read(tmp_path / "alone")
+    assert len(needed) == NUM_DRAWN
+    for name in ("ranks", "killed"):
+        found = read(tmp_path / name)
+        assert list(found) == list(needed) and not list((tmp_path / name / "images").glob(".*"))
+        differences = np.stack([np.abs(found[file] - needed[file]) for file in needed])
+        assert differences.max() <= 1 and (differences == 0).mean() >= 0.999
 
 
 def test_broken_weights_give_an_error_and_no_black_images(demo_shaped, tmp_path):
