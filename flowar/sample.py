@@ -48,15 +48,8 @@ NOISE_STREAM, STEP_STREAM = 3, 4  # keeps the seeds of the images apart from tho
 RECORD_FILE = "samples.json"
 IMAGES_FOLDER = "images"
 GRID_IMAGES = 100  # shown in grid.png
-FREE_ON_RERUN = (
-    "num_images",
-    "also",
-    "batch_size",
-    "decode_batch_size",
-    "chunk_batches",
-    "lease_s",
-    "device",
-)  # don't change image i
+# Settings that don't change image i.
+FREE_ON_RERUN = ("num_images", "also", "batch_size", "decode_batch_size", "chunk_batches", "lease_s", "device")
 CLAIMS = "claims"
 WRITERS = 4  # threads
 WAIT_S = 1  # between two looks at what other workers do
