@@ -265,7 +265,7 @@ def test_sigkill_of_workers_at_random_moments_ends_in_the_same_bytes(many_images
 
     workers, kills = [start() for _ in range(4)], 0
     while kills < 10:
-        time.sleep(moments.uniform(0.1, 1.0))
+        time.sleep(moments.uniform(0.05, 0.4))
         victim = moments.randrange(4)
         if workers[victim].is_alive():
             os.kill(workers[victim].pid, moments.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGINT]))

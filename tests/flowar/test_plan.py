@@ -24,7 +24,7 @@ def measure_rank(config, rank, port, answers):
     from flowar.weights import create_model
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    world = start(torch.device("cpu"), 30, with_group=True)
+    world = start(torch.device("cpu"), with_group=True)
     engine = make_engine(config, create_model(config.model), world, 1)
     ema = EMA(config.ema, engine.local_weights())
     for parameter in engine.parameters.values():
