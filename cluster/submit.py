@@ -167,7 +167,9 @@ def submit(planned: list[PlannedJob], *, dry_run: bool, listed_in: Path | None =
             done.append(submit_one(job, folder, after=done[-1].ids if done else ()))
             if listed_in is not None:
                 (listed_in / JOBS).mkdir(parents=True, exist_ok=True)
-                (listed_in / JOBS / folder.name).symlink_to(folder)
+                link = listed_in / JOBS / folder.name
+                if not link.exists():  # the chain may be listed where one of its jobs is
+                    link.symlink_to(folder)
     except BaseException:
         for job in done:
             subprocess.run(["scancel", *dict.fromkeys(job_id.split("_")[0] for job_id in job.ids)])
