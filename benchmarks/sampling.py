@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from flowar.config import SampleConfig, VAEConfig
-from flowar.sample import draw_noise, main, make_time_grids, sample_latents
+from flowar.generate import draw_noise, make_time_grids, sample_latents
+from flowar.sample import main
 from flowar.vae import load_vae, to_uint8
 from flowar.weights import create_model, load_model, save_model
 

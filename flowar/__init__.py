@@ -10,7 +10,7 @@ _HOME = {
     "load_model": "flowar.weights",
     "load_vae": "flowar.vae",
     "released_time_grid": "flowar.solvers",
-    "sample_latents": "flowar.sample",
+    "sample_latents": "flowar.generate",
     "training_loss": "flowar.flow",
     "uniform_time_grid": "flowar.solvers",
 }

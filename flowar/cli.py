@@ -46,8 +46,12 @@ VERBS = {
         "flowar sample model=runs/l out_dir=samples/l num_images=50000 vae.weights=kl16.ckpt",
     ),
     "evaluate": Verb(
-        "flowar.evaluate", configs.EvaluateConfig, "Frechet distance, Inception score, precision and recall of images",
+        "flowar.evaluate", configs.EvaluateConfig, "FID, Inception score, precision and recall of images",
         "flowar evaluate samples=samples/l reference=VIRTUAL_imagenet256_labeled.npz",
+    ),
+    "make-reference": Verb(
+        "flowar.references", configs.ReferenceConfig, "statistics and features of real images, for evaluate",
+        "flowar evaluate make-reference images=imagenet/val out_dir=references/val",
     ),
     "export": Verb(
         "flowar.export", configs.ExportConfig, "weights of a training run -> model.safetensors and config.json",
@@ -90,10 +94,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Run `flowar VERB [CONFIG.yaml] [key=value ...] [--dry-run]`; the command line's words if none are given."""
     words = sys.argv[1:] if arguments is None else arguments
     summaries = {name: verb.summary for name, verb in VERBS.items()} | {k: v[-1] for k, v in JOB_VERBS.items()}
-    listing = "\n".join(f"  {name:10}{summary}" for name, summary in summaries.items())
+    listing = "\n".join(f"  {name:16}{summary}" for name, summary in summaries.items())
     if not words or words[0] in ("-h", "--help"):
         print(f"usage: flowar VERB [CONFIG.yaml] [key=value ...] [--dry-run]\n\n{listing}\n\nMore: flowar VERB --help")
         return
+    if words[:2] == ["evaluate", "make-reference"]:
+        words = words[1:]
     name = words[0]
     if name not in summaries:
         sys.exit(f"flowar: {name!r} is no verb{configs.did_you_mean(name, summaries)}\n{listing}")
@@ -121,8 +127,11 @@ def _run(name: str, verb: Verb, words: list[str]) -> None:
         "words", nargs="*", metavar="CONFIG.yaml, key=value", help="one YAML file, then single settings"
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, and exit")
+    if name == "sample":
+        parser.add_argument("--preview", action="store_true", help="only pictures of what would be drawn; preview=true")
     options = parser.parse_intermixed_args(words)
-    config = parse_words(verb, options.words)
+    settings = [*options.words, "preview=true"] if getattr(options, "preview", False) else options.words
+    config = parse_words(verb, settings)
     if options.dry_run:
         print(configs.describe_config(config))
     importlib.import_module(verb.module).main(config, dry_run=options.dry_run)

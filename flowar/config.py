@@ -110,6 +110,15 @@ class VAEConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExtractorConfig:
+    """Which network gives the features that images are measured by, and where its weights are."""
+
+    name: str = "inception-v3-compat"  # any of torch-fidelity's, or demo-classifier
+    weights: str | None = None  # None: in torch hub's folder (below TORCH_HOME), or fetched
+    other_weights: bool = False  # accept others than the published ones; the numbers then compare with nothing else
+
+
+@dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
     """Images -> moments in MDS shards."""
 
@@ -404,11 +413,14 @@ class SampleConfig:
     out_dir: str = MISSING  # the images; running again with the same settings draws only what is missing
     weights: str = "ema"  # which weights of a run_dir: ema (its first average), raw, or an average such as decay_0.9999
     vae: VAEConfig = field(default_factory=VAEConfig)
+    preview: bool = False  # only pictures of what would be drawn, in OUT_DIR/preview; also written --preview
     num_images: int = 64  # classes in turn: image i shows class i modulo num_classes
     classes: tuple[int, ...] | None = None  # only these, in turn
     label_file: str | None = None  # or image i shows the class in line i of this file, which starts anew at its end
     unconditional: bool = False  # or of no class
     also: tuple[Literal["npz", "tar", "mds"], ...] = ()  # more forms beside the PNG files: ADM's, WebDataset's, MDS
+    features_only: bool = False  # keep no image, but what `flowar evaluate` needs of it
+    extractor: ExtractorConfig = field(default_factory=ExtractorConfig)  # of features_only
     batch_size: int = 64
     decode_batch_size: int | None = None  # images that the VAE decodes at once; None: batch_size
     chunk_batches: int = 2  # that one worker claims at once
@@ -429,6 +441,8 @@ class SampleConfig:
         chosen = [name for name in ("classes", "label_file", "unconditional") if getattr(self, name)]
         if len(chosen) > 1:
             raise UserError(f"{' and '.join(chosen)} are both given; give one of them")
+        if self.features_only and self.also:
+            raise UserError(f"also={list(self.also)} packs images, but features_only=true keeps none; give one of them")
         if self.unconditional and self.guidance > 1:
             raise UserError(f"guidance={self.guidance} needs classes; set guidance=1 with unconditional=true")
         if self.decode_batch_size is not None and self.decode_batch_size < 1:
@@ -447,15 +461,48 @@ class SampleConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
-    """Frechet distance, Inception score, precision and recall of a folder of images."""
+    """FID and its kin of generated images, against real ones."""
 
-    samples: str = MISSING  # folder of generated images
-    reference: str = MISSING  # folder of real images (searched deeply), or an .npz with mu and sigma
-    extractor: str = "inception-v3-compat"  # any torch-fidelity feature extractor, or demo-classifier
-    extractor_weights: str | None = None  # its weights; None: where torch-fidelity keeps or fetches them
-    metrics_file: str | None = None  # None: metrics.json beside the samples
+    samples: str = MISSING  # what `flowar sample` wrote, any folder of images (searched deeply), .npz, *.tar, MDS
+    # The same, or an .npz with mu and sigma (ADM's VIRTUAL_*.npz, with its 10,000 images), or what make-reference wrote
+    reference: str = MISSING
+    out_dir: str | None = None  # features, metrics.json, report.html; None: SAMPLES/evaluation, or beside a file
+    protocol: Literal["adm", "torch-fidelity"] = "adm"  # adm: what papers report
+    extractor: ExtractorConfig = field(default_factory=ExtractorConfig)
+    # More networks: FD-DINOv2, and torch-fidelity's own for precision and recall; None: those whose weights are here
+    more: tuple[Literal["dinov2", "vgg16"], ...] | None = None
+    against: str | None = None  # other samples drawn with the same seed: the difference, with a paired interval
+    resamples: int = 50  # random halves of the images, for 95% confidence intervals; 0: no intervals
+    run_dir: str | None = None  # training run that gets the numbers (evaluations.jsonl, wandb); None: the samples' own
+    step: int | None = None  # of that run; None: that of the samples' checkpoint
     batch_size: int = 64
+    chunk_images: int = 500  # the piece of work that one process claims
+    lease_s: float = 60  # a process that gives no sign of life for so long is taken for dead
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_extraction(self)
+        if self.resamples < 0 or self.resamples == 1:
+            raise UserError(f"resamples={self.resamples} must be 0, or at least 2 for a spread")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """Real images -> statistics and features that samples are compared with."""
+
+    images: str = MISSING  # folder of images (searched deeply), .npz with arr_0 (and mu, sigma), *.tar, MDS
+    out_dir: str = MISSING
+    extractor: ExtractorConfig = field(default_factory=ExtractorConfig)
+    keep_images: int = 10_000  # whose features are kept for precision, recall, KID, neighbours and classes; 0: all
+    batch_size: int = 64
+    chunk_images: int = 500
+    lease_s: float = 60
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_extraction(self)
+        if self.keep_images < 0:
+            raise UserError(f"keep_images={self.keep_images} must be at least 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -590,6 +637,15 @@ class DemoConfig:
 
     def __post_init__(self) -> None:
         check_sampling(self)
+
+
+def check_extraction(config: object) -> None:
+    """Raise a UserError if settings for computing features make no sense."""
+    if config.batch_size < 1 or config.chunk_images < 1 or config.lease_s <= 0:
+        raise UserError(
+            f"batch_size={config.batch_size} and chunk_images={config.chunk_images} must be at least 1, "
+            f"lease_s={config.lease_s} above 0"
+        )
 
 
 def check_sampling(config: object, prefix: str = "") -> None:

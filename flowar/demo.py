@@ -13,7 +13,7 @@ import torch
 from data_prep import encode
 from data_prep.schema import PASSPORT_FILE
 from flowar import evaluate, sample, train
-from flowar.config import DemoConfig, PrepareConfig, SampleConfig, TrainConfig
+from flowar.config import DemoConfig, EvaluateConfig, ExtractorConfig, PrepareConfig, SampleConfig, TrainConfig
 from flowar.demo_report import write_report
 from flowar.digits import (
     IMAGE_SIZE,
@@ -26,16 +26,18 @@ from flowar.digits import (
     write_image_folders,
 )
 from flowar.distributed import refuse_many_processes
+from flowar.features import DEMO_EXTRACTOR
 from flowar.files import write_text
+from flowar.gallery import draw_growth
+from flowar.image_sets import IMAGES_FOLDER
 from flowar.pictures import save_grid, save_loss_curve
 from flowar.report import read_metrics
-from flowar.sample import draw_noise, load_pngs, sample_token_maps
-from flowar.solvers import released_time_grid
-from flowar.vae import load_vae, to_uint8
+from flowar.sample import load_pngs
+from flowar.vae import load_vae
 from flowar.weights import load_model
 
 SHEET_COLUMNS = 20  # images of each class in the contact sheet
-GROWTH_IMAGES = NUM_CLASSES  # one sample of each class, growing scale by scale
+DEMO_METRICS = ("fid", "inception_score", "precision", "recall")
 
 
 def main(config: DemoConfig, dry_run: bool = False) -> None:
@@ -89,7 +91,7 @@ def main(config: DemoConfig, dry_run: bool = False) -> None:
     )
     sample.main(sampling)
     _say(6, "evaluate: samples against held-out digits, beside real training digits against the same")
-    numbers = measure(run_dir, judge_file, config.num_samples)
+    numbers = measure(config, judge_file)
     draw_pictures(run_dir, training, sampling)
     numbers["minutes"] = (time.perf_counter() - started) / 60
     write_text(run_dir / "numbers.json", json.dumps(numbers, indent=2) + "\n")
@@ -97,38 +99,42 @@ def main(config: DemoConfig, dry_run: bool = False) -> None:
     print(
         f"\nclassified as asked: {numbers['class_accuracy']:.1%} of {config.num_samples} samples (the classifier knows "
         f"{numbers['judge_accuracy']:.1%} of the held-out real digits)\n"
-        f"Frechet distance to the held-out digits: samples {numbers['frechet_samples']:.2f}, training digits "
-        f"{numbers['frechet_training']:.2f}, ratio {numbers['frechet_samples'] / numbers['frechet_training']:.2f}\n"
+        f"Frechet distance to the held-out digits: samples {numbers['fid_samples']:.2f}, training digits "
+        f"{numbers['fid_training']:.2f}, ratio {numbers['fid_samples'] / numbers['fid_training']:.2f}\n"
         f"{numbers['minutes']:.1f} minutes; open {report.resolve()}"
     )
 
 
-def measure(run_dir: Path, judge_file: Path, num_samples: int) -> dict[str, float]:
+def measure(config: DemoConfig, judge_file: Path) -> dict[str, float]:
     """Return the demo's numbers: how many samples show the class they were asked for, and distances to real digits."""
+    run_dir = Path(config.run_dir)
     judge = load_classifier(judge_file)
-    files = sorted((run_dir / "samples" / sample.IMAGES_FOLDER).glob("*.png"))[:num_samples]
+    files = sorted((run_dir / "samples" / IMAGES_FOLDER).glob("*.png"))[: config.num_samples]
     asked = torch.arange(len(files)) % NUM_CLASSES
-    held_out = run_dir / "images" / "held_out"
-    settings = {"extractor": evaluate.DEMO_EXTRACTOR, "extractor_weights": str(judge_file)}
-    of_samples = evaluate.compare(run_dir / "samples", held_out, **settings)
-    of_training = evaluate.compare(run_dir / "images" / "train", held_out, **settings)
-    return {
+    numbers = {
         "judge_accuracy": accuracy(judge, *load_splits()["held_out"]),
         "class_accuracy": accuracy(judge, load_pngs(files).permute(0, 2, 3, 1).numpy(), asked.numpy()),
-        "frechet_samples": of_samples["frechet_inception_distance"],
-        "frechet_training": of_training["frechet_inception_distance"],
-        "score_samples": of_samples["inception_score_mean"],
-        "score_training": of_training["inception_score_mean"],
-        "precision_samples": of_samples["precision"],
-        "precision_training": of_training["precision"],
-        "recall_samples": of_samples["recall"],
-        "recall_training": of_training["recall"],
     }
+    for name, images in (("samples", run_dir / "samples"), ("training", run_dir / "images" / "train")):
+        out_dir = run_dir / f"evaluation_{name}"
+        evaluate.main(
+            EvaluateConfig(
+                samples=str(images),
+                reference=str(run_dir / "images" / "held_out"),
+                out_dir=str(out_dir),
+                protocol="torch-fidelity",
+                extractor=ExtractorConfig(name=DEMO_EXTRACTOR, weights=str(judge_file)),
+                device=config.train.device,
+            )
+        )
+        found = json.loads((out_dir / evaluate.METRICS_FILE).read_text())["metrics"]
+        numbers |= {f"{metric}_{name}": found[metric]["value"] for metric in DEMO_METRICS}
+    return numbers
 
 
 def draw_pictures(run_dir: Path, training: TrainConfig, sampling: SampleConfig) -> None:
     """Write contact_sheet.png (a row per class), real_digits.png, growth.png and loss_curve.png."""
-    files = sorted((run_dir / "samples" / sample.IMAGES_FOLDER).glob("*.png"))
+    files = sorted((run_dir / "samples" / IMAGES_FOLDER).glob("*.png"))
     columns = min(SHEET_COLUMNS, len(files) // NUM_CLASSES)
     by_class = [file for label in range(NUM_CLASSES) for file in files[label::NUM_CLASSES][:columns]]
     save_grid(load_pngs(by_class), run_dir / "contact_sheet.png", columns=columns, enlarge=2)
@@ -143,22 +149,9 @@ def draw_pictures(run_dir: Path, training: TrainConfig, sampling: SampleConfig) 
     )
 
     model, vae = load_model(training.run_dir), load_vae(training.vae.name, training.vae.weights)
-    labels = torch.arange(GROWTH_IMAGES) % NUM_CLASSES
-    token_maps = sample_token_maps(
-        model,
-        labels,
-        time_grid=released_time_grid(sampling.num_steps),
-        guidance=sampling.guidance,
-        guidance_interval=sampling.guidance_interval,
-        noise=draw_noise(model.config, range(GROWTH_IMAGES), sampling.seed),
-    )
-    side = model.config.latent_size
-    with torch.inference_mode():
-        decoded = [
-            to_uint8(vae.decode(torch.nn.functional.interpolate(own, size=(side, side), mode="bicubic")))
-            for own in token_maps
-        ]
-    save_grid(torch.cat(decoded), run_dir / "growth.png", columns=GROWTH_IMAGES, enlarge=2)
+    classes = range(NUM_CLASSES)
+    growth = draw_growth(sampling, model, vae, classes, classes)
+    save_grid(growth, run_dir / "growth.png", columns=NUM_CLASSES, enlarge=2)
     save_loss_curve(read_metrics(training.run_dir), run_dir / "loss_curve.png")
 
 

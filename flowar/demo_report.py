@@ -1,40 +1,28 @@
 """The demo's one-page report: pictures and numbers in one file that opens without a network."""
 
-import base64
 from html import escape
 from pathlib import Path
 
 from flowar.config import DemoConfig, describe_config
-from flowar.files import write_text
+from flowar.pages import embed, write_page
 
 REPORT_FILE = "report.html"
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 960px; margin: 2em auto; padding: 0 1em; color: #222; }
-h1 { margin-bottom: 0; } h2 { margin-top: 2em; } img { max-width: 100%; image-rendering: pixelated; }
-img.curve { image-rendering: auto; } table { border-collapse: collapse; }
-td, th { padding: .3em 1em; text-align: right; }
-th:first-child, td:first-child { text-align: left; } tr { border-bottom: 1px solid #ddd; }
-pre { background: #f5f5f5; padding: 1em; }
-.note { color: #666; }
-"""
 
 
 def write_report(run_dir: Path, config: DemoConfig, numbers: dict[str, float]) -> Path:
     """Write report.html, all pictures inside, and return its path."""
-    ratio = numbers["frechet_samples"] / numbers["frechet_training"]
+    ratio = numbers["fid_samples"] / numbers["fid_training"]
     rows = "".join(
         f"<tr><td>{name}</td><td>{numbers[f'{key}_samples']:.2f}</td><td>{numbers[f'{key}_training']:.2f}</td></tr>"
         for name, key in (
-            ("Fr&eacute;chet distance (lower is better)", "frechet"),
-            ("Inception score (10 at most)", "score"),
+            ("Fr&eacute;chet distance (lower is better)", "fid"),
+            ("Inception score (10 at most)", "inception_score"),
             ("precision", "precision"),
             ("recall", "recall"),
         )
     )
     side_labels = ", ".join(f"{side}&times;{side}" for side in config.train.model.scales)
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>FlowAR demo</title><style>{STYLE}</style></head><body>
-<h1>FlowAR on handwritten digits</h1>
+    body = f"""<h1>FlowAR on handwritten digits</h1>
 <p class="note">Trained from scratch on scikit-learn's digits; the
 last call of the demo took {numbers["minutes"]:.1f} minutes.</p>
 <h2>Numbers</h2>
@@ -45,23 +33,16 @@ ones.</p>
 <p class="note">On the classifier's 64 features, by torch-fidelity. The samples are {ratio:.2f} times as far from the
 held-out digits as the training digits are.</p>
 <h2>Samples, a row per class</h2>
-{_picture(run_dir / "contact_sheet.png")}
+{embed(run_dir / "contact_sheet.png")}
 <h2>Real held-out digits, a row per class</h2>
-{_picture(run_dir / "real_digits.png")}
+{embed(run_dir / "real_digits.png")}
 <h2>One sample of each class, growing scale by scale</h2>
 <p class="note">From top to bottom the scales {side_labels}, each brought to full size and decoded by the VAE.</p>
-{_picture(run_dir / "growth.png")}
+{embed(run_dir / "growth.png")}
 <h2>Training loss</h2>
-{_picture(run_dir / "loss_curve.png", "curve")}
+{embed(run_dir / "loss_curve.png", "curve")}
 <h2>Settings</h2>
 <pre>{escape(describe_config(config))}</pre>
-</body></html>
 """
-    file = run_dir / REPORT_FILE
-    write_text(file, page)
-    return file
-
-
-def _picture(file: Path, kind: str = "") -> str:
-    encoded = base64.b64encode(file.read_bytes()).decode()
-    return f'<img class="{kind}" alt="{file.stem}" src="data:image/png;base64,{encoded}">'
+    write_page(run_dir / REPORT_FILE, "FlowAR demo", body)
+    return run_dir / REPORT_FILE

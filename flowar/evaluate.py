@@ -1,201 +1,314 @@
-"""`flowar evaluate`: Frechet distance, Inception score, precision and recall, all by torch-fidelity.
+"""`flowar evaluate`: FID and its kin under a named protocol, with intervals; by any number of processes.
 
-Read next: digits.py, which holds the demo's feature extractor.
+Features first, by all processes; then one of them makes the numbers. Read next: features.py, metrics.py, references.py.
 """
 
+import contextlib
+import dataclasses
 import json
-import zipfile
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
-from torch_fidelity.metric_isc import isc_features_to_metric
-from torch_fidelity.metric_prc import prc_features_to_metric
-from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
-from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_from_input_id
 
-from flowar.config import EvaluateConfig
-from flowar.distributed import pick_device, refuse_many_processes
+from flowar import __version__
+from flowar.config import EvaluateConfig, ExtractorConfig
+from flowar.distributed import pick_device
 from flowar.errors import UserError
+from flowar.evaluation_report import write_report
+from flowar.features import DINOV2, VGG, Extractor, Features, has_weights, missing_weights
 from flowar.files import write_text
-from flowar.sample import IMAGES_FOLDER, RECORD_FILE
+from flowar.image_sets import NO_LABEL, SAMPLES_FILE, open_images
+from flowar.leases import Leases
+from flowar.metrics import (
+    Frechet,
+    Interval,
+    adm_inception_score,
+    bootstrap_errors,
+    frechet_of_few,
+    inception_score,
+    kid,
+    precision_recall,
+    share_error,
+    statistics,
+)
+from flowar.references import Reference, get_features, load_reference
+from flowar.report import record_evaluation
+from flowar.run_folder import CHECKPOINTS
 
-DEMO_EXTRACTOR = "demo-classifier"
-NEIGHBOURHOOD = 3  # of precision and recall (Kynkaanniemi et al., 2019)
-IMAGE_SUFFIXES = ("png", "jpg", "jpeg")
-MIN_IMAGES = 10  # the Inception score is a mean over ten parts
+METRICS_FILE, BY_CLASS_FILE = "metrics.json", "metrics_by_class.json"
+CLAIMS = "claims"
+MIN_IMAGES = 10  # torch-fidelity's Inception score is a mean over ten parts
+ORDER_SEED = 0  # of images that come sorted by class
+NETWORKS = {"dinov2": DINOV2, "vgg16": VGG}
 
 
-def compare(
-    samples: str | Path,
-    reference: str | Path,
-    *,
-    extractor: str,
-    extractor_weights: str | None = None,
-    batch_size: int = 64,
-    device: torch.device | None = None,
-) -> dict[str, float]:
-    """Return the metrics of the images in one folder against a reference.
+@dataclass(frozen=True)
+class Metric:
+    """A number about samples, with its standard error if it has one."""
 
-    Args:
-        samples: folder of generated images, or what `flowar sample` wrote.
-        reference: folder of real images, searched deeply; or an .npz with "mu" and "sigma" of the extractor's features,
-            which gives no precision and recall.
-        extractor: a torch-fidelity feature extractor, or "demo-classifier".
-        extractor_weights: file with its weights; None for torch-fidelity's usual place.
-        batch_size: images at once.
-        device: where the features are computed; the CPU if None.
+    name: str
+    value: float
+    error: float | None = None
+    note: str = ""
 
-    Raises:
-        UserError: if images, statistics or weights are missing or don't fit.
-    """
-    if extractor == DEMO_EXTRACTOR and DEMO_EXTRACTOR not in FEATURE_EXTRACTORS_REGISTRY:
-        from flowar.digits import DigitFeatures
-
-        register_feature_extractor(DEMO_EXTRACTOR, DigitFeatures)
-    if extractor not in FEATURE_EXTRACTORS_REGISTRY:
-        raise UserError(
-            f"extractor={extractor} is unknown; there are: {', '.join(FEATURE_EXTRACTORS_REGISTRY)}, demo-classifier"
-        )
-    kind = FEATURE_EXTRACTORS_REGISTRY[extractor]
-    score_layer = kind.get_default_feature_layer_for_metric("isc")
-    layer = kind.get_default_feature_layer_for_metric("fid")
-
-    samples, reference = Path(samples), Path(reference)
-    asked = None
-    if (samples / RECORD_FILE).is_file():
-        asked = json.loads((samples / RECORD_FILE).read_text())["num_images"]
-        samples = samples / IMAGES_FOLDER
-    _check_images("samples", samples, asked)
-    statistics = _load_statistics(reference) if reference.suffix == ".npz" else None
-    if statistics is None:
-        _check_images("reference", reference)
-    network = _create_extractor(extractor, [layer, score_layer], extractor_weights, device)
-
-    def features(folder: Path) -> dict[str, Tensor]:
-        return extract_featuresdict_from_input_id(
-            1,
-            network,
-            input1=str(folder),
-            samples_find_deep=True,
-            samples_find_ext=",".join(IMAGE_SUFFIXES),
-            batch_size=batch_size,
-            cuda=device is not None and device.type == "cuda",
-            save_cpu_ram=True,
-            verbose=False,
-        )
-
-    generated = features(samples)
-    metrics = dict(isc_features_to_metric(generated[score_layer]))
-    generated_statistics = fid_features_to_statistics(generated[layer])
-    if statistics is None:
-        real = features(reference)
-        statistics = fid_features_to_statistics(real[layer])
-        metrics |= prc_features_to_metric(
-            generated[layer],
-            real[layer],
-            prc_neighborhood=NEIGHBOURHOOD,
-            prc_batch_size=10_000,
-            save_cpu_ram=True,
-            verbose=False,
-        )
-    if statistics["mu"].shape != generated_statistics["mu"].shape:
-        raise UserError(
-            f"reference={reference} holds statistics of {len(statistics['mu'])} features, extractor={extractor} gives "
-            f"{len(generated_statistics['mu'])}; use statistics of the same extractor"
-        )
-    metrics |= fid_statistics_to_metric(_double(generated_statistics), _double(statistics), verbose=False)
-    return {"num_samples": len(generated[layer]), **{name: float(value) for name, value in metrics.items()}}
+    def as_record(self) -> dict[str, object]:
+        """Return what metrics.json says."""
+        record: dict[str, object] = {"value": self.value}
+        if self.error is not None:
+            interval = Interval(self.value, self.error)
+            record |= {"error": self.error, "low": interval.low, "high": interval.high}
+        return record | ({"note": self.note} if self.note else {})
 
 
 def main(config: EvaluateConfig, dry_run: bool = False) -> None:
-    """Measure a folder of images, print a table and write metrics.json."""
-    refuse_many_processes("evaluate")
+    """Measure samples, print a table, write metrics.json and report.html; with whoever was given the same command."""
     device = pick_device(config.device)
+    samples, out_dir = Path(config.samples), choose_out_dir(config)
+    run = find_run(config)
+    extractor = Extractor(config.extractor, device)
+    notes: list[str] = []
+    more = load_more(config, device, notes)
     if dry_run:
-        for name in ("samples", "reference"):
-            if not Path(getattr(config, name)).exists():
-                raise UserError(f"{name}={getattr(config, name)} does not exist")
+        if not any(samples.glob("features-*")):
+            open_images(samples, "samples")
+        if not Path(config.reference).exists():
+            raise UserError(f"reference={config.reference} does not exist")
+        print(f"would write {out_dir / METRICS_FILE}")
         return
-    metrics = compare(
-        config.samples,
-        config.reference,
-        extractor=config.extractor,
-        extractor_weights=config.extractor_weights,
-        batch_size=config.batch_size,
-        device=device,
+    found = get_features(samples, "samples", extractor, out_dir, config)
+    reference = load_reference(config, extractor, out_dir)
+    against = None
+    if config.against is not None:
+        against = get_features(Path(config.against), "against", extractor, out_dir / "against", config)
+    others = {}
+    for name, network in more.items():
+        own = get_features(samples, "samples", network, out_dir, config)
+        others[name] = (own, load_reference(config, network, out_dir))
+    # One of the processes goes on.
+    with contextlib.suppress(FileNotFoundError), Leases(out_dir / CLAIMS, config.lease_s) as leases:
+        if not leases.claim("finish"):
+            return
+        metrics = measure(found, reference, config, device, notes)
+        metrics += measure_more(others, config, device)
+        if against is not None:
+            metrics += measure_difference(found, against, reference, config, device)
+        by_class = measure_classes(found, reference)
+        record = describe(config, found, reference, metrics, notes)
+        write_text(out_dir / METRICS_FILE, json.dumps(record, indent=2) + "\n")
+        if by_class:
+            write_text(out_dir / BY_CLASS_FILE, json.dumps(by_class, indent=2) + "\n")
+        page = write_report(out_dir, record, by_class, found, reference, samples)
+        if run is not None:
+            values = {metric.name: metric.value for metric in metrics}
+            about = {"num_samples": len(found), "protocol": config.protocol, "samples": str(samples.absolute())}
+            record_evaluation(run[0], {"step": run[1], **about, **values})
+        Console().print(table_of(record))
+        print(f"wrote {out_dir / METRICS_FILE} and {page}")
+        shutil.rmtree(out_dir / CLAIMS, ignore_errors=True)
+
+
+def choose_out_dir(config: EvaluateConfig) -> Path:
+    """Return the folder of this evaluation."""
+    if config.out_dir is not None:
+        return Path(config.out_dir)
+    samples = Path(config.samples)
+    return samples / "evaluation" if samples.is_dir() else samples.with_name(f"{samples.name}.evaluation")
+
+
+def load_more(config: EvaluateConfig, device: torch.device, notes: list[str]) -> dict[str, Extractor]:
+    """Return the further networks that were asked for, or whose weights are here; note those that are not.
+
+    Raises:
+        UserError: if one that was asked for is not here.
+    """
+    if config.extractor.name == "demo-classifier" and config.more is None:
+        return {}
+    wanted = config.more if config.more is not None else (("dinov2", "vgg16")[: 1 + (config.protocol != "adm")])
+    found = {}
+    for name in wanted:
+        if config.more is None and not has_weights(NETWORKS[name]):
+            notes.append(f"no metrics by {name}: {missing_weights(NETWORKS[name])}")
+        else:
+            found[name] = Extractor(ExtractorConfig(name=NETWORKS[name]), device)
+    return found
+
+
+def measure(
+    found: Features, reference: Reference, config: EvaluateConfig, device: torch.device, notes: list[str]
+) -> list[Metric]:
+    """Return the metrics of the protocol.
+
+    Raises:
+        UserError: if there are too few images, or the statistics are of other features.
+    """
+    if len(found) < MIN_IMAGES:
+        raise UserError(f"samples={config.samples} holds {len(found)} images, but at least {MIN_IMAGES} are needed")
+    layers = {name: values.to(device) for name, values in found.layers.items()}
+    distances = {}
+    for name, layer in (("fid", "features"), ("sfid", "spatial")):
+        if layer not in layers or layer not in reference.statistics:
+            continue
+        if len(reference.statistics[layer].mu) != layers[layer].shape[1]:
+            raise UserError(
+                f"reference={reference.path} holds statistics of {len(reference.statistics[layer].mu)} features, "
+                f"extractor.name={config.extractor.name} gives {layers[layer].shape[1]}; use statistics of the same "
+                "network"
+            )
+        if name == "fid" or config.protocol == "adm":
+            distances[name] = (layers[layer], Frechet(reference.statistics[layer], device))
+    logits = layers.get("logits")
+    score = adm_inception_score if config.protocol == "adm" else inception_score
+    if logits is not None and config.protocol == "adm" and is_sorted_by_class(found):
+        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(ORDER_SEED))
+        logits = logits[order.to(device)]
+        notes.append("the samples come sorted by class: for the Inception score they were put in a fixed random order")
+
+    def numbers(places: torch.Tensor | slice) -> list[float]:
+        values = [distance.distance(statistics(own[places])) for own, distance in distances.values()]
+        return values + ([score(logits[places].cpu())] if logits is not None else [])
+
+    names = [*distances, *(["inception_score"] if logits is not None else [])]
+    values = numbers(slice(None))
+    errors = bootstrap_errors(numbers, len(found), config.resamples) if config.resamples else [None] * len(names)
+    metrics = [Metric(*each) for each in zip(names, values, errors, strict=True)]
+    if reference.features is None:
+        notes.append(f"no precision, recall and KID: {reference.path} holds statistics alone, not images")
+        return metrics
+    real = reference.features.layers["features"].to(device)
+    mean, std = kid(layers["features"], real)
+    metrics.append(Metric("kid", mean, note=f"std over subsets {std:.2g}"))
+    return metrics + precision_recall_metrics(layers["features"], real, "")
+
+
+def precision_recall_metrics(samples: torch.Tensor, real: torch.Tensor, suffix: str) -> list[Metric]:
+    """Return precision and recall with k = 3; each one's error is that of the share, for fixed neighbourhoods."""
+    precision, recall = precision_recall(samples, real)
+    against = f"against {len(real):,} real images"
+    return [
+        Metric(f"precision{suffix}", precision, share_error(precision, len(samples)), against),
+        Metric(f"recall{suffix}", recall, share_error(recall, len(real)), against),
+    ]
+
+
+def measure_more(
+    others: dict[str, tuple[Features, Reference]], config: EvaluateConfig, device: torch.device
+) -> list[Metric]:
+    """Return what further networks say: FD-DINOv2 (Stein et al., 2023), precision and recall on VGG16's features."""
+    metrics = []
+    for name, (own, reference) in others.items():
+        values = own.layers["features"].to(device)
+        if name == "vgg16" and reference.features is not None:
+            metrics += precision_recall_metrics(values, reference.features.layers["features"].to(device), "_vgg16")
+        if name == "dinov2":
+            distance = Frechet(reference.statistics["features"], device)
+
+            def measured(places: torch.Tensor | slice, values: torch.Tensor = values, to: Frechet = distance) -> list:
+                return [to.distance(statistics(values[places]))]
+
+            errors = bootstrap_errors(measured, len(own), config.resamples) if config.resamples else [None]
+            metrics.append(Metric("fd_dinov2", measured(slice(None))[0], errors[0]))
+    return metrics
+
+
+def measure_difference(
+    found: Features, against: Features, reference: Reference, config: EvaluateConfig, device: torch.device
+) -> list[Metric]:
+    """Return FID minus that of other samples. Same images, same halves: what they have in common drops out.
+
+    Raises:
+        UserError: if they are not of the same numbers.
+    """
+    if found.numbers.tolist() != against.numbers.tolist():
+        raise UserError(
+            f"against={config.against} holds {len(against):,} images, samples={config.samples} {len(found):,}, or of "
+            "other numbers; draw the same ones of both, with the same seed"
+        )
+    distance = Frechet(reference.statistics["features"], device)
+    pair = [own.layers["features"].to(device) for own in (found, against)]
+
+    def difference(places: torch.Tensor | slice) -> list[float]:
+        first, second = (distance.distance(statistics(values[places])) for values in pair)
+        return [first - second]
+
+    errors = bootstrap_errors(difference, len(found), config.resamples) if config.resamples else [None]
+    return [Metric("fid_difference", difference(slice(None))[0], errors[0], f"to {config.against}")]
+
+
+def measure_classes(found: Features, reference: Reference) -> dict[str, dict[str, float]]:
+    """Return the FID of each class that samples and reference have; larger for fewer images, so compare like with like.
+
+    Returns:
+        {class: {"fid", "samples", "reference"}}, worst first.
+    """
+    if reference.features is None:
+        return {}
+    results = {}
+    for label in found.labels.unique().tolist():
+        own = found.layers["features"][found.labels == label]
+        real = reference.features.layers["features"][reference.features.labels == label]
+        if label != NO_LABEL and min(len(own), len(real)) > 1:
+            results[str(label)] = {"fid": frechet_of_few(own, real), "samples": len(own), "reference": len(real)}
+    return dict(sorted(results.items(), key=lambda item: -item[1]["fid"])) if len(results) > 1 else {}
+
+
+def is_sorted_by_class(features: Features) -> bool:
+    """Return whether the classes of images come one after the other, which spoils scores over consecutive parts."""
+    labels = features.labels
+    return bool((labels[1:] >= labels[:-1]).all() and labels[0] != labels[-1])
+
+
+def describe(
+    config: EvaluateConfig, found: Features, reference: Reference, metrics: list[Metric], notes: list[str]
+) -> dict[str, object]:
+    """Return what metrics.json says."""
+    drawn = Path(config.samples) / SAMPLES_FILE
+    return {
+        "samples": config.samples,
+        "num_samples": len(found),
+        "reference": config.reference,
+        "protocol": config.protocol,
+        "extractor": {"name": config.extractor.name, "weights_sha256": found.record["weights_sha256"]},
+        "metrics": {metric.name: metric.as_record() for metric in metrics},
+        "notes": notes,
+        "sampling": json.loads(drawn.read_text()) if drawn.is_file() else None,
+        "flowar": __version__,
+        "torch": torch.__version__,
+        "settings": dataclasses.asdict(config),
+    }
+
+
+def table_of(record: dict[str, object]) -> Table:
+    """Return the table of `flowar evaluate`."""
+    network = record["extractor"]["name"]
+    title = (
+        f"{record['num_samples']:,} samples, protocol {record['protocol']}, {network}, against {record['reference']}"
     )
-    table = Table("metric", "value", title=f"{config.samples} against {config.reference}, {config.extractor}")
-    for name, value in metrics.items():
-        table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
-    Console().print(table)
-    file = Path(config.metrics_file or Path(config.samples) / "metrics.json")
-    record = {"samples": config.samples, "reference": config.reference, "extractor": config.extractor, **metrics}
-    write_text(file, json.dumps(record, indent=2) + "\n")
-    print(f"wrote {file}")
+    table = Table("metric", "value", "95% interval", "", title=title, caption="\n".join(record["notes"]))
+    for name, metric in record["metrics"].items():
+        interval = f"{metric['low']:.4g} to {metric['high']:.4g}" if "low" in metric else ""
+        table.add_row(name.replace("_", " "), f"{metric['value']:.4f}", interval, metric.get("note", ""))
+    return table
 
 
-def _create_extractor(
-    name: str, layers: list[str], weights: str | None, device: torch.device | None
-) -> torch.nn.Module:
-    if weights is not None and not Path(weights).is_file():
-        raise UserError(f"extractor_weights={weights} does not exist")
-    try:
-        return create_feature_extractor(
-            name,
-            sorted(set(layers)),
-            cuda=device is not None and device.type == "cuda",
-            feature_extractor_weights_path=weights,
-            verbose=False,
-        )
-    except OSError as error:  # urllib's URLError is one
-        raise UserError(
-            f"the weights of extractor={name} are not here and can't be fetched ({error}); on a machine with a "
-            "network, torch-fidelity downloads them to ~/.cache/torch/hub/checkpoints; copy that file here and set "
-            "extractor_weights=/path/to/it"
-        ) from error
+def find_run(config: EvaluateConfig) -> tuple[Path, int] | None:
+    """Return the training run that the samples come from, and the step of their checkpoint, if there is one.
 
-
-def _check_images(name: str, folder: Path, asked: int | None = None) -> None:
-    """Raise a UserError if there are too few images, not as many as were asked for, or images of several sizes."""
-    if not folder.is_dir():
-        raise UserError(f"{name}={folder} does not exist; it has to be a folder of images")
-    files = [file for file in folder.rglob("*") if file.suffix.lower().lstrip(".") in IMAGE_SUFFIXES]
-    if len(files) < MIN_IMAGES:
-        raise UserError(f"{name}={folder} holds {len(files)} images, but at least {MIN_IMAGES} are needed")
-    if asked not in (None, len(files)):
-        raise UserError(
-            f"{name}={folder} holds {len(files)} images, but {asked} were asked for; run the same `flowar sample` "
-            "again to draw what is missing, or sample into a new folder"
-        )
-    sizes: dict[tuple[int, int], Path] = {}
-    for file in files:
-        with Image.open(file) as image:  # reads the header only
-            sizes.setdefault(image.size, file)
-    if len(sizes) > 1:
-        (size, file), (other_size, other) = list(sizes.items())[:2]
-        raise UserError(
-            f"{name}={folder} holds images of {len(sizes)} sizes, {file.name} has {size} pixels and {other.name} "
-            f"{other_size}; resize and crop them to one size first"
-        )
-
-
-def _load_statistics(file: Path) -> dict[str, np.ndarray]:
-    try:
-        with np.load(file) as content:
-            return {"mu": content["mu"], "sigma": content["sigma"]}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"reference={file} is no .npz with mu and sigma: {error}") from error
-
-
-def _double(statistics: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return statistics in float64: torch-fidelity refuses to compare means of two dtypes."""
-    return {name: np.asarray(value, dtype=np.float64) for name, value in statistics.items()}
+    Raises:
+        UserError: if one is named, but is none.
+    """
+    drawn = Path(config.samples) / SAMPLES_FILE
+    sampling = json.loads(drawn.read_text()) if drawn.is_file() else {}
+    step = config.step if config.step is not None else sampling.get("step")
+    run_dir = Path(config.run_dir) if config.run_dir else Path(sampling.get("model", "")).parent.parent
+    if step is not None and (run_dir / CHECKPOINTS).is_dir():
+        return run_dir, step
+    if config.run_dir is not None:
+        raise UserError(f"run_dir={run_dir} is no training run, or step={config.step} is not given; give both")
+    return None
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowar.config import InfoConfig, ModelConfig
 from flowar.flow import training_loss
+from flowar.generate import find_guided_times, make_time_grid, sample_latents
 from flowar.model import FlowAR
-from flowar.sample import find_guided_times, make_time_grid, sample_latents
 from flowar.scales import num_tokens
 
 

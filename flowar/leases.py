@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import json
 import os
+import random
 import socket
 import threading
 import time
@@ -157,6 +158,18 @@ class Leases:
             self._failure = failure
             if failure is None:
                 self._last_success = self._last_beat
+
+
+def claim_one(leases: Leases, chunks: list[int]) -> int | None:
+    """Return a chunk that this worker has just claimed, or None if others hold all of them."""
+    others = any(leases.folder.iterdir())
+    first = random.randrange(len(chunks)) if others else 0  # a thousand workers don't all try the same chunk
+    return next((chunk for chunk in chunks[first:] + chunks[:first] if leases.claim(chunk_name(chunk))), None)
+
+
+def chunk_name(chunk: int) -> str:
+    """Return the name under which a chunk is claimed."""
+    return f"{chunk:06d}"
 
 
 @cache

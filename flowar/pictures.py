@@ -1,12 +1,16 @@
 """Grids and curves as PNG files. Read next: demo_report.py."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from flowar.files import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 GRID_PADDING = 2  # pixels between the images of a grid
 
@@ -26,11 +30,7 @@ def save_grid(images: Tensor, path: Path, *, columns: int, enlarge: int = 1) -> 
 
 def save_loss_curve(records: list[dict[str, float]], path: Path) -> None:
     """Write the total loss and the loss of every scale over the steps, of the records of a metrics.jsonl."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure(width=8, height=4)
     axes = figure.add_subplot()
     steps = [record["step"] for record in records]
     for key in [name for name in records[0] if name.startswith("loss/scale_")]:
@@ -43,3 +43,58 @@ def save_loss_curve(records: list[dict[str, float]], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def save_labelled(
+    pictures: list[Tensor],
+    path: Path,
+    *,
+    titles: list[str],
+    rows: tuple[str, list[str]],
+    columns: tuple[str, list[str]],
+) -> None:
+    """Write grids (3, H, W) uint8 side by side, with what their rows and columns mean.
+
+    Args:
+        pictures: all of one size.
+        path: the PNG file.
+        titles: one for each.
+        rows, columns: what they show, and the values.
+    """
+    figure = _figure(width=1 + 3.5 * len(pictures), height=1 + 3.5 * pictures[0].shape[1] / pictures[0].shape[2])
+    for number, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
+        axes = figure.add_subplot(1, len(pictures), number + 1)
+        axes.imshow(picture.permute(1, 2, 0).numpy(), interpolation="nearest")
+        axes.set_title(title)
+        height, width = picture.shape[1:]
+        axes.set_yticks([(place + 0.5) * height / len(rows[1]) for place in range(len(rows[1]))], rows[1])
+        axes.set_xticks([(place + 0.5) * width / len(columns[1]) for place in range(len(columns[1]))], columns[1])
+        axes.set_xlabel(columns[0])
+        if number == 0:
+            axes.set_ylabel(rows[0])
+        axes.tick_params(length=0)
+    figure.savefig(path, dpi=120)
+
+
+def save_curve(
+    x: list[float], y: list[float], path: Path, *, labels: list[str], axes: tuple[str, str], title: str
+) -> None:
+    """Write labelled points in the unit square, joined by a line."""
+    figure = _figure(width=5, height=5)
+    plot = figure.add_subplot()
+    plot.plot(x, y, marker="o")
+    for where_x, where_y, label in zip(x, y, labels, strict=True):
+        plot.annotate(label, (where_x, where_y), textcoords="offset points", xytext=(6, -12))
+    plot.set(xlim=(-0.02, 1.05), ylim=(-0.02, 1.05), xlabel=axes[0], ylabel=axes[1], title=title)
+    plot.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
+
+
+def _figure(*, width: float, height: float) -> "Figure":
+    """Return an empty figure that needs no screen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure

@@ -7,9 +7,9 @@ import torch
 from flowar.config import TrainConfig
 from flowar.distributed import collect
 from flowar.ema import EMA
+from flowar.generate import draw_noise, sample_latents
 from flowar.parallel import Engine
 from flowar.pictures import save_grid
-from flowar.sample import draw_noise, sample_latents
 from flowar.solvers import released_time_grid
 from flowar.vae import VAE, to_uint8
 from flowar.weights import create_model

@@ -2,6 +2,7 @@
 
 import json
 import secrets
+import time
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,15 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from flowar.config import WandbConfig
-from flowar.run_folder import METRICS_FILE
+from flowar.config import TrainConfig, WandbConfig, load_config
+from flowar.files import write_text
+from flowar.run_folder import CONFIG_FILE, METRICS_FILE
 
 WANDB_ID_FILE = "wandb_id.txt"
+EVALUATIONS_FILE = "evaluations.jsonl"  # one line for each time that samples of a checkpoint were measured
+SENT_FILE = "evaluations_sent.txt"  # how many of them wandb has
+LIVE_FILE = "wandb_live"  # touched while a training process has the wandb run open
+LIVE_S = 1800
 QUIET_LINE_EVERY = 10  # where no terminal shows the bar, every so many records give a line
 
 
@@ -66,6 +72,8 @@ class TrainingReport:
     def __exit__(self, *exception: object) -> None:
         self.progress.stop()
         if self.wandb_run is not None:
+            send_evaluations(self.wandb_run, self.file.parent)
+            (self.file.parent / LIVE_FILE).unlink(missing_ok=True)
             self.wandb_run.finish(exit_code=1 if exception[0] else 0)
         if self.tensorboard is not None:
             self.tensorboard.close()
@@ -82,6 +90,8 @@ class TrainingReport:
             file.write(json.dumps(record) + "\n")
         if self.wandb_run is not None:
             self.wandb_run.log({k: v for k, v in record.items() if k != "step"}, step=int(record["step"]))
+            (self.file.parent / LIVE_FILE).touch()
+            send_evaluations(self.wandb_run, self.file.parent)
         if self.tensorboard is not None:
             for key, value in record.items():
                 self.tensorboard.add_scalar(key, value, int(record["step"]))
@@ -120,6 +130,51 @@ class TrainingReport:
         replacement = self.file.with_name("." + self.file.name)
         replacement.write_text("".join(kept))
         replacement.replace(self.file)
+
+
+def record_evaluation(run_dir: Path, record: dict[str, object]) -> None:
+    """Add metrics of a checkpoint's samples to a run: to evaluations.jsonl, and to wandb.
+
+    A training process that has the wandb run open sends them itself, when it logs next: two processes must not write to
+    one run.
+
+    Args:
+        run_dir: of the training.
+        record: "step", "num_samples", and metrics.
+    """
+    with (run_dir / EVALUATIONS_FILE).open("a") as file:
+        file.write(json.dumps(record) + "\n")
+    live = run_dir / LIVE_FILE
+    if live.exists() and time.time() - live.stat().st_mtime < LIVE_S:
+        return
+    config = load_config(TrainConfig, run_dir / CONFIG_FILE)
+    wandb_run = _start_wandb(run_dir, config.wandb, {})
+    if wandb_run is not None:
+        send_evaluations(wandb_run, run_dir)
+        wandb_run.finish()
+
+
+def read_evaluations(run_dir: Path) -> list[dict[str, object]]:
+    """Return the records of evaluations.jsonl."""
+    file = run_dir / EVALUATIONS_FILE
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def send_evaluations(wandb_run: object, run_dir: Path) -> None:
+    """Send to wandb what it doesn't have of evaluations.jsonl, each at the step of its checkpoint."""
+    sent_file = run_dir / SENT_FILE
+    sent = int(sent_file.read_text()) if sent_file.exists() else 0
+    records = read_evaluations(run_dir)
+    if len(records) <= sent:
+        return
+    wandb_run.define_metric("evaluation/*", step_metric="evaluation/step")
+    for record in records[sent:]:
+        numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+        count = f"_{round(record['num_samples'] / 1000)}k" if record["num_samples"] >= 1000 else ""
+        named = {f"evaluation/{name}{'' if name == 'step' else count}": value for name, value in numbers.items()}
+        wandb_run.log(named)
+    write_text(sent_file, f"{len(records)}\n")
 
 
 def _start_tensorboard(run_dir: Path, step: int) -> object:

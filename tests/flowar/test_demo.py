@@ -29,7 +29,7 @@ def test_the_demo_ends_in_a_report_and_runs_again_in_place(tmp_path):
     numbers = json.loads((tmp_path / "numbers.json").read_text())
     assert f"{numbers['class_accuracy']:.1%}" in page
     assert numbers["judge_accuracy"] >= 0.98
-    assert 0 <= numbers["class_accuracy"] <= 1 and numbers["frechet_training"] > 0
+    assert 0 <= numbers["class_accuracy"] <= 1 and numbers["fid_training"] > 0
     with Image.open(tmp_path / "contact_sheet.png") as sheet:
         assert sheet.size == (2 + 4 * 66, 2 + 10 * 66)  # four of each of ten classes
 

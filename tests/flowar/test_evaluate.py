@@ -1,13 +1,18 @@
 import json
+import multiprocessing
+import os
+import shutil
 
 import numpy as np
 import pytest
 import torch
 import torch_fidelity
 from PIL import Image
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics
 
-from flowar.config import EvaluateConfig
+from flowar import evaluate, references
+from flowar.config import EvaluateConfig, ExtractorConfig, ReferenceConfig, SampleConfig, VAEConfig
 from flowar.digits import (
     DigitClassifier,
     accuracy,
@@ -19,7 +24,11 @@ from flowar.digits import (
     write_image_folders,
 )
 from flowar.errors import UserError
-from flowar.evaluate import DEMO_EXTRACTOR, compare, main
+from flowar.features import DEMO_EXTRACTOR, list_shards, read_features
+from flowar.packing import pack
+from flowar.sample import main as sample
+from flowar.weights import create_model, save_model
+from tests.conftest import randomise
 
 
 @pytest.fixture(scope="module")
@@ -32,39 +41,193 @@ def digits(tmp_path_factory):
     return root
 
 
-def settings(digits):
-    return {"extractor": DEMO_EXTRACTOR, "extractor_weights": str(digits / "classifier.safetensors")}
+def judge(digits):
+    return ExtractorConfig(name=DEMO_EXTRACTOR, weights=str(digits / "classifier.safetensors"))
 
 
-def test_metrics_equal_torch_fidelitys_own(digits):
-    found = compare(digits / "train", digits / "held_out", **settings(digits))
-    expected = torch_fidelity.calculate_metrics(
-        input1=str(digits / "train"),
-        input2=str(digits / "held_out"),
+def measure(digits, out_dir, **changes):
+    """Return metrics.json of an evaluation."""
+    settings = {"samples": digits / "train", "reference": digits / "held_out", "out_dir": out_dir}
+    settings |= {"protocol": "torch-fidelity", "extractor": judge(digits), "resamples": 0} | changes
+    paths = {name: str(value) for name, value in settings.items() if name in ("samples", "reference", "out_dir")}
+    evaluate.main(EvaluateConfig(**settings | paths))
+    return json.loads((out_dir / "metrics.json").read_text())
+
+
+def values(record):
+    return {name: metric["value"] for name, metric in record["metrics"].items()}
+
+
+THEIR_NAMES = {
+    "fid": "frechet_inception_distance",
+    "inception_score": "inception_score_mean",
+    "kid": "kernel_inception_distance_mean",
+    "precision": "precision",
+    "recall": "recall",
+}
+
+
+def measure_by_torch_fidelity(samples, reference, extractor, weights, subset):
+    return torch_fidelity.calculate_metrics(
+        input1=str(samples),
+        input2=str(reference),
         samples_find_deep=True,
         isc=True,
         fid=True,
+        kid=True,
         prc=True,
-        feature_extractor=DEMO_EXTRACTOR,
-        feature_extractor_weights_path=str(digits / "classifier.safetensors"),
+        kid_subset_size=subset,
+        feature_extractor=extractor,
+        feature_extractor_weights_path=str(weights),
         cuda=False,
         save_cpu_ram=True,
         verbose=False,
     )
-    assert found["num_samples"] == 1437
-    for name, value in expected.items():
-        assert found[name] == pytest.approx(value, rel=1e-4), name
 
 
-def test_images_against_themselves_have_no_distance_and_full_precision(digits):
-    metrics = compare(digits / "held_out", digits / "held_out", **settings(digits))
-    assert metrics["frechet_inception_distance"] == pytest.approx(0, abs=1e-3)
-    assert metrics["precision"] == metrics["recall"] == 1
+def test_metrics_equal_torch_fidelitys_own(digits, tmp_path):
+    found = values(measure(digits, tmp_path))
+    expected = measure_by_torch_fidelity(
+        digits / "train", digits / "held_out", DEMO_EXTRACTOR, digits / "classifier.safetensors", 360
+    )
+    for name, theirs in THEIR_NAMES.items():
+        assert found[name] == pytest.approx(expected[theirs], rel=1e-4, abs=1e-9), name
 
 
-def test_few_classes_lower_recall_and_not_precision(digits):
-    metrics = compare(digits / "train" / "3", digits / "held_out", **settings(digits))
-    assert metrics["precision"] > 2 * metrics["recall"]
+@pytest.fixture(scope="module")
+def inception(tmp_path_factory):
+    """A file with an Inception of random weights, as torch-fidelity's would be."""
+    torch.manual_seed(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: {})
+        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
+        network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"])
+    file = tmp_path_factory.mktemp("inception") / "random.pth"
+    torch.save(network.state_dict(), file)
+    return file
+
+
+def evaluate_as_rank(config, rank, world_size, log):
+    """What one process does."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    output = log.open("a", buffering=1)
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    torch.set_num_threads(1)
+    evaluate.main(config)
+
+
+def run_ranks(config, world_size, log):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.flowar.test_evaluate"])
+    ranks = [
+        context.Process(target=evaluate_as_rank, args=(config, rank, world_size, log)) for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(timeout=300)
+    assert [process.exitcode for process in ranks] == [0] * world_size, log.read_text()[-3000:]
+
+
+@pytest.mark.slow
+def test_inception_metrics_equal_torch_fidelitys_with_one_and_with_three_ranks(digits, inception, tmp_path):
+    """On few images: an Inception takes a third of a second for each here."""
+    for name, count in (("train", 24), ("held_out", 16)):
+        (tmp_path / name).mkdir()
+        for number, file in enumerate(sorted((digits / name).rglob("*.png"))[:: 1437 // 40 if name == "train" else 12]):
+            if number < count:
+                shutil.copy(file, tmp_path / name / f"{number:03d}.png")
+    settings = {"samples": str(tmp_path / "train"), "reference": str(tmp_path / "held_out"), "chunk_images": 8}
+    settings |= {"protocol": "torch-fidelity", "batch_size": 8, "resamples": 0, "more": ()}
+    settings["extractor"] = ExtractorConfig(weights=str(inception), other_weights=True)
+    expected = measure_by_torch_fidelity(
+        tmp_path / "train", tmp_path / "held_out", "inception-v3-compat", inception, 16
+    )
+    for world_size in (1, 3):
+        out_dir = tmp_path / f"out{world_size}"
+        run_ranks(EvaluateConfig(out_dir=str(out_dir), **settings), world_size, tmp_path / f"log{world_size}")
+        found = values(json.loads((out_dir / "metrics.json").read_text()))
+        for name, theirs in THEIR_NAMES.items():
+            assert found[name] == pytest.approx(expected[theirs], rel=1e-4, abs=1e-9), (name, world_size)
+    shards = [
+        sorted(file.name for file in list_shards(tmp_path / out / "features-inception-v3-compat").values())
+        for out in ("out1", "out3")
+    ]
+    assert shards[0] == shards[1] and len(shards[0]) == 3  # the same bytes, by the hashes in their names
+
+    # The adm protocol reads the same features, and adds sFID on 17 x 17 x 7 spatial ones.
+    adm = EvaluateConfig(out_dir=str(tmp_path / "out1"), **settings | {"protocol": "adm"})
+    evaluate.main(adm)
+    found = values(json.loads((tmp_path / "out1" / "metrics.json").read_text()))
+    assert found["fid"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-4) and found["sfid"] > 0
+    layers = read_features(tmp_path / "out1" / "features-inception-v3-compat").layers
+    assert {name: own.shape[1] for name, own in layers.items()} == {"features": 2048, "logits": 1008, "spatial": 2023}
+
+
+def test_other_inception_weights_are_refused_unless_asked_for(inception):
+    with pytest.raises(UserError, match=r"random.pth has sha256 .*, but weights-inception-2015-12-05-6726825d.pth has"):
+        evaluate.Extractor(ExtractorConfig(weights=str(inception)), torch.device("cpu"))
+
+
+def test_absent_weights_are_named_with_where_to_put_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", no_network)
+    file = tmp_path / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
+    with pytest.raises(UserError, match=f"fetch https://github.com/toshas/.* to {file}, or give the file as"):
+        evaluate.Extractor(ExtractorConfig(), torch.device("cpu"))
+
+
+def no_network(*_, **__):
+    raise OSError("no network")
+
+
+HUB_CODE = """
+import torch
+class Tiny(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 5)
+    def forward(self, images):
+        return self.linear(images.mean(dim=(2, 3)))
+def dinov2_vitl14(pretrained=True, **kwargs):
+    torch.manual_seed(0)
+    return Tiny()
+dependencies = ["torch"]
+"""
+
+
+def test_fd_dinov2_comes_from_torch_hubs_folder_and_is_left_out_with_a_note_elsewhere(digits, tmp_path, monkeypatch):
+    """With a tiny network where torch hub would keep DINOv2: its weights can't be had here."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    small = {"samples": digits / "held_out" / "3", "reference": digits / "held_out" / "4"}
+    with pytest.raises(UserError, match="extractor.weights=x: dinov2-vit-l-14 is read from torch hub's folder"):
+        evaluate.Extractor(ExtractorConfig(name="dinov2-vit-l-14", weights="x"), torch.device("cpu"))
+    notes = []
+    config = EvaluateConfig(samples="a", reference="b")
+    assert evaluate.load_more(config, torch.device("cpu"), notes) == {}
+    assert "no metrics by dinov2" in notes[0] and f"to {tmp_path / 'hub'}" in notes[0]
+
+    code = tmp_path / "hub" / "facebookresearch_dinov2_main"
+    code.mkdir(parents=True)
+    (code / "hubconf.py").write_text(HUB_CODE)
+    (tmp_path / "hub" / "checkpoints").mkdir()
+    (tmp_path / "hub" / "checkpoints" / "dinov2_vitl14_pretrain.pth").touch()
+    monkeypatch.setattr("torch.hub._parse_repo_info", lambda *_: ("facebookresearch", "dinov2", "main"))
+    record = measure(digits, tmp_path / "out", more=("dinov2",), resamples=5, **small)
+    metric = record["metrics"]["fd_dinov2"]
+    assert metric["value"] > 0 and metric["low"] < metric["value"] < metric["high"]
+
+
+def test_images_against_themselves_have_no_distance_and_full_precision(digits, tmp_path):
+    found = values(measure(digits, tmp_path, samples=digits / "held_out"))
+    assert found["fid"] == pytest.approx(0, abs=1e-6)
+    assert found["precision"] == found["recall"] == 1
+
+
+def test_few_classes_lower_recall_and_not_precision(digits, tmp_path):
+    found = values(measure(digits, tmp_path, samples=digits / "train" / "3"))
+    assert found["precision"] > 2 * found["recall"]
 
 
 def test_saved_statistics_give_the_same_distance(digits, tmp_path):
@@ -73,53 +236,147 @@ def test_saved_statistics_give_the_same_distance(digits, tmp_path):
     with torch.no_grad():
         statistics = fid_features_to_statistics(classifier(to_model_range(images))[0])
     np.savez(tmp_path / "held_out.npz", mu=statistics["mu"], sigma=statistics["sigma"])
-    from_file = compare(digits / "train", tmp_path / "held_out.npz", **settings(digits))
-    from_images = compare(digits / "train", digits / "held_out", **settings(digits))
-    name = "frechet_inception_distance"
-    assert from_file[name] == pytest.approx(from_images[name], rel=1e-4)
-    assert "precision" not in from_file
+    record = measure(digits, tmp_path / "a", reference=tmp_path / "held_out.npz")
+    assert values(record)["fid"] == pytest.approx(values(measure(digits, tmp_path / "b"))["fid"], rel=1e-4)
+    assert "precision" not in values(record) and "holds statistics alone" in record["notes"][0]
+
+    # ADM's files have both parts: statistics of all images, and some images.
+    shifted = {"mu": statistics["mu"] + 1, "sigma": statistics["sigma"]}
+    np.savez(tmp_path / "virtual.npz", arr_0=images, **shifted)
+    found = values(measure(digits, tmp_path / "c", reference=tmp_path / "virtual.npz"))
+    assert found["fid"] == pytest.approx(values(record)["fid"] + 64, rel=0.05)  # of the statistics, not of the images
+    assert found["precision"] == pytest.approx(values(measure(digits, tmp_path / "b"))["precision"])
 
     np.savez(tmp_path / "inception.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     with pytest.raises(UserError, match="holds statistics of 2048 features, .* gives 64"):
-        compare(digits / "train", tmp_path / "inception.npz", **settings(digits))
+        measure(digits, tmp_path / "d", reference=tmp_path / "inception.npz")
 
 
-def test_the_command_writes_metrics(digits, tmp_path, capsys):
-    file = tmp_path / "metrics.json"
-    main(
-        EvaluateConfig(
-            samples=str(digits / "train"),
-            reference=str(digits / "held_out"),
-            metrics_file=str(file),
-            **settings(digits),
-        )
+def test_a_made_reference_serves_like_its_images(digits, tmp_path):
+    config = ReferenceConfig(
+        images=str(digits / "held_out"), out_dir=str(tmp_path / "ref"), extractor=judge(digits), keep_images=100
     )
-    record = json.loads(file.read_text())
-    assert record["extractor"] == DEMO_EXTRACTOR and record["frechet_inception_distance"] > 0
-    assert "recall" in capsys.readouterr().out
+    references.main(config)
+    references.main(config)  # nothing to do
+    store = tmp_path / "ref" / "features-demo-classifier"
+    assert len(read_features(store)) == 100 and len(list_shards(store)) == 1
+    found = measure(digits, tmp_path / "a", reference=tmp_path / "ref")
+    by_images = measure(digits, tmp_path / "b")
+    assert values(found)["fid"] == pytest.approx(values(by_images)["fid"], rel=1e-9)
+    assert found["metrics"]["precision"]["note"] == "against 100 real images"
+    assert (tmp_path / "a" / "neighbours.png").exists()
+
+    other = tmp_path / "other.safetensors"
+    save_classifier(DigitClassifier().eval(), other)
+    with pytest.raises(UserError, match="holds features by weights .* of demo-classifier, but those used here are"):
+        measure(
+            digits,
+            tmp_path / "c",
+            reference=tmp_path / "ref",
+            extractor=ExtractorConfig(name=DEMO_EXTRACTOR, weights=str(other)),
+        )
+
+
+def test_the_command_writes_numbers_with_intervals_and_a_page_without_links(digits, tmp_path, capsys):
+    record = measure(digits, tmp_path, protocol="adm", resamples=20)
+    assert record["extractor"]["name"] == DEMO_EXTRACTOR and len(record["extractor"]["weights_sha256"]) == 64
+    for name in ("fid", "inception_score", "precision", "recall"):
+        metric = record["metrics"][name]
+        assert metric["low"] <= metric["value"] <= metric["high"]
+    assert "sorted by class" in record["notes"][0]  # train/0/..., train/1/...
+    printed = capsys.readouterr().out
+    assert "recall" in printed and "report.html" in printed
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/png;base64,") == 3 and "http" not in page.split("<h2>Settings")[0]
+    by_class = json.loads((tmp_path / "metrics_by_class.json").read_text())
+    assert sorted(by_class) == [str(label) for label in range(10)] and all(own["fid"] > 0 for own in by_class.values())
+
+
+def test_features_that_are_there_are_not_computed_again(digits, tmp_path, monkeypatch):
+    measure(digits, tmp_path)
+    monkeypatch.setattr(evaluate.Extractor, "__call__", None)
+    measure(digits, tmp_path, protocol="adm")
+    shard = next(iter(list_shards(tmp_path / "features-demo-classifier").values()))
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(UserError, match="is damaged: it does not have the hash in its name; delete it and run again"):
+        measure(digits, tmp_path)
+    with pytest.raises(UserError, match="holds features of other images or another network: identity was"):
+        measure(digits, tmp_path, samples=digits / "held_out")
+
+
+@pytest.fixture(scope="module")
+def drawn(digits, tmp_path_factory):
+    """Samples of two models with the same seed, as images and as features."""
+    root = tmp_path_factory.mktemp("drawn")
+    for name, seed in (("a", 0), ("b", 1)):
+        model = randomise(create_model("flowar-demo", ar_depth=2, flow_depth=1), seed)
+        save_model(model.config, model.state_dict(), root / name)
+        settings = {"model": str(root / name), "vae": VAEConfig(name="demo"), "num_steps": 2}
+        settings |= {"num_images": 60, "batch_size": 20, "chunk_batches": 1, "extractor": judge(digits)}
+        sample(SampleConfig(out_dir=str(root / f"{name}_images"), **settings))
+        sample(SampleConfig(out_dir=str(root / f"{name}_features"), features_only=True, **settings))
+    return root
+
+
+def test_features_alone_give_the_same_numbers_as_images(digits, drawn, tmp_path):
+    assert not (drawn / "a_features" / "images").exists()
+    of_images = values(measure(digits, tmp_path / "a", samples=drawn / "a_images"))
+    of_features = values(measure(digits, tmp_path / "b", samples=drawn / "a_features"))
+    for name, value in of_images.items():
+        assert of_features[name] == pytest.approx(value, rel=1e-5, abs=1e-9)
+    record = json.loads((tmp_path / "b" / "metrics.json").read_text())
+    assert record["sampling"]["seed"] == 0 and record["sampling"]["variant"] == "flowar-demo"
+
+
+@pytest.mark.parametrize("kind", ["npz", "tar", "mds"])
+def test_packed_samples_give_the_same_distance(digits, drawn, tmp_path, kind):
+    files = sorted((drawn / "a_images" / "images").glob("*.png"))
+    packed = pack(kind, files, [number % 10 for number in range(60)], tmp_path)
+    found = values(measure(digits, tmp_path / "out", samples=packed))
+    assert found["fid"] == pytest.approx(values(measure(digits, tmp_path / "b", samples=drawn / "a_images"))["fid"])
+
+
+def test_the_paired_difference_is_surer_than_two_distances(digits, drawn, tmp_path):
+    same = measure(digits, tmp_path / "same", samples=drawn / "a_images", against=str(drawn / "a_features"))
+    assert values(same)["fid_difference"] == pytest.approx(0, abs=1e-6)
+    record = measure(
+        digits, tmp_path / "out", samples=drawn / "a_images", against=str(drawn / "b_images"), resamples=20
+    )
+    other = measure(digits, tmp_path / "b", samples=drawn / "b_images", resamples=20)
+    metrics = record["metrics"]
+    assert metrics["fid_difference"]["value"] == pytest.approx(metrics["fid"]["value"] - values(other)["fid"])
+    alone = (metrics["fid"]["error"] ** 2 + other["metrics"]["fid"]["error"] ** 2) ** 0.5
+    assert 0 < metrics["fid_difference"]["error"] < alone
+    with pytest.raises(UserError, match="against=.* holds 360 images, samples=.* 60, or of other numbers"):
+        measure(digits, tmp_path / "c", samples=drawn / "a_images", against=str(digits / "held_out"))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"extractor": "inseption"}, "extractor=inseption is unknown; there are: inception-v3-compat"),
-        ({"extractor_weights": "/none"}, "extractor_weights=/none does not exist"),
+        ({"extractor": ExtractorConfig(name="inseption")}, "extractor.name=inseption is unknown; there are: inception"),
+        ({"extractor": ExtractorConfig(weights="/none")}, "extractor.weights=/none does not exist"),
+        ({"extractor": ExtractorConfig(name=DEMO_EXTRACTOR)}, "demo-classifier needs extractor.weights="),
         ({"samples": "/none"}, "samples=/none does not exist"),
+        ({"reference": "/none.npz"}, "reference=/none.npz does not exist"),
+        ({"run_dir": "/none"}, "run_dir=/none is no training run"),
     ],
 )
-def test_bad_input_is_one_clear_error(digits, change, message):
-    arguments = {"samples": digits / "train", "reference": digits / "held_out", **settings(digits)} | change
+def test_bad_input_is_one_clear_error(digits, tmp_path, change, message):
     with pytest.raises(UserError, match=message):
-        compare(**arguments)
+        measure(digits, tmp_path, **change)
 
 
 def test_too_few_images_and_foreign_files_are_refused(digits, tmp_path):
-    Image.new("RGB", (32, 32)).save(tmp_path / "one.png")
+    (tmp_path / "few").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "few" / "one.png")
     with pytest.raises(UserError, match="holds 1 images, but at least 10 are needed"):
-        compare(tmp_path, digits / "held_out", **settings(digits))
+        measure(digits, tmp_path / "out", samples=tmp_path / "few")
     np.savez(tmp_path / "a.npz", other=np.zeros(3))
-    with pytest.raises(UserError, match=r"a.npz is no .npz with mu and sigma"):
-        compare(digits / "train", tmp_path / "a.npz", **settings(digits))
+    with pytest.raises(UserError, match=r"a.npz holds other; mu and sigma \(statistics\) or images in arr_0"):
+        measure(digits, tmp_path / "out2", reference=tmp_path / "a.npz")
 
 
 @pytest.mark.slow
@@ -127,15 +384,3 @@ def test_the_trained_judge_knows_the_held_out_digits():
     images, labels = load_splits()["held_out"]
     assert len(images) == 360 and sorted(np.unique(labels)) == list(range(10))
     assert accuracy(train_classifier(), images, labels) >= 0.98
-
-
-def test_half_drawn_samples_and_mixed_sizes_are_refused(digits, tmp_path):
-    (tmp_path / "images").mkdir()
-    for index in range(12):
-        Image.new("RGB", (32, 32)).save(tmp_path / "images" / f"{index}.png")
-    (tmp_path / "samples.json").write_text(json.dumps({"num_images": 20}))
-    with pytest.raises(UserError, match="holds 12 images, but 20 were asked for; run the same `flowar sample`"):
-        compare(tmp_path, digits / "held_out", **settings(digits))
-    Image.new("RGB", (30, 32)).save(tmp_path / "images" / "11.png")
-    with pytest.raises(UserError, match=r"holds images of 2 sizes, .*\(30, 32\).*resize and crop"):
-        compare(tmp_path / "images", digits / "held_out", **settings(digits))

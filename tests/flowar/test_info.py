@@ -3,9 +3,9 @@ import dataclasses
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from flowar.generate import sample_latents
 from flowar.info import count_parameters, count_sampling_flops, count_training_flops
 from flowar.model import FlowAR
-from flowar.sample import sample_latents
 from flowar.solvers import released_time_grid
 from tests.conftest import tiny_config
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from flowar.flow import training_loss
-from flowar.sample import sample_latents
+from flowar.generate import sample_latents
 from flowar.scales import training_inputs
 from flowar.solvers import released_time_grid
 from flowar.weights import convert_released, released_name

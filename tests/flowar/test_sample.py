@@ -12,8 +12,9 @@ from PIL import Image
 
 from flowar.config import SampleConfig, VAEConfig
 from flowar.errors import UserError
+from flowar.generate import draw_noise, find_guided_times, sample_latents, sample_token_maps, scale_guidance
 from flowar.model import FlowAR
-from flowar.sample import draw_noise, find_guided_times, main, sample_latents, sample_token_maps, scale_guidance
+from flowar.sample import main
 from flowar.solvers import released_time_grid, uniform_time_grid
 from flowar.vae import DEMO_VAE
 from flowar.weights import create_model, save_model

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from flowar.config import ConvertConfig
 from flowar.errors import UserError
 from flowar.flow import training_loss
-from flowar.sample import sample_latents
+from flowar.generate import sample_latents
 from flowar.solvers import released_time_grid
 from flowar.weights import HubFlowAR, convert_released, create_model, load_model, main, save_model
 from tests.conftest import load_vectors, randomise, released_state, tiny_config
