@@ -53,6 +53,10 @@ VERBS = {
         "flowar.references", configs.ReferenceConfig, "statistics and features of real images, for evaluate",
         "flowar evaluate make-reference images=imagenet/val out_dir=references/val",
     ),
+    "sweep": Verb(
+        "flowar.sweep", configs.SweepConfig, "guidance, interval, steps, averages: the best FID, and what it costs",
+        "flowar sweep model=runs/l reference=references/in256 out_dir=sweeps/l sample.vae.weights=kl16.ckpt",
+    ),
     "export": Verb(
         "flowar.export", configs.ExportConfig, "weights of a training run -> model.safetensors and config.json",
         "flowar export runs/l models/l", ("model", "out_dir"),

@@ -487,6 +487,45 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Ways to sample, all combinations; by successive halving."""
+
+    model: str = MISSING  # as of sample
+    reference: str = MISSING  # as of evaluate
+    out_dir: str = MISSING
+    # What is not swept: vae, classes, seed, solver, time grid, batch sizes, start of the guidance interval
+    sample: SampleConfig = field(default_factory=lambda: SampleConfig(model="set by the sweep", out_dir="set by it"))
+    guidance: tuple[float, ...] = (1.5, 2.0, 2.4, 3.0, 4.0)
+    interval_ends: tuple[float, ...] = (0.7, 0.9, 1.0)  # upper ends of the guidance interval
+    num_steps: tuple[int, ...] = (25,)
+    last_step_shares: tuple[float, ...] = (1.0,)  # steps of the finest scale over num_steps (DiSA anneals: below 1)
+    weights: tuple[str, ...] = ("ema",)  # of a run_dir
+    ema_stds: tuple[float, ...] = ()  # and averages of these lengths, as `flowar ema` makes them
+    num_images: tuple[int, ...] = (5_000, 10_000, 50_000)  # in each round
+    keep: float = 0.25  # share of the settings that go on to the next round
+    extractor: ExtractorConfig = field(default_factory=ExtractorConfig)
+    resamples: int = 20  # as of evaluate
+    batch_size: int = 64  # of the reference's images
+    chunk_images: int = 500
+    lease_s: float = 60
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_extraction(self)
+        if not 0 < self.keep < 1 or self.resamples == 1 or self.resamples < 0:
+            raise UserError(f"keep={self.keep} must lie in (0, 1), resamples={self.resamples} be 0 or at least 2")
+        for name in ("guidance", "interval_ends", "num_steps", "last_step_shares", "num_images"):
+            if not getattr(self, name):
+                raise UserError(f"{name}=[] is empty; give at least one value")
+        if not self.weights and not self.ema_stds:
+            raise UserError("weights=[] and ema_stds=[] are both empty; give at least one of them")
+        if list(self.num_images) != sorted(set(self.num_images)) or self.num_images[0] < 2:
+            raise UserError(f"num_images={list(self.num_images)} must grow from round to round")
+        if not all(0 < share <= 1 for share in self.last_step_shares):
+            raise UserError(f"last_step_shares={list(self.last_step_shares)} must lie in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
 class ReferenceConfig:
     """Real images -> statistics and features that samples are compared with."""
 
@@ -710,6 +749,15 @@ def load_config(schema: type[Schema], path: str | Path | None = None, overrides:
 def describe_config(config: object) -> str:
     """Return the resolved config as YAML text, which `load_config` reads back to an equal value."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def describe_changes(before: object, after: object, without: tuple[str, ...] = ()) -> str:
+    """Return as YAML text what of `after` differs from `before`, both of one schema; some top-level keys left out."""
+    changed = OmegaConf.create({})
+    for key, (_, value) in changed_settings(before, after).items():
+        if key.split(".")[0] not in without:
+            OmegaConf.update(changed, key, value)
+    return OmegaConf.to_yaml(changed) if changed else ""
 
 
 def changed_settings(before: object, after: object) -> dict[str, tuple[object, object]]:

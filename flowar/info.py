@@ -1,5 +1,8 @@
 """`flowar info`: parameters by part, token counts and FLOPs of a model, counted on tensors without memory."""
 
+from collections.abc import Sequence
+from functools import lru_cache
+
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -7,9 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from flowar.config import InfoConfig, ModelConfig
 from flowar.flow import training_loss
-from flowar.generate import find_guided_times, make_time_grid, sample_latents
+from flowar.generate import is_guided_at, make_time_grid, sample_latents, scale_guidance
 from flowar.model import FlowAR
 from flowar.scales import num_tokens
+from flowar.solvers import evaluation_times
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
@@ -37,31 +41,47 @@ def count_training_flops(config: ModelConfig) -> int:
     return counter.get_total_flops()
 
 
-def count_sampling_flops(
-    config: ModelConfig, *, time_grid: torch.Tensor, guidance: float, guidance_interval: tuple[float, float]
-) -> int:
-    """Return the FLOPs of generating the latents of one image, without the VAE.
-
-    All steps with guidance cost the same, and so do all steps without it: one of each kind is counted.
-    """
+@lru_cache
+def count_generating_flops(config: ModelConfig) -> tuple[int, tuple[int, ...]]:
+    """Return the FLOPs of the AR Transformer for one image, and of one evaluation of the flow Transformer by scale."""
     with torch.device("meta"):
         model = FlowAR(config).eval()
         label = torch.zeros(1, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        sample_latents(model, label, time_grid=torch.tensor([1.0]))  # no step
+    ar, flow = counter.get_total_flops(), []
+    for index, side in enumerate(config.scales):
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            tokens, semantics = (torch.empty(1, side * side, width) for width in (config.token_width, config.ar_width))
+            model.flow(tokens, torch.empty(1, 1), semantics, range(index, index + 1))
+        flow.append(counter.get_total_flops())
+    return ar, tuple(flow)
 
-    def count(*grid: float, guidance: float = 1.0) -> int:
-        with FlopCounterMode(display=False) as counter:
-            sample_latents(model, label, time_grid=torch.tensor(grid, dtype=torch.float64), guidance=guidance)
-        return counter.get_total_flops()
 
-    num_guided = len(find_guided_times(time_grid, guidance_interval)) if guidance > 1 else 0
-    num_free = len(time_grid) - 1 - num_guided
-    no_step = count(1.0)
-    free_step = count(1.0, 0.0) - no_step
-    if not num_guided:
-        return no_step + num_free * free_step
-    one_guided = count(1.0, 0.0, guidance=guidance)
-    guided_step = count(1.0, 0.5, 0.0, guidance=guidance) - one_guided
-    return one_guided + (num_guided - 1) * guided_step + num_free * free_step
+def count_sampling_flops(
+    config: ModelConfig,
+    *,
+    time_grid: torch.Tensor | Sequence[torch.Tensor],
+    guidance: float,
+    guidance_interval: tuple[float, float],
+    guidance_schedule: str = "linear",
+    solver: str = "euler",
+) -> int:
+    """Return the FLOPs of generating the latents of one image, without the VAE; arguments as `sample_latents`.
+
+    With guidance everything runs twice.
+    """
+    grids = [time_grid] * len(config.scales) if isinstance(time_grid, torch.Tensor) else list(time_grid)
+    times = [evaluation_times(solver, grid) for grid in grids]
+    ar, flow = count_generating_flops(config)
+    total = ar
+    if guidance > 1 and any(is_guided_at(time, guidance_interval) for own in times for time in own):
+        total *= 2
+    for index, own in enumerate(times):
+        weight = guidance if guidance_schedule == "constant" else scale_guidance(guidance, index, len(grids))
+        for time in own:
+            total += flow[index] * (2 if weight > 1 and is_guided_at(time, guidance_interval) else 1)
+    return total
 
 
 def main(config: InfoConfig, dry_run: bool = False) -> None:

@@ -90,6 +90,25 @@ def save_curve(
     figure.savefig(path, dpi=120)
 
 
+def save_scatter(
+    points: list[tuple[float, float, str, str]], path: Path, *, axes: tuple[str, str], marked: set[str]
+) -> None:
+    """Write points (x, y, name, group), those of a group in one colour, the marked ones with their names."""
+    figure = _figure(width=9, height=6)
+    plot = figure.add_subplot()
+    for group in dict.fromkeys(point[3] for point in points):
+        own = [point for point in points if point[3] == group]
+        plot.scatter([point[0] for point in own], [point[1] for point in own], label=group, s=24)
+    for x, y, name, _ in points:
+        if name in marked:
+            plot.annotate(name, (x, y), textcoords="offset points", xytext=(5, 5), fontsize=7)
+    plot.set(xlabel=axes[0], ylabel=axes[1])
+    plot.margins(x=0.15, y=0.1)
+    plot.grid(alpha=0.3)
+    plot.legend()
+    figure.savefig(path, dpi=120)
+
+
 def _figure(*, width: float, height: float) -> "Figure":
     """Return an empty figure that needs no screen."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

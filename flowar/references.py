@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from flowar.config import EvaluateConfig, ReferenceConfig
+from flowar.config import EvaluateConfig, ReferenceConfig, SweepConfig
 from flowar.distributed import pick_device
 from flowar.errors import UserError
 from flowar.features import (
@@ -55,7 +55,9 @@ def store_folder(folder: Path, extractor: str) -> Path:
     return folder / f"features-{extractor}"
 
 
-def get_features(path: Path, setting: str, extractor: Extractor, folder: Path, config: EvaluateConfig) -> Features:
+def get_features(
+    path: Path, setting: str, extractor: Extractor, folder: Path, config: EvaluateConfig | SweepConfig
+) -> Features:
     """Return the features of images, computing those that are not there, with whoever else was asked to.
 
     Args:
@@ -93,7 +95,7 @@ def check_network(features: Features, extractor: Extractor, what: str) -> Featur
     return features
 
 
-def load_reference(config: EvaluateConfig, extractor: Extractor, folder: Path) -> Reference:
+def load_reference(config: EvaluateConfig | SweepConfig, extractor: Extractor, folder: Path) -> Reference:
     """Return the reference for a network; features that are not there are computed into `folder`.
 
     Raises:

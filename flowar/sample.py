@@ -65,7 +65,7 @@ def main(config: SampleConfig, dry_run: bool = False) -> None:
             save_gallery(config, job.model, job.vae, job.classes, folder)
         print(f"{'would write' if dry_run else 'wrote'} contact_sheet.png, growth.png and guidance.png in {folder}")
         return
-    record = describe_samples(config, job)
+    record = describe_samples(job)
     check_same_samples(job.out_dir, record)
     missing = job.missing()
     print(
@@ -95,11 +95,25 @@ def open_job(config: SampleConfig) -> "Job":
         from flowar.features import Extractor  # torch-fidelity takes seconds to import
 
         extractor = Extractor(config.extractor, device)
-    return Job(config, model, vae, device, choose_classes(config, model.config), folder, extractor)
+    return Job(
+        config,
+        model,
+        vae,
+        device,
+        choose_classes(config, model.config),
+        folder,
+        hash_weights(model.state_dict()),
+        extractor,
+    )
 
 
-def draw(job: "Job", record: dict[str, object]) -> None:
-    """Draw what is missing, with whoever else does, and finish.
+def draw(job: "Job", record: dict[str, object], *, wait: bool = True) -> bool:
+    """Draw what is missing, with whoever else does, and finish; return whether this process drew anything.
+
+    Args:
+        job: what is drawn.
+        record: `describe_samples`.
+        wait: for what others are drawing, until all is there.
 
     Raises:
         UserError: if it can't be written.
@@ -115,7 +129,7 @@ def draw(job: "Job", record: dict[str, object]) -> None:
             settings = {"kind": "samples", "root": str(job.out_dir), "identity": identify(record)}
             start_store(job.store, describe(job.extractor, num_images=job.config.num_images, **settings))
         with Leases(job.out_dir / CLAIMS, job.config.lease_s) as leases:
-            work(job, leases)
+            return work(job, leases, wait=wait)
     except OSError as error:
         raise UserError(f"can't write to {job.out_dir}: {error}; mend that and start the same command again") from error
 
@@ -154,6 +168,7 @@ class Job:
     device: torch.device
     classes: tuple[int, ...]
     folder: Path  # of the model
+    weights_sha256: str
     extractor: "Extractor | None" = None  # of features_only
 
     @property
@@ -198,8 +213,10 @@ class Job:
         return [number for number in range(self.config.num_images) if self.file(number).name not in there]
 
 
-def work(job: Job, leases: Leases) -> None:
+def work(job: Job, leases: Leases, *, wait: bool) -> bool:
     """Claim chunks and draw them until no image is missing, whoever draws them; the last one finishes.
+
+    Returns whether this process drew any. It returns early, unless it is to wait for others.
 
     Threads check and write the images of one chunk while the next is drawn.
     """
@@ -211,6 +228,7 @@ def work(job: Job, leases: Leases) -> None:
         TimeRemainingColumn(),
     )
     drawn: list[tuple[int, list[Future]]] = []  # claimed chunks whose images are still being written
+    has_drawn = False
 
     def settle(keep: int) -> None:
         while len(drawn) > keep:
@@ -219,33 +237,46 @@ def work(job: Job, leases: Leases) -> None:
                 write.result()
             leases.release(chunk_name(chunk))
 
-    with Progress(TextColumn("sampling, all workers"), *columns) as progress, ThreadPoolExecutor(WRITERS) as pool:
+    bar = Progress(TextColumn("sampling, all workers"), *columns, disable=not wait)
+    with bar as progress, ThreadPoolExecutor(WRITERS) as pool:
         task = progress.add_task("sampling", total=config.num_images, speed=0.0)
+        began, there = time.monotonic(), None
+
+        def show(completed: int) -> None:
+            nonlocal there
+            there = completed if there is None else there
+            speed = (completed - there) / max(time.monotonic() - began, 1e-9)
+            progress.update(task, completed=completed, speed=speed)
+
         while missing := job.missing():
             leases.folder.mkdir(exist_ok=True)  # it goes when all is done, which file systems may show late
-            progress.update(task, completed=config.num_images - len(missing), speed=progress.tasks[task].speed or 0.0)
+            show(config.num_images - len(missing))
             chunks = list(dict.fromkeys(number // job.chunk_images for number in missing))
             try:
                 claimed = claim_one(leases, chunks)
             except FileNotFoundError:
                 continue
             if claimed is None:
+                if not drawn and not wait:
+                    return has_drawn
                 if not drawn:
                     time.sleep(WAIT_S)
                 settle(keep=0)
                 continue
+            has_drawn = True
             drawn.append((claimed, draw_chunk(job, job.chunk(claimed), pool)))
             settle(keep=1)
         settle(keep=0)
-        progress.update(task, completed=config.num_images)
+        show(config.num_images)
     try:
         is_last = leases.claim("finish")
     except FileNotFoundError:
-        return  # another one has finished all
+        return has_drawn  # another one has finished all
     if is_last:
         if job.extractor is None:
             finish(job)
         shutil.rmtree(leases.folder, ignore_errors=True)
+    return has_drawn
 
 
 def finish(job: Job) -> None:
@@ -358,16 +389,15 @@ def check_decodable(folder: Path, model: ModelConfig, vae: VAE) -> None:
         check_same_vae(read_passport(folder), vae, str(folder))
 
 
-def describe_samples(config: SampleConfig, job: Job) -> dict[str, object]:
+def describe_samples(job: Job) -> dict[str, object]:
     """Return all that the images depend on, for samples.json."""
-    settings = dataclasses.asdict(config)
+    settings = dataclasses.asdict(job.config)
     for key in ("out_dir", "model", "vae"):
         settings.pop(key)
     model = {"model": str(job.folder.absolute()), "variant": job.model.config.variant}
     if is_checkpoint(job.folder):
         model["step"] = checkpoint_step(job.folder)
-    weights_sha256 = hash_weights(job.model.state_dict())
-    identity = {"weights_sha256": weights_sha256, "vae_sha256": job.vae.weights_sha256, "vae_name": job.vae.name}
+    identity = {"weights_sha256": job.weights_sha256, "vae_sha256": job.vae.weights_sha256, "vae_name": job.vae.name}
     return {**model, "flowar": __version__, "torch": torch.__version__, **identity, **settings}
 
 

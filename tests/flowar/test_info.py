@@ -49,3 +49,16 @@ def test_parts_add_up_to_the_model():
     config = dataclasses.replace(tiny_config(), flow_block="attn_cross_mlp")
     counts = count_parameters(config)
     assert counts.pop("total") == sum(counts.values()) == sum(p.numel() for p in FlowAR(config).parameters())
+
+
+def test_sampling_flops_follow_solver_annealing_and_schedule():
+    config = tiny_config()
+    grids = [released_time_grid(steps) for steps in (8, 6, 4)]
+    settings = {"time_grid": grids, "guidance": 2.0, "guidance_interval": (0.2, 0.8), "guidance_schedule": "constant"}
+    settings["solver"] = "heun"
+    with torch.device("meta"):
+        model = FlowAR(config).eval()
+        label = torch.zeros(1, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        sample_latents(model, label, **settings)
+    assert count_sampling_flops(config, **settings) == counter.get_total_flops()

@@ -1,0 +1,91 @@
+import json
+
+import pytest
+from PIL import Image
+
+from flowar import sweep
+from flowar.config import ExtractorConfig, SampleConfig, SweepConfig, VAEConfig, load_config
+from flowar.digits import DigitClassifier, save_classifier, write_image_folders
+from flowar.errors import UserError
+from flowar.features import DEMO_EXTRACTOR, read_features
+from flowar.weights import create_model, save_model
+from tests.conftest import randomise
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """Digits, a judge and a model."""
+    root = tmp_path_factory.mktemp("sweep")
+    write_image_folders(root)
+    save_classifier(DigitClassifier().eval(), root / "judge.safetensors")
+    model = randomise(create_model("flowar-demo", ar_depth=2, flow_depth=1))
+    save_model(model.config, model.state_dict(), root / "model")
+    return root
+
+
+def sweeping(root, out_dir, **changes):
+    base = SampleConfig(model="x", out_dir="y", vae=VAEConfig(name="demo"), batch_size=20, chunk_batches=1, seed=3)
+    settings = {
+        "sample": base,
+        "guidance": (1.0, 2.0),
+        "interval_ends": (0.5, 1.0),
+        "num_steps": (2, 4),
+        "num_images": (40, 80),
+        "keep": 0.5,
+        "resamples": 5,
+        "extractor": ExtractorConfig(name=DEMO_EXTRACTOR, weights=str(root / "judge.safetensors")),
+    }
+    paths = {"model": str(root / "model"), "reference": str(root / "held_out"), "out_dir": str(out_dir)}
+    return SweepConfig(**paths, **(settings | changes))
+
+
+def test_half_of_the_settings_go_on_and_the_best_becomes_a_recipe(root, tmp_path, capsys):
+    config = sweeping(root, tmp_path)
+    sweep.main(config)
+    results = json.loads((tmp_path / "sweep.json").read_text())
+    rows = {row["name"]: row for row in results["settings"]}
+    assert len(rows) == 6  # at guidance 1 the interval makes no difference
+    assert sorted(row["num_images"] for row in rows.values()) == [40] * 3 + [80] * 3
+    first = {name: json.loads((tmp_path / "settings" / name / "score_40.json").read_text())["fid"] for name in rows}
+    assert {name for name, row in rows.items() if row["num_images"] == 80} == set(sorted(first, key=first.get)[:3])
+    finalists = [row for row in rows.values() if row["num_images"] == 80]
+    best = min(finalists, key=lambda row: row["fid"])
+    assert results["winner"] == best["name"] and best["pareto"]
+    assert "wrote" in capsys.readouterr().out and Image.open(tmp_path / "pareto.png").width > 500
+
+    recipe = load_config(SampleConfig, tmp_path / "recipe.yaml", ("model=a", "out_dir=b"))
+    drawn = next(own for own in sweep.list_settings(config) if own.name == results["winner"]).sample
+    for name in ("guidance", "guidance_interval", "num_steps", "seed", "vae"):
+        assert getattr(recipe, name) == getattr(drawn, name)
+
+    # What was drawn in the first round belongs to the second; running again does nothing anew.
+    assert len(read_features(tmp_path / "settings" / best["name"] / "features-demo-classifier")) == 80
+    stamp = (tmp_path / "settings" / best["name"] / "score_80.json").stat().st_mtime_ns
+    sweep.main(config)
+    assert (tmp_path / "settings" / best["name"] / "score_80.json").stat().st_mtime_ns == stamp
+
+
+def test_cost_grows_with_steps_and_annealing_lowers_it(root, tmp_path):
+    config = sweeping(
+        root, tmp_path, guidance=(2.0,), interval_ends=(1.0,), num_steps=(4, 8), last_step_shares=(1.0, 0.5),
+        num_images=(20,), resamples=0,
+    )  # fmt: skip
+    sweep.main(config)
+    rows = {row["name"]: row["gflops"] for row in json.loads((tmp_path / "sweep.json").read_text())["settings"]}
+    names = [f"ema_guidance2_to1_steps{steps}" for steps in ("4to2", "4", "8to4", "8")]
+    assert [rows[name] for name in names] == sorted(rows.values()) and len(set(rows.values())) == 4
+
+
+def test_other_settings_in_the_same_folder_are_refused(root, tmp_path):
+    config = sweeping(root, tmp_path, guidance=(2.0,), num_steps=(2,), num_images=(20,), interval_ends=(1.0,))
+    sweep.main(config)
+    with pytest.raises(UserError, match="holds another sweep: guidance was"):
+        sweep.main(sweeping(root, tmp_path, guidance=(3.0,), num_steps=(2,), num_images=(20,), interval_ends=(1.0,)))
+    for change, message in (
+        ({"keep": 1.0}, r"keep=1.0 must lie in \(0, 1\)"),
+        ({"num_images": (50, 40)}, r"num_images=\[50, 40\] must grow"),
+        ({"guidance": ()}, r"guidance=\[\] is empty"),
+        ({"weights": ()}, r"weights=\[\] and ema_stds=\[\] are both empty"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sweeping(root, tmp_path, **change)
