@@ -37,6 +37,7 @@ from flowar.files import write_text
 
 RECORD_FILE, CONFIG_FILE, ENVIRONMENT_FILE = "job.json", "config.yaml", "environment.json"
 ATTEMPTS_FILE = "attempts.jsonl"
+SHARING_VERBS = ("prepare", "sample", "evaluate", "make-reference", "sweep")  # any number of tasks; all done is kept
 GRACE_S = 20  # to end after a signal, where nothing is saved
 LAST_MOMENT_S = 30  # before the end of the job's time, when what hangs is ended
 LOOK_AGAIN_S, ASK_AGAIN_S = 600, 60  # time limits can be changed while a job runs; after no answer
@@ -165,8 +166,7 @@ class Task:
             timer = threading.Timer(GRACE_S, os._exit, [EXIT_AGAIN])  # should something wait for peers, or swallow this
             timer.daemon = True
             timer.start()
-            shares_work = self.job.verb in ("prepare", "sample")  # and keeps what is done
-            self._mark("again").write_text("" if shares_work else "counted")
+            self._mark("again").write_text("" if self.job.verb in SHARING_VERBS else "counted")
             raise SystemExit(EXIT_AGAIN)
 
         for number in STOP_SIGNALS:

@@ -32,10 +32,12 @@ WIDTH = 160  # of the table, where no terminal has one
 
 def jobs_folder(verb: str, config: object) -> Path:
     """Return where the jobs of a verb are kept: in the folder that it writes, or beside a dataset, which is shared."""
-    names = {"train": "run_dir", "sample": "out_dir", "evaluate": "samples", "doctor": "run_dir"}
+    names = {"train": "run_dir", "sample": "out_dir", "evaluate": "samples", "doctor": "run_dir", "sweep": "out_dir"}
+    if verb == "evaluate" and (config.out_dir or Path(config.samples).suffix in (".npz", ".tar")):
+        return Path(config.out_dir or f"{config.samples}.evaluation") / JOBS
     if verb in names:
         return Path(getattr(config, names[verb])) / JOBS
-    dataset = Path(config.out_dir if verb == "prepare" else config.path)
+    dataset = Path(config.path if verb == "check" else config.out_dir)
     return dataset.with_name(f"{dataset.name}.{JOBS}")
 
 

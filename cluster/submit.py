@@ -20,14 +20,14 @@ import submitit
 
 import flowar
 from cluster.environment import first_lines, last_lines, outside_of_jobs
-from cluster.job import CONFIG_FILE, Job, run_task
+from cluster.job import CONFIG_FILE, SHARING_VERBS, Job, run_task
 from cluster.status import JOBS, find_jobs, is_finished, is_live, jobs_folder, newest_job
 from flowar.cli import VERBS, parse_words
 from flowar.config import ClusterConfig, PipelineConfig, TrainConfig, describe_config, did_you_mean, load_config
 from flowar.errors import UserError
 from flowar.files import write_text
 
-SUBMITTED_VERBS = ("prepare", "check", "train", "sample", "evaluate", "doctor")
+SUBMITTED_VERBS = (*SHARING_VERBS, "check", "train", "doctor")
 PIPELINE = ("prepare", "train", "sample", "evaluate")  # in this order
 PACKAGES = ("flowar", "cluster", "data_prep")
 CODE = "code"
@@ -51,8 +51,20 @@ def main(words: list[str]) -> None:
     parser.add_argument(
         "--dry-run", action="store_true", help="check everything, print the batch script, submit nothing"
     )
+    parser.add_argument(
+        "--follow", metavar="RUN_DIR", type=Path, help="evaluate: each new checkpoint of a training run"
+    )
+    parser.add_argument("--once", action="store_true", help="with --follow: look once, as from cron")
     options = parser.parse_intermixed_args(words)
-    if options.verb == "pipeline":
+    if options.verb == "evaluate" and options.words[:1] == ["make-reference"]:
+        options.verb = options.words.pop(0)
+    if options.follow is not None:
+        if options.verb != "evaluate":
+            raise UserError(f"--follow measures checkpoints: flowar submit evaluate, not {options.verb}")
+        importlib.import_module("cluster.follow").follow(
+            options.follow, options.words, options.cluster, once=options.once, dry_run=options.dry_run
+        )
+    elif options.verb == "pipeline":
         run_dir, jobs = plan_pipeline(options.words, options.cluster)
         submit(jobs, dry_run=options.dry_run, listed_in=run_dir)
     elif options.verb in SUBMITTED_VERBS:
@@ -281,9 +293,9 @@ def check(job: PlannedJob, *, alone: bool) -> None:
             "there is no Slurm on this machine (no sbatch on PATH); submit from a login node, or use "
             "--cluster configs/cluster/local.yaml"
         )
-    if cluster.array > 1 and job.verb not in ("prepare", "sample"):
-        raise UserError(f"cluster.array={cluster.array}: only prepare and sample share their work between jobs")
-    if job.verb in ("check", "evaluate") and cluster.nodes * cluster.tasks > 1:
+    if cluster.array > 1 and job.verb not in SHARING_VERBS:
+        raise UserError(f"cluster.array={cluster.array}: only {', '.join(SHARING_VERBS)} share their work between jobs")
+    if job.verb == "check" and cluster.nodes * cluster.tasks > 1:
         raise UserError(
             f"`flowar {job.verb}` runs in one process, not in {cluster.nodes} x {cluster.tasks}; set cluster.nodes=1 "
             "cluster.tasks_per_node=1"

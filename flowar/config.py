@@ -463,6 +463,7 @@ class SampleConfig:
 class EvaluateConfig:
     """FID and its kin of generated images, against real ones."""
 
+    sample: SampleConfig | None = None  # draw the samples first, into the folder `samples`
     samples: str = MISSING  # what `flowar sample` wrote, any folder of images (searched deeply), .npz, *.tar, MDS
     # The same, or an .npz with mu and sigma (ADM's VIRTUAL_*.npz, with its 10,000 images), or what make-reference wrote
     reference: str = MISSING
@@ -484,6 +485,35 @@ class EvaluateConfig:
         check_extraction(self)
         if self.resamples < 0 or self.resamples == 1:
             raise UserError(f"resamples={self.resamples} must be 0, or at least 2 for a spread")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FollowConfig:
+    """How `flowar submit evaluate --follow RUN_DIR` measures each checkpoint of a training run."""
+
+    evaluate: EvaluateConfig = field(
+        default_factory=lambda: EvaluateConfig(
+            samples="set for each checkpoint",
+            reference="required",
+            sample=SampleConfig(model="set for each checkpoint", out_dir="set for each", features_only=True),
+        )
+    )
+    num_images: int = 10_000
+    every_steps: int = 0  # checkpoints at multiples of this; 0: all that are seen
+    milestone_every_steps: int = 0  # those at multiples of this are measured with more images; 0: none
+    milestone_images: int = 50_000
+    poll_s: float = 60  # between two looks at the run
+
+    def __post_init__(self) -> None:
+        if self.evaluate.sample is None:
+            raise UserError("evaluate.sample=null: following draws samples; give its settings")
+        if self.evaluate.reference == "required":
+            raise UserError("evaluate.reference is required; give it in the YAML or as evaluate.reference=...")
+        if min(self.num_images, self.milestone_images) < 10 or self.poll_s <= 0:
+            raise UserError(
+                f"num_images={self.num_images} and milestone_images={self.milestone_images} must be at least 10, "
+                f"poll_s={self.poll_s} above 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -561,7 +591,7 @@ class ClusterConfig:
     mem_gb: float | None = None  # of a node; 0: all of it
     time_min: int = 60
     exclusive: bool = False
-    array: int = 1  # jobs of this shape that share the work: prepare and sample
+    array: int = 1  # jobs of this shape that share the work: prepare, sample, evaluate, make-reference, sweep
     stop_before_end_s: int = 180  # save and stop so long before the time is over; the job goes on in a new one
     max_restarts: int = 5  # after a task or a node died; stops on purpose, as for preemption, don't count
     sbatch: dict[str, str] = field(default_factory=dict)  # any other options of sbatch, by their long names

@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from flowar import __version__
+from flowar import __version__, sample
 from flowar.config import EvaluateConfig, ExtractorConfig
 from flowar.distributed import pick_device
 from flowar.errors import UserError
@@ -67,6 +67,10 @@ class Metric:
 def main(config: EvaluateConfig, dry_run: bool = False) -> None:
     """Measure samples, print a table, write metrics.json and report.html; with whoever was given the same command."""
     device = pick_device(config.device)
+    if config.sample is not None:
+        sample.main(dataclasses.replace(config.sample, out_dir=config.samples), dry_run)
+        if dry_run:
+            return
     samples, out_dir = Path(config.samples), choose_out_dir(config)
     run = find_run(config)
     extractor = Extractor(config.extractor, device)
@@ -173,7 +177,7 @@ def measure(
 
     names = [*distances, *(["inception_score"] if logits is not None else [])]
     values = numbers(slice(None))
-    errors = bootstrap_errors(numbers, len(found), config.resamples) if config.resamples else [None] * len(names)
+    errors = bootstrap_errors(numbers, found.labels, config.resamples) if config.resamples else [None] * len(names)
     metrics = [Metric(*each) for each in zip(names, values, errors, strict=True)]
     if reference.features is None:
         notes.append(f"no precision, recall and KID: {reference.path} holds statistics alone, not images")
@@ -209,7 +213,7 @@ def measure_more(
             def measured(places: torch.Tensor | slice, values: torch.Tensor = values, to: Frechet = distance) -> list:
                 return [to.distance(statistics(values[places]))]
 
-            errors = bootstrap_errors(measured, len(own), config.resamples) if config.resamples else [None]
+            errors = bootstrap_errors(measured, own.labels, config.resamples) if config.resamples else [None]
             metrics.append(Metric("fd_dinov2", measured(slice(None))[0], errors[0]))
     return metrics
 
@@ -234,7 +238,7 @@ def measure_difference(
         first, second = (distance.distance(statistics(values[places])) for values in pair)
         return [first - second]
 
-    errors = bootstrap_errors(difference, len(found), config.resamples) if config.resamples else [None]
+    errors = bootstrap_errors(difference, found.labels, config.resamples) if config.resamples else [None]
     return [Metric("fid_difference", difference(slice(None))[0], errors[0], f"to {config.against}")]
 
 

@@ -16,7 +16,7 @@ def main(config: ExportConfig, dry_run: bool = False) -> None:
     print(f"{source}, weights {config.weights}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
     if dry_run:
         return
-    save_model_whole(model.config, model.state_dict(), target)
+    save_model_whole(model.config, model.state_dict(), target, passport_of=source)
     print(f"wrote {target / WEIGHTS_FILE} and {target / CONFIG_FILE}")
 
 

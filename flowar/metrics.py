@@ -133,23 +133,37 @@ def share_error(share: float, count: int) -> float:
     return (share * (1 - share) / count) ** 0.5
 
 
-def halves(count: int, resamples: int, seed: int = 0) -> list[Tensor]:
-    """Return sorted random halves of range(count), always the same ones."""
+def halves(labels: Tensor, resamples: int, seed: int = 0) -> list[Tensor]:
+    """Return sorted random halves of range(N) with half of each class in each, always the same ones.
+
+    Args:
+        labels: (N,) classes; all equal where there are none.
+        resamples: how many.
+        seed: of the choice.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randperm(count, generator=generator)[: count // 2].sort().values for _ in range(resamples)]
+    found = []
+    for _ in range(resamples):
+        order = torch.randperm(len(labels), generator=generator)
+        order = order[labels.cpu()[order].argsort(stable=True)]  # by class, at random within each
+        pairs = order[: len(order) // 2 * 2].view(-1, 2)
+        chosen = torch.randint(2, (len(pairs), 1), generator=generator)
+        found.append(pairs.gather(1, chosen).flatten().sort().values)
+    return found
 
 
-def bootstrap_errors(measure: Callable[[Tensor], list[float]], count: int, resamples: int) -> list[float]:
-    """Return the standard errors of what `measure` gives for all of `count` images.
+def bootstrap_errors(measure: Callable[[Tensor], list[float]], labels: Tensor, resamples: int) -> list[float]:
+    """Return the standard errors of what `measure` gives for all of N images.
 
     By half-sampling: the spread over random halves, drawn without replacement, equals that of the ordinary bootstrap
-    (variance sigma^2 / (N / 2) x (1 - 1 / 2)), but no image comes twice, which k-NN and kernels don't bear. FID is
-    larger for fewer images; the spread around the mean of the halves doesn't contain that.
+    (variance sigma^2 / (N / 2) x (1 - 1 / 2)), but no image comes twice, which k-NN and kernels don't bear. Halves are
+    balanced, as samples are: chance in the classes is no error of theirs. FID is larger for fewer images; the spread
+    around the mean of the halves doesn't contain that.
 
     Args:
         measure: the numbers of the images at these places.
-        count: images in all.
+        labels: (N,) classes of the images.
         resamples: halves.
     """
-    values = np.array([measure(half) for half in halves(count, resamples)])
+    values = np.array([measure(half) for half in halves(labels, resamples)])
     return values.std(axis=0, ddof=1).tolist()

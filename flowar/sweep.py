@@ -195,12 +195,13 @@ def measure(
 
 def score(setting: Setting, job: Job, num_images: int, distance: Frechet, resamples: int) -> None:
     """Write a setting's FID, its standard error, and what one image costs."""
-    values = read_features(job.store, ["features"]).layers["features"].to(distance.mu.device)
+    features = read_features(job.store, ["features"])
+    values = features.layers["features"].to(distance.mu.device)
 
     def fid(places: torch.Tensor | slice) -> list[float]:
         return [distance.distance(statistics(values[places]))]
 
-    error = bootstrap_errors(fid, len(values), resamples)[0] if resamples else None
+    error = bootstrap_errors(fid, features.labels, resamples)[0] if resamples else None
     sample, model = setting.sample, job.model.config
     flops = count_sampling_flops(
         model,

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from data_prep.schema import PASSPORT_FILE
 from flowar.checkpoint import load_state
 from flowar.config import CUSTOM_VARIANT, MODEL_VARIANTS, ConvertConfig, ModelConfig, load_config, variant_config
 from flowar.errors import UserError
@@ -169,11 +170,21 @@ def save_model(config: ModelConfig, state: dict[str, Tensor], folder: str | Path
     (folder / CONFIG_FILE).write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
 
 
-def save_model_whole(config: ModelConfig, state: dict[str, Tensor], folder: Path) -> None:
-    """Write a model folder that isn't there yet, whole or not at all."""
+def save_model_whole(
+    config: ModelConfig, state: dict[str, Tensor], folder: Path, *, passport_of: Path | None = None
+) -> None:
+    """Write a model folder that isn't there yet, whole or not at all.
+
+    Args:
+        config, state: the model.
+        folder: where to.
+        passport_of: checkpoint whose dataset's passport goes along, so that sampling refuses another VAE.
+    """
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
     save_model(config, state, partial)
+    if passport_of is not None and (passport_of / PASSPORT_FILE).is_file():
+        shutil.copy(passport_of / PASSPORT_FILE, partial / PASSPORT_FILE)
     partial.rename(folder)
 
 

@@ -15,6 +15,7 @@ from data_prep import encode
 from flowar import evaluate, sample
 from flowar.config import (
     EvaluateConfig,
+    ExtractorConfig,
     ParallelConfig,
     PipelineConfig,
     PrepareConfig,
@@ -24,7 +25,7 @@ from flowar.config import (
 )
 from flowar.digits import DigitClassifier, save_classifier
 from flowar.errors import UserError
-from flowar.evaluate import DEMO_EXTRACTOR
+from flowar.features import DEMO_EXTRACTOR
 from flowar.report import read_metrics
 from tests.conftest import training
 from tests.flowar.ranks import run_ranks
@@ -67,8 +68,8 @@ def pipeline(images, shards, root):
             chunk_batches=1, num_steps=4,
         ),
         evaluate=EvaluateConfig(
-            samples=str(root / "samples"), reference=str(images / "images"), extractor=DEMO_EXTRACTOR,
-            extractor_weights=str(images / "classifier.safetensors"),
+            samples=str(root / "samples"), reference=str(images / "images"),
+            extractor=ExtractorConfig(name=DEMO_EXTRACTOR, weights=str(images / "classifier.safetensors")),
         ),
         cluster={"prepare": {"nodes": 1}, "sample": {"nodes": 1, "array": 4}, "evaluate": {"nodes": 1}},
     )  # fmt: skip
@@ -98,11 +99,11 @@ def test_a_pipeline_with_a_sampling_array_gives_the_metrics_of_a_local_run(slurm
     ]
     assert names[0] == names[1] and len(names[0]) == NUM_IMAGES
     found, needed = (
-        json.loads((tmp_path / which / "samples" / "metrics.json").read_text()) for which in ("chain", "local")
+        json.loads((tmp_path / which / "samples" / "evaluation" / "metrics.json").read_text())["metrics"]
+        for which in ("chain", "local")
     )
-    for key, value in needed.items():
-        if isinstance(value, float):
-            assert found[key] == pytest.approx(value, rel=1e-3, abs=1e-3), key
+    for key, metric in needed.items():
+        assert found[key]["value"] == pytest.approx(metric["value"], rel=1e-3, abs=1e-3), key
 
 
 def test_interpolations_variants_and_steps_of_a_pipeline(tmp_path):

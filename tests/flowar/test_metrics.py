@@ -119,9 +119,22 @@ def test_kid_of_equal_distributions_is_near_zero_and_grows_with_distance():
 
 def test_random_halves_give_the_standard_error_of_a_mean():
     values = torch.randn(2000, generator=torch.Generator().manual_seed(0))
-    error = bootstrap_errors(lambda half: [values[half].mean().item()], len(values), 400)[0]
+    nothing = torch.full((2000,), -1)
+    error = bootstrap_errors(lambda half: [values[half].mean().item()], nothing, 400)[0]
     assert error == pytest.approx(values.std().item() / 2000**0.5, rel=0.1)
-    assert all(len(set(half.tolist())) == 1000 for half in halves(2000, 3))
+    assert all(len(set(half.tolist())) == 1000 for half in halves(nothing, 3))
+
+
+def test_halves_of_balanced_samples_are_balanced_so_that_differences_of_classes_are_no_error():
+    labels = torch.arange(200) % 10
+    for half in halves(labels, 5):
+        assert labels[half].bincount().tolist() == [10] * 10
+    values = labels * 100.0 + torch.randn(200, generator=torch.Generator().manual_seed(0))
+    within = (values - labels * 100.0).std().item() / 200**0.5
+    error = bootstrap_errors(lambda half: [values[half].mean().item()], labels, 400)[0]
+    assert error == pytest.approx(within, rel=0.15)
+    alone = halves(torch.arange(51), 3)  # one image of each class
+    assert all(len(set(half.tolist())) == 25 for half in alone) and alone[0].tolist() != alone[1].tolist()
 
 
 def test_intervals_of_fid_cover_its_mean_over_seeds():
@@ -135,7 +148,7 @@ def test_intervals_of_fid_cover_its_mean_over_seeds():
             return [reference.distance(statistics(own[places]))]
 
         values.append(fid(slice(None))[0])
-        errors.append(bootstrap_errors(fid, len(own), 40)[0])
+        errors.append(bootstrap_errors(fid, torch.zeros(len(own)), 40)[0])
     mean = np.mean(values)
     covered = sum(Interval(*pair).low <= mean <= Interval(*pair).high for pair in zip(values, errors, strict=True))
     assert 34 <= covered <= 40  # 38 expected; 3 sigma are 4

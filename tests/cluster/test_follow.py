@@ -1,0 +1,95 @@
+"""Checkpoints of a training run are measured by jobs of their own, on a real Slurm."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cluster import follow
+from cluster.status import find_jobs
+from cluster.submit import main as submit
+from flowar import train
+from flowar.config import EvaluateConfig, ExtractorConfig, FollowConfig, SampleConfig, VAEConfig, describe_config
+from flowar.digits import DigitClassifier, save_classifier
+from flowar.errors import UserError
+from flowar.features import DEMO_EXTRACTOR
+from flowar.report import read_evaluations
+from flowar.weights import hash_weights, load_model
+from tests.conftest import training
+
+
+@pytest.fixture
+def followed(tmp_path, shards):
+    """A finished run of 30 steps with checkpoints after 24, 28 and 30, and how to follow it."""
+    random = np.random.default_rng(0)
+    (tmp_path / "real").mkdir()
+    for index in range(20):
+        pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "real" / f"{index}.png")
+    torch.manual_seed(0)
+    save_classifier(DigitClassifier().eval(), tmp_path / "judge.safetensors")
+    run = dataclasses.replace(training(shards, tmp_path / "run"), keep_checkpoints=3)
+    train.main(run)
+    drawing = SampleConfig(
+        model="x", out_dir="x", vae=VAEConfig(name="demo"), batch_size=8, chunk_batches=1, num_steps=2,
+        features_only=True,
+    )  # fmt: skip
+    judge = ExtractorConfig(name=DEMO_EXTRACTOR, weights=str(tmp_path / "judge.safetensors"))
+    drawing = dataclasses.replace(drawing, extractor=judge)
+    evaluation = EvaluateConfig(
+        samples="x", reference=str(tmp_path / "real"), sample=drawing, extractor=judge, resamples=0
+    )
+    config = FollowConfig(
+        evaluate=evaluation, num_images=16, milestone_every_steps=14, milestone_images=24, every_steps=10, poll_s=1
+    )
+    file = tmp_path / "follow.yaml"
+    file.write_text(describe_config(config))
+    return tmp_path / "run", file, config
+
+
+@pytest.mark.slow
+def test_each_checkpoint_is_measured_by_a_job_of_its_own_at_its_step(slurm, followed, capsys):
+    run_dir, file, _ = followed
+    command = ["evaluate", str(file), "--follow", str(run_dir), "--cluster", str(slurm.cluster_file), "cluster.nodes=1"]
+    submit([*command, "cluster.tasks_per_node=2", "--once", "--dry-run"])
+    printed = capsys.readouterr().out
+    assert "step_00000028 with 24 images" in printed and "step_00000030 with 16 images" in printed
+    submit([*command, "cluster.tasks_per_node=2", "--once"])
+    weights = load_model(run_dir).state_dict()
+    folders = [run_dir / "evaluations" / f"step_{step:08d}" for step in (28, 30)]
+    for folder in folders:
+        for job in find_jobs(folder):
+            slurm.wait_until_finished(job)
+    records = sorted(read_evaluations(run_dir), key=lambda record: record["step"])
+    assert [(record["step"], record["num_samples"]) for record in records] == [(28, 24), (30, 16)]
+    assert all(record["fid"] > 0 for record in records)
+    sampling = json.loads((folders[1] / "evaluation" / "metrics.json").read_text())["sampling"]
+    assert sampling["weights_sha256"] == hash_weights(weights)
+    submit([*command, "--once"])  # nothing is due any more; the copies of the weights go
+    assert [len(find_jobs(folder)) for folder in folders] == [1, 1]
+    assert not [folder for folder in folders if (folder / "model").exists()]
+
+
+def test_what_is_due_follows_from_the_folders(followed):
+    run_dir, _, config = followed
+    due = follow.due_checkpoints(run_dir, config)
+    assert [folder.name for folder in due] == ["step_00000028", "step_00000030"]
+    assert [follow.num_images(config, step) for step in (28, 30)] == [24, 16]
+    everything = dataclasses.replace(config, every_steps=0)
+    assert follow.due_checkpoints(run_dir, everything)[0].name == "step_00000024"
+    assert not follow.is_trained(run_dir)  # no job of it is known
+
+
+def test_bad_input_is_one_clear_error(followed, tmp_path):
+    _, file, _ = followed
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text("scheduler: local\n")
+    with pytest.raises(UserError, match="--follow .*/none does not exist"):
+        submit(["evaluate", str(file), "--follow", str(tmp_path / "none"), "--cluster", str(cluster)])
+    with pytest.raises(UserError, match="--follow measures checkpoints: flowar submit evaluate, not train"):
+        submit(["train", str(file), "--follow", str(tmp_path), "--cluster", str(cluster)])
+    with pytest.raises(UserError, match="evaluate.reference is required"):
+        submit(["evaluate", "--follow", str(tmp_path), "--cluster", str(cluster)])
