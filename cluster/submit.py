@@ -5,6 +5,7 @@ Read next: job.py for what runs, status.py for how to watch it.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib
 import json
@@ -309,7 +310,11 @@ def check(job: PlannedJob, *, alone: bool) -> None:
                 f"`flowar cancel {job.jobs.parent}`"
             )
     if job.verb == "train":
-        check_training(job.config, cluster.nodes * cluster.tasks, has_data=alone)
+        try:
+            with contextlib.chdir(job.cwd):  # from which its relative paths count
+                check_training(job.config, cluster.nodes * cluster.tasks, has_data=alone)
+        except OSError as error:
+            raise UserError(f"the folder of submission {job.cwd} can't be entered: {error.strerror}") from error
     if cluster.scheduler == "slurm":
         check_by_slurm(job)
 

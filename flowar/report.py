@@ -142,8 +142,9 @@ def record_evaluation(run_dir: Path, record: dict[str, object]) -> None:
         run_dir: of the training.
         record: "step", "num_samples", and metrics.
     """
-    with (run_dir / EVALUATIONS_FILE).open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    if record not in read_evaluations(run_dir):
+        with (run_dir / EVALUATIONS_FILE).open("a") as file:
+            file.write(json.dumps(record) + "\n")
     live = run_dir / LIVE_FILE
     if live.exists() and time.time() - live.stat().st_mtime < LIVE_S:
         return

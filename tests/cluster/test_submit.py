@@ -14,7 +14,9 @@ import pytest
 from cluster.environment import Place, check_resources, parse_duration
 from cluster.job import Job
 from cluster.status import cancel, find_jobs, logs, newest_job, status
+from cluster.submit import PlannedJob, check
 from cluster.submit import main as submit
+from flowar.config import ClusterConfig
 from flowar.errors import UserError
 from flowar.report import read_metrics
 from flowar.run_folder import find_latest
@@ -57,7 +59,7 @@ def test_errors_in_the_settings_are_found_before_submission(slurm, shards, tmp_p
     refused([*words, "cluster.node=3"], "node is not a setting; did you mean nodes", slurm.cluster_file)
     refused([*words, "cluster.nodes=3"], "batch_size=8 is not a multiple of 3 processes; try", slurm.cluster_file)
     refused([*words, "data.path=/nowhere"], "/nowhere", slurm.cluster_file)
-    refused([*words, "cluster.array=2"], "only prepare and sample share their work", slurm.cluster_file)
+    refused([*words, "cluster.array=2"], "only prepare, sample, .* share their work", slurm.cluster_file)
     refused([*words, "cluster.time_min=1"], "stop_before_end_s=60 is not less than", slurm.cluster_file)
     refused(["trian"], "'trian' can't be submitted; did you mean train", slurm.cluster_file)
     refused(words, "there is no config file", tmp_path / "none.yaml")
@@ -148,3 +150,17 @@ def test_processes_on_this_machine_by_the_local_scheduler(shards, tmp_path, caps
     assert "FINISHED" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"has no log of rank 7; there are: \d+_0_log.err"):
         logs([str(tmp_path / "run"), "--rank", "7"])
+
+
+def test_relative_paths_of_a_resumed_job_count_from_where_it_was_submitted(shards, tmp_path, monkeypatch):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir(), second.mkdir()
+    (first / "data").symlink_to(shards)
+    settings = training(shards, tmp_path / "run")
+    config = dataclasses.replace(settings, data=dataclasses.replace(settings.data, path="data"))
+    cluster = ClusterConfig(scheduler="local")
+    before = Job("train", cluster, tmp_path / "run" / "jobs" / "train-1", cwd=str(first))
+    monkeypatch.chdir(second)
+    check(PlannedJob("train", config, cluster, tmp_path / "run" / "jobs", again=before), alone=True)
+    with pytest.raises(UserError, match="data.path=data"):
+        check(PlannedJob("train", config, cluster, tmp_path / "run" / "jobs"), alone=True)

@@ -15,12 +15,10 @@ from flowar import evaluate, references
 from flowar.config import EvaluateConfig, ExtractorConfig, ReferenceConfig, SampleConfig, VAEConfig
 from flowar.digits import (
     DigitClassifier,
-    accuracy,
     load_classifier,
     load_splits,
     save_classifier,
     to_model_range,
-    train_classifier,
     write_image_folders,
 )
 from flowar.errors import UserError
@@ -377,10 +375,3 @@ def test_too_few_images_and_foreign_files_are_refused(digits, tmp_path):
     np.savez(tmp_path / "a.npz", other=np.zeros(3))
     with pytest.raises(UserError, match=r"a.npz holds other; mu and sigma \(statistics\) or images in arr_0"):
         measure(digits, tmp_path / "out2", reference=tmp_path / "a.npz")
-
-
-@pytest.mark.slow
-def test_the_trained_judge_knows_the_held_out_digits():
-    images, labels = load_splits()["held_out"]
-    assert len(images) == 360 and sorted(np.unique(labels)) == list(range(10))
-    assert accuracy(train_classifier(), images, labels) >= 0.98

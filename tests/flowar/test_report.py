@@ -1,7 +1,10 @@
+import dataclasses
+import json
+
 import pytest
 
-from flowar.config import WandbConfig
-from flowar.report import TrainingReport, read_metrics
+from flowar.config import TrainConfig, WandbConfig, describe_config
+from flowar.report import TrainingReport, read_evaluations, read_metrics, record_evaluation
 
 
 def record(step):
@@ -41,3 +44,45 @@ def test_wandb_offline_keeps_its_run_id_over_restarts(tmp_path):
     assert len(runs) == 2
     run_id = (tmp_path / "wandb_id.txt").read_text().strip()
     assert all(run_id in folder.name for folder in runs)  # wandb adds a number if both began in one second
+
+
+BLOCK, RECORD_HEADER, FILE_HEADER = 32768, 7, 7  # of LevelDB's log format, which wandb's offline files have
+
+
+def offline_records(run_dir):
+    """Return the values in wandb's offline files, as `wandb sync` would send them."""
+    from wandb.proto import wandb_internal_pb2
+
+    found = []
+    for file in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")):
+        content, place, message = file.read_bytes(), FILE_HEADER, b""
+        while place + RECORD_HEADER <= len(content):
+            if BLOCK - place % BLOCK < RECORD_HEADER:
+                place += BLOCK - place % BLOCK
+            length = int.from_bytes(content[place + 4 : place + 6], "little")
+            kind = content[place + 6]  # 1 whole, 2 first, 3 middle, 4 last
+            message += content[place + RECORD_HEADER : place + RECORD_HEADER + length]
+            place += RECORD_HEADER + length
+            if kind in (1, 4):
+                record = wandb_internal_pb2.Record.FromString(message)
+                items = record.history.item
+                found.append({"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items})
+                message = b""
+    return found
+
+
+@pytest.mark.slow
+def test_evaluations_reach_wandb_at_the_step_of_their_checkpoint(tmp_path):
+    config = TrainConfig(run_dir=str(tmp_path), wandb=WandbConfig(mode="offline"))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, path="none"))
+    (tmp_path / "config.yaml").write_text(describe_config(config))
+    with report(tmp_path, 0, mode="offline") as training:
+        training.log(record(10))
+        record_evaluation(tmp_path, {"step": 5, "num_samples": 10_000, "fid": 7.5})  # by another process: it only notes
+        assert not any("evaluation/fid_10k" in own for own in offline_records(tmp_path))
+        training.log(record(20))
+    record_evaluation(tmp_path, {"step": 20, "num_samples": 10_000, "fid": 6.5})  # nobody trains any more
+    record_evaluation(tmp_path, {"step": 20, "num_samples": 10_000, "fid": 6.5})  # the same again is the same
+    assert [own["fid"] for own in read_evaluations(tmp_path)] == [7.5, 6.5]
+    sent = [own for own in offline_records(tmp_path) if "evaluation/fid_10k" in own]
+    assert [(own["evaluation/step"], own["evaluation/fid_10k"]) for own in sent] == [(5, 7.5), (20, 6.5)]

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import time
 import numpy as np
 import pytest
 import torch
+import xxhash
 from PIL import Image
 
 from flowar.config import SampleConfig, VAEConfig
@@ -179,6 +181,34 @@ def test_running_again_draws_only_what_is_missing(demo_shaped, tmp_path):
     after = read(tmp_path)
     assert len(after) == 13 and kept.stat().st_mtime_ns == stamp
     assert np.abs(after[lost.name] - before[lost.name]).max() <= 1
+
+
+def test_every_image_is_hashed_as_xxh64sum_writes_it(demo_shaped, tmp_path):
+    main(sampling(demo_shaped, tmp_path))
+    lines = (tmp_path / "images.xxh64").read_text().splitlines()
+    assert len(lines) == 12
+    for line in lines:
+        found, name = line.split("  ")
+        assert xxhash.xxh64((tmp_path / name).read_bytes()).hexdigest() == found
+
+
+def test_previews_show_what_would_be_drawn_and_draw_nothing_else(demo_shaped, tmp_path):
+    config = sampling(demo_shaped, tmp_path, classes=(7, 2), num_images=4, batch_size=4)
+    main(dataclasses.replace(config, preview=True))
+    assert sorted(file.name for file in (tmp_path / "preview").iterdir()) == [
+        "contact_sheet.png",
+        "growth.png",
+        "guidance.png",
+    ]
+    assert not (tmp_path / "images").exists()
+    main(config)
+    sheet = np.asarray(Image.open(tmp_path / "preview" / "contact_sheet.png")).astype(int)
+    drawn = read(tmp_path)
+    for row, column, name in ((0, 0, "000000_class0007"), (1, 0, "000001_class0002"), (0, 1, "000002_class0007")):
+        top, left = 2 + row * 66, 2 + column * 66  # images of 32 pixels, doubled, 2 pixels apart
+        shown = sheet[top : top + 64 : 2, left : left + 64 : 2]
+        assert np.abs(shown - drawn[f"{name}.png"]).max() <= 1
+    assert Image.open(tmp_path / "preview" / "growth.png").size == (2 * 66 + 2, 3 * 66 + 2)
 
 
 def test_other_settings_in_the_same_folder_are_refused(demo_shaped, tmp_path):
