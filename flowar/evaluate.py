@@ -19,7 +19,7 @@ from flowar.config import EvaluateConfig, ExtractorConfig
 from flowar.distributed import pick_device
 from flowar.errors import UserError
 from flowar.evaluation_report import write_report
-from flowar.features import DINOV2, VGG, Extractor, Features, has_weights, missing_weights
+from flowar.features import DEMO_EXTRACTOR, DINOV2, VGG, Extractor, Features, has_weights, missing_weights
 from flowar.files import write_text
 from flowar.image_sets import NO_LABEL, SAMPLES_FILE, open_images
 from flowar.leases import Leases
@@ -35,7 +35,7 @@ from flowar.metrics import (
     share_error,
     statistics,
 )
-from flowar.references import Reference, get_features, load_reference
+from flowar.references import Reference, get_features, load_reference, read_statistics
 from flowar.report import record_evaluation
 from flowar.run_folder import CHECKPOINTS
 
@@ -90,8 +90,13 @@ def main(config: EvaluateConfig, dry_run: bool = False) -> None:
         against = get_features(Path(config.against), "against", extractor, out_dir / "against", config)
     others = {}
     for name, network in more.items():
-        own = get_features(samples, "samples", network, out_dir, config)
-        others[name] = (own, load_reference(config, network, out_dir))
+        try:
+            own = get_features(samples, "samples", network, out_dir, config)
+            others[name] = (own, load_more_reference(config, network, out_dir))
+        except UserError as error:
+            if config.more is not None:
+                raise
+            notes.append(f"no metrics by {name}: {error}")
     # One of the processes goes on.
     with contextlib.suppress(FileNotFoundError), Leases(out_dir / CLAIMS, config.lease_s) as leases:
         if not leases.claim("finish"):
@@ -129,7 +134,7 @@ def load_more(config: EvaluateConfig, device: torch.device, notes: list[str]) ->
     Raises:
         UserError: if one that was asked for is not here.
     """
-    if config.extractor.name == "demo-classifier" and config.more is None:
+    if config.extractor.name == DEMO_EXTRACTOR and config.more is None:
         return {}
     wanted = config.more if config.more is not None else (("dinov2", "vgg16")[: 1 + (config.protocol != "adm")])
     found = {}
@@ -139,6 +144,20 @@ def load_more(config: EvaluateConfig, device: torch.device, notes: list[str]) ->
         else:
             found[name] = Extractor(ExtractorConfig(name=NETWORKS[name]), device)
     return found
+
+
+def load_more_reference(config: EvaluateConfig, extractor: Extractor, folder: Path) -> Reference:
+    """Return the reference for a further network.
+
+    Raises:
+        UserError: if it has statistics alone, which are Inception's.
+    """
+    if Path(config.reference).suffix == ".npz" and read_statistics(Path(config.reference)):
+        raise UserError(
+            f"reference={config.reference} has Inception's statistics; for {extractor.name} give images, or what "
+            f"`flowar evaluate make-reference` makes with extractor.name={extractor.name}"
+        )
+    return load_reference(config, extractor, folder)
 
 
 def measure(

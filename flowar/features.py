@@ -99,7 +99,8 @@ class Extractor:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Return the layers of uint8 images (N, 3, H, W), float32 on the CPU."""
-        outputs = dict(zip(self._order, self.network(images.to(self.device)), strict=True))
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # it is on by default
+            outputs = dict(zip(self._order, self.network(images.to(self.device)), strict=True))
         if self._spatial is not None:
             outputs["spatial"] = self._spatial
         return {name: output.float().cpu() for name, output in outputs.items()}

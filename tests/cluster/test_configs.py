@@ -1,6 +1,8 @@
 from pathlib import Path
 
 from cluster.submit import plan_pipeline
+from flowar.config import FollowConfig, SweepConfig, load_config
+from flowar.sweep import list_settings, plan_rounds
 
 ROOT = Path(__file__).parents[2]
 
@@ -10,4 +12,13 @@ def test_the_example_of_a_pipeline_hands_on_its_folders():
     _, (prepare, train, sample, evaluate) = plan_pipeline([str(file)], str(cluster))
     assert train.config.data.path == prepare.config.out_dir and train.config.vae == prepare.config.vae
     assert sample.config.model == train.config.run_dir and evaluate.config.samples == sample.config.out_dir
-    assert (prepare.cluster.array, train.cluster.nodes, evaluate.cluster.tasks) == (8, 2, 1)
+    assert (prepare.cluster.array, train.cluster.nodes, evaluate.cluster.tasks) == (8, 2, 8)
+
+
+def test_the_examples_of_following_and_sweeping_are_what_their_headers_say():
+    following = load_config(FollowConfig, ROOT / "configs" / "follow" / "imagenet256.yaml")
+    assert (following.every_steps, following.num_images, following.milestone_images) == (10_000, 10_000, 50_000)
+    assert following.evaluate.sample.features_only
+    sweeping = load_config(SweepConfig, ROOT / "configs" / "sweep" / "flowar_l.yaml")
+    settings = list_settings(sweeping)
+    assert plan_rounds(len(settings), sweeping) == [(60, 5_000), (15, 10_000), (4, 50_000)]

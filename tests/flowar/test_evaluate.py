@@ -215,6 +215,17 @@ def test_fd_dinov2_comes_from_torch_hubs_folder_and_is_left_out_with_a_note_else
     record = measure(digits, tmp_path / "out", more=("dinov2",), resamples=5, **small)
     metric = record["metrics"]["fd_dinov2"]
     assert metric["value"] > 0 and metric["low"] < metric["value"] < metric["high"]
+    np.savez(tmp_path / "inception.npz", mu=np.zeros(64), sigma=np.eye(64))
+    with pytest.raises(UserError, match="has Inception's statistics; for dinov2-vit-l-14 give images, or what"):
+        measure(
+            digits, tmp_path / "b", more=("dinov2",), samples=small["samples"], reference=tmp_path / "inception.npz"
+        )
+    # Not asked for by name, what can't be had is a note.
+    monkeypatch.setattr(evaluate, "DEMO_EXTRACTOR", "")
+    record = measure(
+        digits, tmp_path / "c", protocol="adm", samples=small["samples"], reference=tmp_path / "inception.npz"
+    )
+    assert "no metrics by dinov2: reference=" in record["notes"][0] and "fd_dinov2" not in record["metrics"]
 
 
 def test_images_against_themselves_have_no_distance_and_full_precision(digits, tmp_path):
