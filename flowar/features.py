@@ -228,16 +228,22 @@ def is_store(path: Path) -> bool:
     return (path / STORE_FILE).is_file()
 
 
-def read_features(folder: Path, layers: Iterable[str] | None = None) -> Features:
+def read_features(folder: Path, layers: Iterable[str] | None = None, num_images: int | None = None) -> Features:
     """Return all features of a folder, each image once.
+
+    Args:
+        folder: what `extract` or `flowar sample` wrote.
+        layers: which; None: all.
+        num_images: the first so many samples; None: as many as were asked for last.
 
     Raises:
         UserError: if some are missing or damaged.
     """
     record = json.loads((folder / STORE_FILE).read_text())
+    wanted = record["num_images"] if num_images is None else num_images
     parts: dict[str, list[Tensor]] = {}
     for (first, _), file in sorted(list_shards(folder).items()):
-        if first >= record["num_images"] and record.get("kind") == "samples":
+        if first >= wanted and record.get("kind") == "samples":
             continue  # of an earlier call for more images
         content = file.read_bytes()
         if xxhash.xxh64(content).hexdigest() not in file.name:
@@ -252,11 +258,11 @@ def read_features(folder: Path, layers: Iterable[str] | None = None) -> Features
     first_ones = torch.ones(len(numbers), dtype=torch.bool)
     first_ones[1:] = numbers[1:] != numbers[:-1]
     if record.get("kind") == "samples":
-        first_ones &= numbers < record["num_images"]
+        first_ones &= numbers < wanted
     order = order[first_ones]
-    if len(order) != record["num_images"]:
+    if len(order) != wanted:
         raise UserError(
-            f"{folder} holds features of {len(order):,} images, but {record['num_images']:,} were asked for; run the "
+            f"{folder} holds features of {len(order):,} images, but {wanted:,} were asked for; run the "
             "same command again"
         )
     labels = joined.pop("labels")[order]

@@ -84,7 +84,7 @@ def save_curve(
     plot = figure.add_subplot()
     plot.plot(x, y, marker="o")
     for where_x, where_y, label in zip(x, y, labels, strict=True):
-        plot.annotate(label, (where_x, where_y), textcoords="offset points", xytext=(6, -12))
+        plot.annotate(label, (where_x, where_y), textcoords="offset points", xytext=(-6, 6), ha="right")
     plot.set(xlim=(-0.02, 1.05), ylim=(-0.02, 1.05), xlabel=axes[0], ylabel=axes[1], title=title)
     plot.grid(alpha=0.3)
     figure.savefig(path, dpi=120)

@@ -195,7 +195,7 @@ def measure(
 
 def score(setting: Setting, job: Job, num_images: int, distance: Frechet, resamples: int) -> None:
     """Write a setting's FID, its standard error, and what one image costs."""
-    features = read_features(job.store, ["features"])
+    features = read_features(job.store, ["features"], num_images)  # late comers may note fewer
     values = features.layers["features"].to(distance.mu.device)
 
     def fid(places: torch.Tensor | slice) -> list[float]:

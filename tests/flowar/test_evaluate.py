@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch_fidelity
-from PIL import Image
+from PIL import Image, ImageFilter
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics
 
@@ -237,6 +237,18 @@ def test_images_against_themselves_have_no_distance_and_full_precision(digits, t
 def test_few_classes_lower_recall_and_not_precision(digits, tmp_path):
     found = values(measure(digits, tmp_path, samples=digits / "train" / "3"))
     assert found["precision"] > 2 * found["recall"]
+
+
+def test_blur_lowers_precision(digits, tmp_path):
+    for number, file in enumerate(sorted((digits / "train").rglob("*.png"))[::4]):
+        for name, radius in (("sharp", 0), ("blurred", 3)):
+            (tmp_path / name).mkdir(exist_ok=True)
+            with Image.open(file) as image:
+                image.filter(ImageFilter.GaussianBlur(radius)).save(tmp_path / name / f"{number}.png")
+    sharp, blurred = (
+        values(measure(digits, tmp_path / f"{name}_out", samples=tmp_path / name)) for name in ("sharp", "blurred")
+    )
+    assert blurred["precision"] < 0.5 * sharp["precision"] and blurred["fid"] > sharp["fid"]
 
 
 def test_saved_statistics_give_the_same_distance(digits, tmp_path):

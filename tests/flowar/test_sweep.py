@@ -1,6 +1,9 @@
 import json
+import multiprocessing
+import os
 
 import pytest
+import torch
 from PIL import Image
 
 from flowar import sweep
@@ -89,3 +92,34 @@ def test_other_settings_in_the_same_folder_are_refused(root, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             sweeping(root, tmp_path, **change)
+
+
+def sweep_here(config, log):
+    """What one worker does."""
+    output = log.open("a", buffering=1)
+    os.dup2(output.fileno(), 1)
+    os.dup2(output.fileno(), 2)
+    torch.set_num_threads(1)
+    sweep.main(config)
+
+
+@pytest.mark.slow
+def test_three_workers_and_a_late_one_find_what_one_finds(root, tmp_path):
+    sweep.main(sweeping(root, tmp_path / "alone"))
+    config, log = sweeping(root, tmp_path / "together"), tmp_path / "log"
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.flowar.test_sweep"])
+    workers = [context.Process(target=sweep_here, args=(config, log)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    workers[0].join(timeout=4)
+    workers[0].kill()
+    workers[0] = context.Process(target=sweep_here, args=(config, log))
+    workers[0].start()
+    for worker in workers:
+        worker.join(timeout=200)
+    assert [worker.exitcode for worker in workers] == [0] * 3, log.read_text()[-3000:]
+    found, needed = (json.loads((tmp_path / name / "sweep.json").read_text()) for name in ("together", "alone"))
+    for mine, theirs in zip(found["settings"], needed["settings"], strict=True):
+        assert mine["name"] == theirs["name"] and mine["num_images"] == theirs["num_images"]
+        assert mine["fid"] == pytest.approx(theirs["fid"], rel=1e-3, abs=1e-6)
