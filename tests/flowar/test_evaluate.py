@@ -241,14 +241,14 @@ def test_few_classes_lower_recall_and_not_precision(digits, tmp_path):
 
 def test_blur_lowers_precision(digits, tmp_path):
     for number, file in enumerate(sorted((digits / "train").rglob("*.png"))[::4]):
-        for name, radius in (("sharp", 0), ("blurred", 3)):
+        for name, radius in (("sharp", 0), ("blurred", 6)):
             (tmp_path / name).mkdir(exist_ok=True)
             with Image.open(file) as image:
                 image.filter(ImageFilter.GaussianBlur(radius)).save(tmp_path / name / f"{number}.png")
     sharp, blurred = (
         values(measure(digits, tmp_path / f"{name}_out", samples=tmp_path / name)) for name in ("sharp", "blurred")
     )
-    assert blurred["precision"] < 0.5 * sharp["precision"] and blurred["fid"] > sharp["fid"]
+    assert blurred["precision"] < 0.7 * sharp["precision"] and blurred["fid"] > sharp["fid"]
 
 
 def test_saved_statistics_give_the_same_distance(digits, tmp_path):
