@@ -1,5 +1,6 @@
 """Tiny real objects that the tests share: a model, images of two classes, their shards, the authors' vectors."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from flowar.config import (
 )
 
 DATA = Path(__file__).parent / "data"
+# One more case of what another case tests already: `FLOWAR_TEST_ALL=1 make test` runs these too.
+MORE = pytest.mark.skipif(not os.environ.get("FLOWAR_TEST_ALL"), reason="one more case; FLOWAR_TEST_ALL=1 runs it")
 
 
 def load_vectors(name: str) -> dict[str, torch.Tensor]:

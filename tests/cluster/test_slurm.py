@@ -16,7 +16,7 @@ from flowar.errors import UserError
 from flowar.report import read_metrics
 from flowar.run_folder import find_latest
 from tests.cluster.conftest import assert_same_weights, processes_of, read_logs, run, steps_printed
-from tests.conftest import training
+from tests.conftest import MORE, training
 from tests.flowar.ranks import run_ranks
 from tests.flowar.test_parallel import LOSS_TOLERANCE
 
@@ -91,7 +91,11 @@ def lost_node(slurm, job):
     local_slurm.start_node(slurm.folder, "n1")
 
 
-@pytest.mark.parametrize("disturb", [signalled("USR2"), signalled("TERM"), requeued], ids=["USR2", "TERM", "requeue"])
+@pytest.mark.parametrize(
+    "disturb",
+    [signalled("USR2"), pytest.param(signalled("TERM"), marks=MORE), requeued],
+    ids=["USR2", "TERM", "requeue"],
+)
 def test_a_job_that_is_asked_to_stop_loses_no_step(slurm, shards, undisturbed, tmp_path, disturb):
     run_dir = tmp_path / "run"
     job = slurm.submit("train", settings(shards, run_dir), run_dir)

@@ -17,7 +17,7 @@ from flowar.data import StepOrder, check_fits, check_same_vae, read_batches
 from flowar.errors import UserError
 from flowar.shards import LatentShards
 from flowar.vae import load_vae
-from tests.conftest import tiny_config
+from tests.conftest import MORE, tiny_config
 
 READER = """
 import json, os, sys, time
@@ -141,7 +141,7 @@ def test_ranks_and_workers_do_not_change_the_global_order(shards, script, tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("after", [4, 2], ids=["4 -> 4 ranks", "4 -> 2 ranks"])
+@pytest.mark.parametrize("after", [pytest.param(4, marks=MORE), 2], ids=["4 -> 4 ranks", "4 -> 2 ranks"])
 def test_killed_mid_epoch_the_rest_is_read_once_and_in_order(shards, script, tmp_path, after):
     undisturbed, killed, resumed = (tmp_path / name for name in ("undisturbed", "killed", "resumed"))
     for folder in (undisturbed, killed, resumed):

@@ -13,7 +13,7 @@ from flowar.parallel import share_out
 from flowar.report import read_metrics
 from flowar.run_folder import find_latest, list_checkpoints
 from flowar.weights import load_model
-from tests.conftest import training
+from tests.conftest import MORE, training
 from tests.flowar.ranks import run_ranks, start_ranks
 
 ENGINES = {
@@ -86,7 +86,14 @@ def test_two_copies_of_two_parts_train_the_same_model(shards, alone, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chain", [("fsdp", "zero3", "single"), ("zero2", "ddp", "zero1"), ("zero3", "single", "fsdp")])
+@pytest.mark.parametrize(
+    "chain",
+    [
+        ("fsdp", "zero3", "single"),
+        ("zero2", "ddp", "zero1"),
+        pytest.param(("zero3", "single", "fsdp"), marks=MORE),
+    ],
+)
 def test_a_run_goes_on_with_another_engine_and_another_number_of_ranks(shards, alone, tmp_path, chain):
     """Stopped by a signal in the middle of an epoch, twice; batches of 12 on 4, 2 and 3 ranks, or on one."""
     for place, engine in enumerate(chain):
@@ -110,7 +117,7 @@ def wait_for_step(run_dir, step, ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["fsdp", "zero2", "zero3"])
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero2", marks=MORE), "zero3"])
 def test_sigkill_at_random_moments_ends_in_the_same_bits(shards, tmp_path, engine):
     """Every step is saved; every other kill waits for the beginning of a save. FLOWAR_TEST_KILLS=20 for more."""
     undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
