@@ -4,6 +4,7 @@ The training knows nothing of it and never waits. What was done is read from the
 started at any time:
     RUN_DIR/evaluations/step_00001000/model     the averaged weights, until the job has finished
     RUN_DIR/evaluations/step_00001000           its samples or their features, evaluation/, jobs/
+    RUN_DIR/evaluations/step_00001000.*.json    its metrics; report.py
 Read next: submit.py.
 """
 
@@ -12,9 +13,11 @@ import shutil
 import time
 from pathlib import Path
 
-from cluster.status import find_jobs, is_finished, jobs_folder
+from cluster.job import Job
+from cluster.status import find_jobs, is_finished, is_live, jobs_folder
 from cluster.submit import PlannedJob, submit
 from flowar import export
+from flowar.cli import Verb, parse_words
 from flowar.config import ClusterConfig, ExportConfig, FollowConfig, load_config
 from flowar.errors import UserError
 from flowar.run_folder import checkpoint_step, list_checkpoints, step_name
@@ -24,7 +27,9 @@ MODEL = "model"
 
 
 def follow(run_dir: Path, words: list[str], cluster_file: str, *, once: bool, dry_run: bool) -> None:
-    """Submit a job for each checkpoint that is due and has none, until the training is finished and all are measured.
+    """Submit a job for each checkpoint that is due and has none, until the training's job and these are finished.
+
+    A training that was not submitted as a job is followed until Ctrl-C.
 
     Args:
         run_dir: of the training.
@@ -36,26 +41,41 @@ def follow(run_dir: Path, words: list[str], cluster_file: str, *, once: bool, dr
     Raises:
         UserError: if something doesn't fit.
     """
-    files = [word for word in words if word.endswith((".yaml", ".yml")) and "=" not in word]
     own = tuple(word.removeprefix("cluster.") for word in words if word.startswith("cluster."))
-    others = tuple(word for word in words if not word.startswith("cluster.") and word not in files)
-    config = load_config(FollowConfig, files[0] if files else None, others)
+    verb = Verb("cluster.follow", FollowConfig, "", "")
+    config = parse_words(verb, [word for word in words if not word.startswith("cluster.")])
     cluster = load_config(ClusterConfig, cluster_file, own)
     if not run_dir.is_dir():
         raise UserError(f"--follow {run_dir} does not exist; give the run_dir of a training run")
     if not Path(config.evaluate.reference).exists():
         raise UserError(f"evaluate.reference={config.evaluate.reference} does not exist")
     print(f"following {run_dir}, every {config.poll_s:g} s; Ctrl-C ends it, the same command goes on")
-    while True:
+    if dry_run:
         for checkpoint in due_checkpoints(run_dir, config):
-            if dry_run:
-                print(f"would measure {checkpoint} with {num_images(config, checkpoint_step(checkpoint)):,} images")
-            else:
-                measure(run_dir, checkpoint, config, cluster)
-        remove_weights(run_dir)
-        if once or dry_run or (is_trained(run_dir) and not due_checkpoints(run_dir, config)):
-            return
+            print(f"would measure {checkpoint} with {num_images(config, checkpoint_step(checkpoint)):,} images")
+        return
+    look(run_dir, config, cluster)
+    while not once and (due_checkpoints(run_dir, config) or not is_over(run_dir)):
         time.sleep(config.poll_s)
+        try:
+            look(run_dir, config, cluster)
+        except UserError as error:  # Slurm is busy, or a disk is full: the next look may go better
+            print(error)
+
+
+def look(run_dir: Path, config: FollowConfig, cluster: ClusterConfig) -> None:
+    """Submit what is due, and delete the weights of what has been measured."""
+    for checkpoint in due_checkpoints(run_dir, config):
+        measure(run_dir, checkpoint, config, cluster)
+    for model in (run_dir / EVALUATIONS).glob(f"step_*/{MODEL}"):
+        jobs = submitted_jobs(model.parent)
+        if jobs and is_finished(jobs[-1]):
+            shutil.rmtree(model)
+
+
+def submitted_jobs(folder: Path) -> list[Job]:
+    """Return the jobs of a folder that the scheduler has got: who died before that left one without ids."""
+    return [job for job in find_jobs(folder) if job.ids]
 
 
 def due_checkpoints(run_dir: Path, config: FollowConfig) -> list[Path]:
@@ -65,7 +85,7 @@ def due_checkpoints(run_dir: Path, config: FollowConfig) -> list[Path]:
         step = checkpoint_step(checkpoint)
         every = config.every_steps or 1
         is_asked = step % every == 0 or is_milestone(config, step)
-        if is_asked and not find_jobs(run_dir / EVALUATIONS / step_name(step)):
+        if is_asked and not submitted_jobs(run_dir / EVALUATIONS / step_name(step)):
             due.append(checkpoint)
     return due
 
@@ -104,21 +124,8 @@ def measure(run_dir: Path, checkpoint: Path, config: FollowConfig, cluster: Clus
     submit([PlannedJob("evaluate", evaluation, cluster, jobs_folder("evaluate", evaluation))], dry_run=False)
 
 
-def remove_weights(run_dir: Path) -> None:
-    """Delete the copied weights of what has been measured."""
-    for model in (run_dir / EVALUATIONS).glob(f"step_*/{MODEL}"):
-        jobs = find_jobs(model.parent)
-        if jobs and is_finished(jobs[-1]):
-            shutil.rmtree(model)
-
-
-def is_trained(run_dir: Path) -> bool:
-    """Return whether the run was submitted as a job that has finished, and all that was measured too."""
-    jobs = [job for job in find_jobs(run_dir) if job.verb == "train"]
-    measuring = [job for folder in (run_dir / EVALUATIONS).glob("step_*") for job in find_jobs(folder)[-1:]]
-    return bool(jobs) and is_finished(jobs[-1]) and all(is_over(job) for job in measuring)
-
-
-def is_over(job: object) -> bool:
-    """Return whether a job has finished or failed."""
-    return all(any(job.mark(kind, job_id).exists() for kind in ("finished", "failed")) for job_id in job.ids)
+def is_over(run_dir: Path) -> bool:
+    """Return whether the run was submitted as a job that has finished, and no job measures any more."""
+    jobs = [job for job in submitted_jobs(run_dir) if job.verb == "train"]
+    measuring = [job for folder in (run_dir / EVALUATIONS).glob("step_*/") for job in submitted_jobs(folder)[-1:]]
+    return bool(jobs) and is_finished(jobs[-1]) and not any(is_live(job) for job in measuring)

@@ -463,7 +463,7 @@ class SampleConfig:
 class EvaluateConfig:
     """FID and its kin of generated images, against real ones."""
 
-    sample: SampleConfig | None = None  # draw the samples first, into the folder `samples`
+    sample: SampleConfig | None = None  # draw the samples first, into the folder `samples`, for this extractor
     samples: str = MISSING  # what `flowar sample` wrote, any folder of images (searched deeply), .npz, *.tar, MDS
     # The same, or an .npz with mu and sigma (ADM's VIRTUAL_*.npz, with its 10,000 images), or what make-reference wrote
     reference: str = MISSING
@@ -473,7 +473,7 @@ class EvaluateConfig:
     # More networks: FD-DINOv2, and torch-fidelity's own for precision and recall; None: those whose weights are here
     more: tuple[Literal["dinov2", "vgg16"], ...] | None = None
     against: str | None = None  # other samples drawn with the same seed: the difference, with a paired interval
-    resamples: int = 50  # random halves of the images, for 95% confidence intervals; 0: no intervals
+    interval_groups: int = 50  # groups of samples that are left out in turn, for 95% intervals; 0: no intervals
     run_dir: str | None = None  # training run that gets the numbers (evaluations.jsonl, wandb); None: the samples' own
     step: int | None = None  # of that run; None: that of the samples' checkpoint
     batch_size: int = 64
@@ -483,8 +483,7 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_extraction(self)
-        if self.resamples < 0 or self.resamples == 1:
-            raise UserError(f"resamples={self.resamples} must be 0, or at least 2 for a spread")
+        check_groups(self.interval_groups)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -534,7 +533,7 @@ class SweepConfig:
     num_images: tuple[int, ...] = (5_000, 10_000, 50_000)  # in each round
     keep: float = 0.25  # share of the settings that go on to the next round
     extractor: ExtractorConfig = field(default_factory=ExtractorConfig)
-    resamples: int = 20  # as of evaluate
+    interval_groups: int = 20  # as of evaluate
     batch_size: int = 64  # of the reference's images
     chunk_images: int = 500
     lease_s: float = 60
@@ -542,8 +541,11 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         check_extraction(self)
-        if not 0 < self.keep < 1 or self.resamples == 1 or self.resamples < 0:
-            raise UserError(f"keep={self.keep} must lie in (0, 1), resamples={self.resamples} be 0 or at least 2")
+        check_groups(self.interval_groups)
+        if not 0 < self.keep < 1:
+            raise UserError(f"keep={self.keep} must lie in (0, 1)")
+        if self.sample.last_scale_steps is not None:
+            raise UserError("sample.last_scale_steps is swept; give last_step_shares instead")
         for name in ("guidance", "interval_ends", "num_steps", "last_step_shares", "num_images"):
             if not getattr(self, name):
                 raise UserError(f"{name}=[] is empty; give at least one value")
@@ -715,6 +717,12 @@ def check_extraction(config: object) -> None:
             f"batch_size={config.batch_size} and chunk_images={config.chunk_images} must be at least 1, "
             f"lease_s={config.lease_s} above 0"
         )
+
+
+def check_groups(number: int) -> None:
+    """Raise a UserError if so many groups give no interval."""
+    if number < 0 or 0 < number < 10:
+        raise UserError(f"interval_groups={number} must be 0, or at least 10 for a spread")
 
 
 def check_sampling(config: object, prefix: str = "") -> None:

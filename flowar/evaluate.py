@@ -3,129 +3,156 @@
 Features first, by all processes; then one of them makes the numbers. Read next: features.py, metrics.py, references.py.
 """
 
-import contextlib
 import dataclasses
+import hashlib
 import json
-import shutil
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from flowar import __version__, sample
 from flowar.config import EvaluateConfig, ExtractorConfig
 from flowar.distributed import pick_device
 from flowar.errors import UserError
 from flowar.evaluation_report import write_report
-from flowar.features import DEMO_EXTRACTOR, DINOV2, VGG, Extractor, Features, has_weights, missing_weights
+from flowar.features import DEMO_EXTRACTOR, DINOV2, VGG, Extractor, Features, Store, has_weights, missing_weights
 from flowar.files import write_text
 from flowar.image_sets import NO_LABEL, SAMPLES_FILE, open_images
-from flowar.leases import Leases
+from flowar.leases import Leases, finish_together
 from flowar.metrics import (
     Frechet,
-    Interval,
     adm_inception_score,
-    bootstrap_errors,
     frechet_of_few,
+    groups,
     inception_score,
+    jackknife_error,
     kid,
+    normal_interval,
     precision_recall,
-    share_error,
     statistics,
+    statistics_without,
+    wilson_interval,
 )
-from flowar.references import Reference, get_features, load_reference, read_statistics
+from flowar.references import (
+    Reference,
+    ReferenceSource,
+    check_reference,
+    prepare_features,
+    prepare_reference,
+    read_statistics,
+)
 from flowar.report import record_evaluation
 from flowar.run_folder import CHECKPOINTS
 
 METRICS_FILE, BY_CLASS_FILE = "metrics.json", "metrics_by_class.json"
 CLAIMS = "claims"
-MIN_IMAGES = 10  # torch-fidelity's Inception score is a mean over ten parts
+MIN_IMAGES = 20  # torch-fidelity's Inception score is a mean over ten parts
+MIN_REAL = 5  # three neighbours of each
+MOST_REAL = 50_000  # images that precision, recall and KID compare with
 ORDER_SEED = 0  # of images that come sorted by class
 NETWORKS = {"dinov2": DINOV2, "vgg16": VGG}
+FREE = ("device", "batch_size", "chunk_images", "lease_s", "sample")  # settings that don't change the numbers
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A number about samples, with its standard error if it has one."""
+    """A number about samples, with its 95% interval if it has one."""
 
     name: str
     value: float
-    error: float | None = None
+    interval: tuple[float, float] | None = None
     note: str = ""
 
     def as_record(self) -> dict[str, object]:
         """Return what metrics.json says."""
-        record: dict[str, object] = {"value": self.value}
-        if self.error is not None:
-            interval = Interval(self.value, self.error)
-            record |= {"error": self.error, "low": interval.low, "high": interval.high}
+        record: dict[str, object] = {"value": self.value if math.isfinite(self.value) else None}
+        if self.interval is not None:
+            record |= dict(zip(("low", "high"), self.interval, strict=True))
         return record | ({"note": self.note} if self.note else {})
 
 
 def main(config: EvaluateConfig, dry_run: bool = False) -> None:
     """Measure samples, print a table, write metrics.json and report.html; with whoever was given the same command."""
     device = pick_device(config.device)
-    if config.sample is not None:
-        sample.main(dataclasses.replace(config.sample, out_dir=config.samples), dry_run)
-        if dry_run:
-            return
     samples, out_dir = Path(config.samples), choose_out_dir(config)
-    run = find_run(config)
     extractor = Extractor(config.extractor, device)
     notes: list[str] = []
     more = load_more(config, device, notes)
+    # What can be known before anything is computed.
+    check_reference(Path(config.reference), extractor)
+    run = find_run(config)
+    if config.sample is not None:
+        drawing = dataclasses.replace(config.sample, out_dir=config.samples, extractor=config.extractor)
+        sample.main(drawing, dry_run)
+        run = run or find_run(config)
+    elif dry_run and not any(samples.glob("features-*")):
+        open_images(samples, "samples")
     if dry_run:
-        if not any(samples.glob("features-*")):
-            open_images(samples, "samples")
-        if not Path(config.reference).exists():
-            raise UserError(f"reference={config.reference} does not exist")
         print(f"would write {out_dir / METRICS_FILE}")
         return
-    found = get_features(samples, "samples", extractor, out_dir, config)
-    reference = load_reference(config, extractor, out_dir)
+
+    # Features, by all processes.
+    found = prepare_features(samples, "samples", extractor, out_dir, config)
+    reference = prepare_reference(config, extractor, out_dir)
     against = None
     if config.against is not None:
-        against = get_features(Path(config.against), "against", extractor, out_dir / "against", config)
-    others = {}
+        against = prepare_features(Path(config.against), "against", extractor, out_dir, config)
+    others: dict[str, tuple[Store, ReferenceSource]] = {}
     for name, network in more.items():
         try:
-            own = get_features(samples, "samples", network, out_dir, config)
-            others[name] = (own, load_more_reference(config, network, out_dir))
+            others[name] = prepare_more(config, network, samples, out_dir)
         except UserError as error:
             if config.more is not None:
                 raise
             notes.append(f"no metrics by {name}: {error}")
-    # One of the processes goes on.
-    with contextlib.suppress(FileNotFoundError), Leases(out_dir / CLAIMS, config.lease_s) as leases:
-        if not leases.claim("finish"):
-            return
-        metrics = measure(found, reference, config, device, notes)
-        metrics += measure_more(others, config, device)
+
+    # Numbers, by one of them.
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE}
+    stores = [str(store) for store in (found, reference, against, sorted(others.items()))]
+    identity = hashlib.sha256(json.dumps([settings, stores, __version__]).encode()).hexdigest()
+
+    def is_done() -> bool:
+        file = out_dir / METRICS_FILE
+        return file.exists() and json.loads(file.read_text()).get("identity") == identity
+
+    def finish() -> None:
+        own = found.read()
+        real = reference.read()
+        metrics = measure(own, real, config, device, notes) + measure_more(others, config, device)
         if against is not None:
-            metrics += measure_difference(found, against, reference, config, device)
-        by_class = measure_classes(found, reference)
-        record = describe(config, found, reference, metrics, notes)
-        write_text(out_dir / METRICS_FILE, json.dumps(record, indent=2) + "\n")
-        if by_class:
-            write_text(out_dir / BY_CLASS_FILE, json.dumps(by_class, indent=2) + "\n")
-        page = write_report(out_dir, record, by_class, found, reference, samples)
+            metrics.append(measure_difference(own, against.read(["features"]), real, config, device))
+        by_class = measure_classes(own, real)
+        write_text(out_dir / BY_CLASS_FILE, json.dumps(by_class, indent=2) + "\n")
+        record = describe(config, own, metrics, notes) | {"identity": identity}
+        write_report(out_dir, record, by_class, own, real, found.images)
         if run is not None:
-            values = {metric.name: metric.value for metric in metrics}
-            about = {"num_samples": len(found), "protocol": config.protocol, "samples": str(samples.absolute())}
-            record_evaluation(run[0], {"step": run[1], **about, **values})
-        Console().print(table_of(record))
-        print(f"wrote {out_dir / METRICS_FILE} and {page}")
-        shutil.rmtree(out_dir / CLAIMS, ignore_errors=True)
+            values = {metric.name: metric.value for metric in metrics if math.isfinite(metric.value)}
+            about = {"num_samples": len(own), "protocol": config.protocol, "samples": str(samples.absolute())}
+            record_evaluation(run[0], {"step": run[1], **about, "reference": config.reference, **values})
+        write_text(
+            out_dir / METRICS_FILE, json.dumps(record, indent=2, allow_nan=False) + "\n"
+        )  # says that all is done
+
+    was_done = is_done()
+    with Leases(out_dir / CLAIMS, config.lease_s) as leases:
+        if finish_together(leases, is_done, finish) or was_done:
+            Console().print(table_of(json.loads((out_dir / METRICS_FILE).read_text())))
+            print(f"{out_dir / METRICS_FILE} and report.html {'were there already' if was_done else 'are written'}")
 
 
 def choose_out_dir(config: EvaluateConfig) -> Path:
-    """Return the folder of this evaluation."""
+    """Return the folder of this evaluation: in what `flowar sample` wrote, else beside the samples."""
     if config.out_dir is not None:
         return Path(config.out_dir)
     samples = Path(config.samples)
-    return samples / "evaluation" if samples.is_dir() else samples.with_name(f"{samples.name}.evaluation")
+    is_drawn = config.sample is not None or (samples / SAMPLES_FILE).exists()
+    return samples / "evaluation" if is_drawn else samples.with_name(f"{samples.name}.evaluation")
 
 
 def load_more(config: EvaluateConfig, device: torch.device, notes: list[str]) -> dict[str, Extractor]:
@@ -146,18 +173,23 @@ def load_more(config: EvaluateConfig, device: torch.device, notes: list[str]) ->
     return found
 
 
-def load_more_reference(config: EvaluateConfig, extractor: Extractor, folder: Path) -> Reference:
-    """Return the reference for a further network.
+def prepare_more(
+    config: EvaluateConfig, extractor: Extractor, samples: Path, folder: Path
+) -> tuple[Store, ReferenceSource]:
+    """Return the features of samples and reference by a further network.
 
     Raises:
-        UserError: if it has statistics alone, which are Inception's.
+        UserError: if they can't be had; the reference may have statistics alone, which are Inception's.
     """
-    if Path(config.reference).suffix == ".npz" and read_statistics(Path(config.reference)):
+    reference = Path(config.reference)
+    if reference.suffix == ".npz" and read_statistics(reference):
         raise UserError(
-            f"reference={config.reference} has Inception's statistics; for {extractor.name} give images, or what "
+            f"reference={reference} has Inception's statistics; for {extractor.name} give images, or what "
             f"`flowar evaluate make-reference` makes with extractor.name={extractor.name}"
         )
-    return load_reference(config, extractor, folder)
+    check_reference(reference, extractor)
+    store = prepare_features(samples, "samples", extractor, folder, config)
+    return store, prepare_reference(config, extractor, folder)
 
 
 def measure(
@@ -170,77 +202,105 @@ def measure(
     """
     if len(found) < MIN_IMAGES:
         raise UserError(f"samples={config.samples} holds {len(found)} images, but at least {MIN_IMAGES} are needed")
+    if reference.features is not None and len(reference.features) < MIN_REAL:
+        raise UserError(
+            f"reference={reference.path} holds {len(reference.features)} images, but at least {MIN_REAL} are needed"
+        )
     layers = {name: values.to(device) for name, values in found.layers.items()}
-    distances = {}
+    group = groups(found.labels, config.interval_groups) if config.interval_groups else None
+    metrics = []
     for name, layer in (("fid", "features"), ("sfid", "spatial")):
-        if layer not in layers or layer not in reference.statistics:
+        if layer not in layers or layer not in reference.statistics or (name == "sfid" and config.protocol != "adm"):
             continue
-        if len(reference.statistics[layer].mu) != layers[layer].shape[1]:
+        width = len(reference.statistics[layer].mu)
+        if width != layers[layer].shape[1]:
             raise UserError(
-                f"reference={reference.path} holds statistics of {len(reference.statistics[layer].mu)} features, "
-                f"extractor.name={config.extractor.name} gives {layers[layer].shape[1]}; use statistics of the same "
-                "network"
+                f"reference={reference.path} holds statistics of {width} features, extractor.name="
+                f"{config.extractor.name} gives {layers[layer].shape[1]}; use statistics of the same network"
             )
-        if name == "fid" or config.protocol == "adm":
-            distances[name] = (layers[layer], Frechet(reference.statistics[layer], device))
-    logits = layers.get("logits")
-    score = adm_inception_score if config.protocol == "adm" else inception_score
-    if logits is not None and config.protocol == "adm" and is_sorted_by_class(found):
-        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(ORDER_SEED))
-        logits = logits[order.to(device)]
-        notes.append("the samples come sorted by class: for the Inception score they were put in a fixed random order")
-
-    def numbers(places: torch.Tensor | slice) -> list[float]:
-        values = [distance.distance(statistics(own[places])) for own, distance in distances.values()]
-        return values + ([score(logits[places].cpu())] if logits is not None else [])
-
-    names = [*distances, *(["inception_score"] if logits is not None else [])]
-    values = numbers(slice(None))
-    errors = bootstrap_errors(numbers, found.labels, config.resamples) if config.resamples else [None] * len(names)
-    metrics = [Metric(*each) for each in zip(names, values, errors, strict=True)]
+        metrics.append(frechet_metric(name, layers[layer], Frechet(reference.statistics[layer], device), group))
+    if "logits" in layers:
+        metrics.append(score_metric(layers["logits"], found, config.protocol, group, notes))
     if reference.features is None:
         notes.append(f"no precision, recall and KID: {reference.path} holds statistics alone, not images")
         return metrics
-    real = reference.features.layers["features"].to(device)
+    real = some_of(reference.features.layers["features"], MOST_REAL).to(device)
     mean, std = kid(layers["features"], real)
     metrics.append(Metric("kid", mean, note=f"std over subsets {std:.2g}"))
     return metrics + precision_recall_metrics(layers["features"], real, "")
 
 
-def precision_recall_metrics(samples: torch.Tensor, real: torch.Tensor, suffix: str) -> list[Metric]:
-    """Return precision and recall with k = 3; each one's error is that of the share, for fixed neighbourhoods."""
+def some_of(features: Tensor, most: int) -> Tensor:
+    """Return at most so many of the features, evenly spaced."""
+    places = torch.linspace(0, len(features) - 1, min(most, len(features))).round().long()
+    return features[places] if len(places) < len(features) else features
+
+
+def frechet_metric(name: str, values: Tensor, distance: Frechet, group: Tensor | None) -> Metric:
+    """Return the distance of features to a reference."""
+    value = distance.distance(statistics(values))
+    if group is None:
+        return Metric(name, value)
+    error = jackknife_error([distance.distance(own) for own in statistics_without(values, group)])
+    return Metric(name, value, normal_interval(value, error))
+
+
+def score_metric(logits: Tensor, found: Features, protocol: str, group: Tensor | None, notes: list[str]) -> Metric:
+    """Return the protocol's Inception score. ADM's goes wrong where classes come in blocks: these are mixed first."""
+    order = torch.arange(len(found))
+    if protocol == "adm" and comes_in_blocks(found.labels):
+        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(ORDER_SEED))
+        notes.append("the samples come sorted by class: for the Inception score they were put in a fixed random order")
+    logits = logits.cpu()[order]
+    score: Callable[[Tensor], float] = adm_inception_score if protocol == "adm" else inception_score
+    value = score(logits)
+    if group is None:
+        return Metric("inception_score", value)
+    group = group[order]
+    error = jackknife_error([score(logits[group != number]) for number in range(int(group.max()) + 1)])
+    return Metric("inception_score", value, normal_interval(value, error))
+
+
+def comes_in_blocks(labels: Tensor) -> bool:
+    """Return whether neighbours are of one class far more often than by chance: consecutive parts hold few classes."""
+    shares = labels.unique(return_counts=True)[1].double() / len(labels)
+    by_chance = shares.square().sum().item()
+    return len(shares) > 1 and (labels[1:] == labels[:-1]).double().mean().item() > (1 + by_chance) / 2
+
+
+def precision_recall_metrics(samples: Tensor, real: Tensor, suffix: str) -> list[Metric]:
+    """Return precision and recall with k = 3, with Wilson's intervals of shares for fixed neighbourhoods."""
     precision, recall = precision_recall(samples, real)
-    against = f"against {len(real):,} real images"
+    note = f"against {len(real):,} real images"
     return [
-        Metric(f"precision{suffix}", precision, share_error(precision, len(samples)), against),
-        Metric(f"recall{suffix}", recall, share_error(recall, len(real)), against),
+        Metric(f"precision{suffix}", precision, wilson_interval(precision, len(samples)), note),
+        Metric(f"recall{suffix}", recall, wilson_interval(recall, len(real)), note),
     ]
 
 
 def measure_more(
-    others: dict[str, tuple[Features, Reference]], config: EvaluateConfig, device: torch.device
+    others: dict[str, tuple[Store, ReferenceSource]], config: EvaluateConfig, device: torch.device
 ) -> list[Metric]:
     """Return what further networks say: FD-DINOv2 (Stein et al., 2023), precision and recall on VGG16's features."""
     metrics = []
-    for name, (own, reference) in others.items():
-        values = own.layers["features"].to(device)
+    for name, (store, source) in others.items():
+        found, reference = store.read(["features"]), source.read()
+        values = found.layers["features"].to(device)
         if name == "vgg16" and reference.features is not None:
-            metrics += precision_recall_metrics(values, reference.features.layers["features"].to(device), "_vgg16")
+            real = some_of(reference.features.layers["features"], MOST_REAL).to(device)
+            metrics += precision_recall_metrics(values, real, "_vgg16")
         if name == "dinov2":
-            distance = Frechet(reference.statistics["features"], device)
-
-            def measured(places: torch.Tensor | slice, values: torch.Tensor = values, to: Frechet = distance) -> list:
-                return [to.distance(statistics(values[places]))]
-
-            errors = bootstrap_errors(measured, own.labels, config.resamples) if config.resamples else [None]
-            metrics.append(Metric("fd_dinov2", measured(slice(None))[0], errors[0]))
+            group = groups(found.labels, config.interval_groups) if config.interval_groups else None
+            metrics.append(
+                frechet_metric("fd_dinov2", values, Frechet(reference.statistics["features"], device), group)
+            )
     return metrics
 
 
 def measure_difference(
     found: Features, against: Features, reference: Reference, config: EvaluateConfig, device: torch.device
-) -> list[Metric]:
-    """Return FID minus that of other samples. Same images, same halves: what they have in common drops out.
+) -> Metric:
+    """Return FID minus that of other samples. Leaving out the same images of both, what they have in common drops out.
 
     Raises:
         UserError: if they are not of the same numbers.
@@ -252,20 +312,21 @@ def measure_difference(
         )
     distance = Frechet(reference.statistics["features"], device)
     pair = [own.layers["features"].to(device) for own in (found, against)]
-
-    def difference(places: torch.Tensor | slice) -> list[float]:
-        first, second = (distance.distance(statistics(values[places])) for values in pair)
-        return [first - second]
-
-    errors = bootstrap_errors(difference, found.labels, config.resamples) if config.resamples else [None]
-    return [Metric("fid_difference", difference(slice(None))[0], errors[0], f"to {config.against}")]
+    value = distance.distance(statistics(pair[0])) - distance.distance(statistics(pair[1]))
+    note = f"to {config.against}"
+    if not config.interval_groups:
+        return Metric("fid_difference", value, note=note)
+    group = groups(found.labels, config.interval_groups)
+    both = zip(*(statistics_without(values, group) for values in pair), strict=True)
+    error = jackknife_error([distance.distance(first) - distance.distance(second) for first, second in both])
+    return Metric("fid_difference", value, normal_interval(value, error), note)
 
 
 def measure_classes(found: Features, reference: Reference) -> dict[str, dict[str, float]]:
     """Return the FID of each class that samples and reference have; larger for fewer images, so compare like with like.
 
     Returns:
-        {class: {"fid", "samples", "reference"}}, worst first.
+        {class: {"fid", "samples", "reference"}}, worst first; nothing if there are no classes.
     """
     if reference.features is None:
         return {}
@@ -278,15 +339,7 @@ def measure_classes(found: Features, reference: Reference) -> dict[str, dict[str
     return dict(sorted(results.items(), key=lambda item: -item[1]["fid"])) if len(results) > 1 else {}
 
 
-def is_sorted_by_class(features: Features) -> bool:
-    """Return whether the classes of images come one after the other, which spoils scores over consecutive parts."""
-    labels = features.labels
-    return bool((labels[1:] >= labels[:-1]).all() and labels[0] != labels[-1])
-
-
-def describe(
-    config: EvaluateConfig, found: Features, reference: Reference, metrics: list[Metric], notes: list[str]
-) -> dict[str, object]:
+def describe(config: EvaluateConfig, found: Features, metrics: list[Metric], notes: list[str]) -> dict[str, object]:
     """Return what metrics.json says."""
     drawn = Path(config.samples) / SAMPLES_FILE
     return {
@@ -307,13 +360,15 @@ def describe(
 def table_of(record: dict[str, object]) -> Table:
     """Return the table of `flowar evaluate`."""
     network = record["extractor"]["name"]
-    title = (
-        f"{record['num_samples']:,} samples, protocol {record['protocol']}, {network}, against {record['reference']}"
-    )
-    table = Table("metric", "value", "95% interval", "", title=title, caption="\n".join(record["notes"]))
+    what = f"{record['num_samples']:,} samples, protocol {record['protocol']}, {network}"
+    table = Table(
+        "metric", "value", "95% interval", "", title=f"{what}, against {record['reference']}",
+        caption="\n".join(record["notes"]),
+    )  # fmt: skip
     for name, metric in record["metrics"].items():
         interval = f"{metric['low']:.4g} to {metric['high']:.4g}" if "low" in metric else ""
-        table.add_row(name.replace("_", " "), f"{metric['value']:.4f}", interval, metric.get("note", ""))
+        value = "not a number" if metric["value"] is None else f"{metric['value']:.4f}"
+        table.add_row(name.replace("_", " "), value, interval, metric.get("note", ""))
     return table
 
 

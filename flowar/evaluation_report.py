@@ -38,8 +38,8 @@ def write_report(
     found: Features,
     reference: Reference,
     samples: Path,
-) -> Path:
-    """Write report.html, with its pictures beside it and inside; return its path.
+) -> None:
+    """Write report.html, with its pictures beside it and inside.
 
     Args:
         out_dir: of the evaluation.
@@ -62,6 +62,8 @@ def write_report(
         save_grid(_take(images, range(min(SHEET_IMAGES, len(images)))), out_dir / "samples.png", columns=SHEET_COLUMNS)
         parts += ["<h2>The first samples</h2>", embed(out_dir / "samples.png")]
     real = _open_if_there(reference.images) if reference.features is not None else None
+    if real is not None and real.identity != reference.features.record["identity"]:
+        real = None  # the images have changed since
     if images is not None and real is not None:
         save_neighbours(images, real, found, reference.features, out_dir / "neighbours.png")
         parts += [
@@ -78,7 +80,6 @@ def write_report(
     settings = {"settings": record["settings"], "sampling": record["sampling"]}
     parts += ["<h2>Settings</h2>", f"<pre>{escape(json.dumps(settings, indent=2))}</pre>"]
     write_page(out_dir / REPORT_FILE, f"{record['samples']}: evaluation", "\n".join(parts))
-    return out_dir / REPORT_FILE
 
 
 def _numbers(record: dict[str, object]) -> str:
@@ -88,11 +89,13 @@ def _numbers(record: dict[str, object]) -> str:
     for name, metric in record["metrics"].items():
         interval = f"{metric['low']:.4g} to {metric['high']:.4g}" if "low" in metric else ""
         published = f"{paper[name]:g}" if name in paper else ""
-        rows.append([name.replace("_", " "), f"{metric['value']:.4f}", interval, published, metric.get("note", "")])
+        value = "not a number" if metric["value"] is None else f"{metric['value']:.4f}"
+        rows.append([name.replace("_", " "), value, interval, published, metric.get("note", "")])
     table = html_table(["metric", "value", "95% interval", f"paper, {variant}" if paper else "paper", ""], rows)
     return (
-        table + '<p class="note">Intervals are of the mean over seeds, for as many images and this reference, from '
-        "random halves of the samples; FID is larger for fewer images.</p>"
+        table + '<p class="note">Intervals of FID, sFID, FD and score: of the mean over seeds, for as many images and '
+        "this reference, by leaving out groups of samples in turn. Of precision and recall: of shares of so many "
+        "images. FID is larger for fewer images. The paper has 50,000 samples, and ADM's reference of ImageNet.</p>"
     )
 
 
@@ -132,8 +135,9 @@ def save_neighbours(images: ImageSet, real: ImageSet, found: Features, reference
     nearest = distances.topk(min(NEIGHBOURS, len(reference)), largest=False).indices
     of_number = {number: place for place, number in enumerate(real.numbers)}
     rows = []
-    for place, own in zip(places.tolist(), nearest.tolist(), strict=True):
-        rows.append(_take(images, range(place, place + 1)))
+    drawn = {number: place for place, number in enumerate(images.numbers)}
+    for number, own in zip(found.numbers[places].tolist(), nearest.tolist(), strict=True):
+        rows.append(_take(images, range(drawn[number], drawn[number] + 1)))
         there = [of_number[number] for number in reference.numbers[own].tolist()]
         rows += [_take(real, range(other, other + 1)) for other in there]
     side = rows[0].shape[-2:]

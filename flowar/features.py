@@ -9,26 +9,30 @@ Read next: metrics.py for what is made of them, evaluate.py.
 import hashlib
 import json
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
+from typing import NamedTuple
 
 import safetensors.torch
 import torch
 import xxhash
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from torch import Tensor
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 from torch_fidelity.utils import create_feature_extractor
 
 from flowar import __version__
-from flowar.config import ExtractorConfig
+from flowar.config import EvaluateConfig, ExtractorConfig, ReferenceConfig, SweepConfig
 from flowar.errors import UserError
 from flowar.files import write_text, write_whole
 from flowar.image_sets import ImageSet
-from flowar.leases import Leases, chunk_name, claim_one
+from flowar.leases import WAIT_S, Leases, chunk_name, claim_one
 from flowar.weights import hash_weights
 
 DEMO_EXTRACTOR = "demo-classifier"
@@ -48,7 +52,6 @@ STORE_FILE = "features.json"
 CLAIMS = "claims"
 SHARD_NAME = re.compile(r"features_(\d+)_(\d+)_([0-9a-f]{16})\.safetensors")
 READERS = 8  # threads that decode images
-WAIT_S = 0.5  # between two looks at what other workers do
 
 
 class Extractor:
@@ -84,9 +87,12 @@ class Extractor:
                 verbose=False,
             ).to(device)
         except OSError as error:  # urllib's URLError is one
-            raise UserError(f"{_missing_weights(config.name)} (fetching it failed: {error})") from error
-        except (RuntimeError, KeyError) as error:
-            raise UserError(f"extractor.weights={config.weights} does not fit {config.name}: {error}") from error
+            given = ", or give the file as extractor.weights=" if config.name in PUBLISHED_WEIGHTS else ""
+            raise UserError(f"{missing_weights(config.name)}{given} (fetching failed: {error})") from error
+        except (RuntimeError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
+            given = config.weights or Path(torch.hub.get_dir())
+            raise UserError(f"the weights of {config.name} in {given} can't be used: {error!r}"[:400]) from error
+        check_hub_weights(config)
         self._order = [next(name for name, layer in layers.items() if layer == own) for own in provided]
         self._spatial: Tensor | None = None
         if config.name == INCEPTION:
@@ -120,14 +126,23 @@ def check_weights(config: ExtractorConfig) -> None:
     file = Path(config.weights)
     if not file.is_file():
         raise UserError(f"extractor.weights={file} does not exist")
-    if config.name not in PUBLISHED_WEIGHTS or config.other_weights:
-        return
+    if config.name in PUBLISHED_WEIGHTS and not config.other_weights:
+        _check_hash(config.name, file)
+
+
+def check_hub_weights(config: ExtractorConfig) -> None:
+    """Raise a UserError if the weights that torch hub's folder has are not the published ones."""
+    if config.weights is None and config.name in PUBLISHED_WEIGHTS:
+        _check_hash(config.name, Path(torch.hub.get_dir()) / "checkpoints" / PUBLISHED_WEIGHTS[config.name][0])
+
+
+def _check_hash(name: str, file: Path) -> None:
     with file.open("rb") as opened:
         found = hashlib.file_digest(opened, "sha256").hexdigest()
-    name, expected, url = PUBLISHED_WEIGHTS[config.name]
+    published, expected, url = PUBLISHED_WEIGHTS[name]
     if not found.startswith(expected):
         raise UserError(
-            f"extractor.weights={file} has sha256 {found[:8]}..., but {name} has {expected}...; fetch it from {url}, "
+            f"the weights {file} have sha256 {found[:8]}..., but {published} has {expected}...; fetch it from {url}, "
             "or set extractor.other_weights=true for numbers that compare with no published ones"
         )
 
@@ -152,11 +167,6 @@ def missing_weights(name: str) -> str:
         file, _, url = PUBLISHED_WEIGHTS[name]
         return f"the weights of {name} are not here: fetch {url} to {folder / 'checkpoints' / file}"
     return f"the weights of {name} are not here; torch-fidelity fetches them on a machine with a network"
-
-
-def _missing_weights(name: str) -> str:
-    given = ", or give the file as extractor.weights=/path/to/it" if name in PUBLISHED_WEIGHTS else ""
-    return missing_weights(name) + given
 
 
 @dataclass(frozen=True)
@@ -184,23 +194,20 @@ def describe(extractor: Extractor, *, num_images: int, **images: object) -> dict
 
 
 def start_store(folder: Path, record: dict[str, object]) -> None:
-    """Make a folder of features, or check that it is one of the same images and network.
+    """Make a folder of features.
 
     Raises:
-        UserError: if it holds others, or can't be written.
+        UserError: if it holds those of other images or another network, or can't be written.
     """
     file = folder / STORE_FILE
-    if file.exists():
-        before = json.loads(file.read_text())
-        names = ("extractor", "weights_sha256", "identity")
-        changed = [
-            f"{name} was {before.get(name)}, now {record[name]}" for name in names if before.get(name) != record[name]
-        ]
-        if changed:
-            raise UserError(
-                f"{folder} holds features of other images or another network: {'; '.join(changed)}; give another "
-                "out_dir, or remove that folder"
-            )
+    names = ("extractor", "weights_sha256", "identity")
+    before = json.loads(file.read_text()) if file.exists() else record
+    changed = [f"{name} was {before.get(name)}, now {record[name]}" for name in names if before[name] != record[name]]
+    if changed:
+        raise UserError(
+            f"{folder} holds features of other images or by another network: {'; '.join(changed)}; give another "
+            "out_dir, or remove that folder"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(file, json.dumps(record, indent=2) + "\n")
@@ -228,74 +235,110 @@ def is_store(path: Path) -> bool:
     return (path / STORE_FILE).is_file()
 
 
-def read_features(folder: Path, layers: Iterable[str] | None = None, num_images: int | None = None) -> Features:
-    """Return all features of a folder, each image once.
+class Store(NamedTuple):
+    """Features that are all there: the folder, of how many images, and where these are."""
+
+    folder: Path
+    num_images: int
+    images: Path
+
+    def read(self, layers: Iterable[str] | None = None) -> Features:
+        """Return the features; errors as `read_features`."""
+        return read_features(self.folder, self.num_images, layers)
+
+
+def read_features(folder: Path, num_images: int, layers: Iterable[str] | None = None) -> Features:
+    """Return features, each image once, in the order of the numbers.
 
     Args:
         folder: what `extract` or `flowar sample` wrote.
+        num_images: of samples, those with numbers below this; of others, so many have to be there.
         layers: which; None: all.
-        num_images: the first so many samples; None: as many as were asked for last.
 
     Raises:
         UserError: if some are missing or damaged.
     """
     record = json.loads((folder / STORE_FILE).read_text())
-    wanted = record["num_images"] if num_images is None else num_images
-    parts: dict[str, list[Tensor]] = {}
+    are_samples = record["kind"] == "samples"
+    parts = []
     for (first, _), file in sorted(list_shards(folder).items()):
-        if first >= wanted and record.get("kind") == "samples":
+        if are_samples and first >= num_images:
             continue  # of an earlier call for more images
         content = file.read_bytes()
         if xxhash.xxh64(content).hexdigest() not in file.name:
             raise UserError(f"{file} is damaged: it does not have the hash in its name; delete it and run again")
-        for name, values in safetensors.torch.load(content).items():
-            if layers is None or name in ("numbers", "labels", *layers):
-                parts.setdefault(name, []).append(values)
-    joined = {name: torch.cat(values) for name, values in parts.items()}
-    numbers = joined.pop("numbers", torch.empty(0, dtype=torch.int64))
+        own = safetensors.torch.load(content)
+        parts.append({name: own[name] for name in own if layers is None or name in ("numbers", "labels", *layers)})
+    numbers = torch.cat([part["numbers"] for part in parts]) if parts else torch.empty(0, dtype=torch.int64)
     order = numbers.argsort(stable=True)
-    numbers = numbers[order]
-    first_ones = torch.ones(len(numbers), dtype=torch.bool)
-    first_ones[1:] = numbers[1:] != numbers[:-1]
-    if record.get("kind") == "samples":
-        first_ones &= numbers < wanted
-    order = order[first_ones]
-    if len(order) != wanted:
+    ordered = numbers[order]
+    wanted = torch.ones(len(order), dtype=torch.bool)
+    wanted[1:] = ordered[1:] != ordered[:-1]  # chunks of other sizes overlap
+    if are_samples:
+        wanted &= ordered < num_images
+    places = order[wanted]
+    if len(places) != num_images:
         raise UserError(
-            f"{folder} holds features of {len(order):,} images, but {wanted:,} were asked for; run the "
-            "same command again"
+            f"{folder} holds features of {len(places):,} images, but {num_images:,} are needed; run the same command "
+            "again"
         )
-    labels = joined.pop("labels")[order]
-    return Features(numbers[first_ones], labels, {name: values[order] for name, values in joined.items()}, record)
+    rows = torch.full((len(numbers),), -1)
+    rows[places] = torch.arange(num_images)
+    layers = {}
+    for name in list(parts[0]):
+        layers[name] = torch.empty(num_images, *parts[0][name].shape[1:], dtype=parts[0][name].dtype)
+        begin = 0
+        for part in parts:
+            own = rows[begin : begin + len(part["numbers"])]
+            layers[name][own[own >= 0]] = part.pop(name)[own >= 0] if name != "numbers" else part[name][own >= 0]
+            begin += len(own)
+    return Features(layers.pop("numbers"), layers.pop("labels"), layers, record)
 
 
 def extract(
-    images: ImageSet, extractor: Extractor, folder: Path, *, batch_size: int, chunk_images: int, lease_s: float
+    images: ImageSet,
+    extractor: Extractor,
+    folder: Path,
+    config: EvaluateConfig | ReferenceConfig | SweepConfig,
+    is_done: Callable[[], bool] = lambda: False,
 ) -> None:
     """Write the features of all images; whoever is given the same shares the work. Returns when all are there.
 
     Images are taken in fixed chunks and batches, so that the features don't depend on who computes them.
 
+    Args:
+        images: which.
+        extractor: the network.
+        folder: the store.
+        config: sizes of chunks and batches.
+        is_done: whether they are not needed any more.
+
     Raises:
         UserError: if an image can't be read, or the folder holds other features.
     """
-    record = describe(
-        extractor, num_images=len(images), kind=images.kind, root=str(images.root), identity=images.identity
-    )
-    start_store(folder, record)
-    chunks = [range(first, min(first + chunk_images, len(images))) for first in range(0, len(images), chunk_images)]
+    if is_done():
+        return
+    about = {"kind": images.kind, "root": str(images.root), "identity": images.identity}
+    start_store(folder, describe(extractor, num_images=len(images), **about))
+    size = config.chunk_images
+    chunks = [range(first, min(first + size, len(images))) for first in range(0, len(images), size)]
 
     def missing() -> list[int]:
-        there = list_shards(folder)
+        there = {} if is_done() else list_shards(folder)
+        if is_done():
+            return []
         return [i for i, own in enumerate(chunks) if (images.numbers[own[0]], images.numbers[own[-1]]) not in there]
 
-    with Leases(folder / CLAIMS, lease_s) as leases, ThreadPoolExecutor(READERS) as pool:
+    if not missing():
+        return
+    with Leases(folder / CLAIMS, config.lease_s) as leases, ThreadPoolExecutor(READERS) as pool:
         for chunk in take_chunks(leases, missing, f"features of {images.root}", len(chunks)):
             own = chunks[chunk]
-            batches = [own[first : first + batch_size] for first in range(0, len(own), batch_size)]
+            batches = [own[first : first + config.batch_size] for first in range(0, len(own), config.batch_size)]
             found = [extractor(torch.from_numpy(images.read_many(batch, pool.map))) for batch in batches]
             layers = {name: torch.cat([part[name] for part in found]) for name in found[0]}
             write_shard(folder, [images.numbers[i] for i in own], [images.labels[i] for i in own], layers)
+    shutil.rmtree(folder / CLAIMS, ignore_errors=True)
 
 
 def take_chunks(leases: Leases, missing: Callable[[], list[int]], what: str, total: int) -> Iterable[int]:
@@ -305,11 +348,7 @@ def take_chunks(leases: Leases, missing: Callable[[], list[int]], what: str, tot
         task = progress.add_task(what, total=total)
         while chunks := missing():
             progress.update(task, completed=total - len(chunks))
-            leases.folder.mkdir(parents=True, exist_ok=True)  # who finishes first tidies up
-            try:
-                claimed = claim_one(leases, chunks)
-            except FileNotFoundError:
-                continue
+            claimed = claim_one(leases, chunks)
             if claimed is None:
                 time.sleep(WAIT_S)
                 continue

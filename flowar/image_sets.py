@@ -24,6 +24,11 @@ IMAGES_FOLDER = "images"
 HASHES_FILE = "images.xxh64"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 NO_LABEL = -1
+# Of samples.json, what doesn't change image i.
+FREE_ON_RERUN = (
+    "num_images", "also", "batch_size", "decode_batch_size", "chunk_batches", "lease_s", "device", "preview",
+    "features_only", "extractor", "model", "variant", "step", "flowar", "torch",
+)  # fmt: skip
 SAMPLE_NAME = re.compile(r"(\d{6,})_class(\d{4,})\.png")
 NEEDED = "a folder of images, what `flowar sample` wrote, an .npz with arr_0, a folder of *.tar, or MDS"
 
@@ -86,7 +91,7 @@ def open_images(path: str | Path, setting: str) -> ImageSet:
         raise UserError(f"{setting}={path} does not exist; give {NEEDED}")
     if path.suffix == ".npz":
         return _open_npz(path, setting)
-    if path.is_dir() and (path / SAMPLES_FILE).is_file() and (path / IMAGES_FOLDER).is_dir():
+    if path.is_dir() and (path / SAMPLES_FILE).is_file():
         return _open_samples(path, setting)
     if path.is_dir() and (path / INDEX_FILE).is_file():
         return _open_mds(path)
@@ -112,32 +117,54 @@ def read_rgb(content: bytes) -> np.ndarray:
         return np.asarray(image.convert("RGB"))
 
 
+def settings_of_images(record: dict[str, object]) -> dict[str, object]:
+    """Return what in a samples.json decides what image i is."""
+    return {key: value for key, value in json.loads(json.dumps(record)).items() if key not in FREE_ON_RERUN}
+
+
+def identify(record: dict[str, object]) -> str:
+    """Return a hash of what decides what image i is."""
+    return _identity(sorted(settings_of_images(record).items()))
+
+
+def read_hashes(folder: Path) -> dict[str, str]:
+    """Return the hashes of what `flowar sample` drew, by the files' names below the folder."""
+    file = folder / HASHES_FILE
+    return dict(reversed(line.split("  ", 1)) for line in file.read_text().splitlines()) if file.exists() else {}
+
+
 def _open_samples(path: Path, setting: str) -> ImageSet:
     """Return what `flowar sample` wrote, each image checked against its hash."""
     record = json.loads((path / SAMPLES_FILE).read_text())
+    if not (path / IMAGES_FOLDER).is_dir():
+        kept = ", ".join(sorted(store.name.removeprefix("features-") for store in path.glob("features-*"))) or "nothing"
+        raise UserError(
+            f"{setting}={path} was drawn with features_only=true and has no images; features of {kept} are there: set "
+            "extractor.name, or draw images"
+        )
     found = sorted(
         (int(match[1]), int(match[2]), file)
         for file in (path / IMAGES_FOLDER).iterdir()
         if (match := SAMPLE_NAME.fullmatch(file.name)) and int(match[1]) < record["num_images"]
     )
-    hashes_file = path / HASHES_FILE
-    if len(found) != record["num_images"] or not hashes_file.exists():
+    hashes = read_hashes(path)
+    if len(found) != record["num_images"] or len(hashes) < len(found):
         raise UserError(
-            f"{setting}={path} holds {len(found):,} images, but {record['num_images']:,} were asked for; run the same "
-            "`flowar sample` again to draw the rest"
+            f"{setting}={path} holds {len(found):,} images, {len(hashes):,} of them hashed, but "
+            f"{record['num_images']:,} were asked for; run the same `flowar sample` again to draw the rest"
         )
-    hashes = dict(reversed(line.split("  ", 1)) for line in hashes_file.read_text().splitlines())
 
     def read(place: int) -> np.ndarray:
         file = found[place][2]
         content = file.read_bytes()
         if xxhash.xxh64(content).hexdigest() != hashes.get(f"{IMAGES_FOLDER}/{file.name}"):
-            raise UserError(f"{file} does not have the hash in {hashes_file}; delete it and run `flowar sample` again")
+            raise UserError(
+                f"{file} does not have the hash in {path / HASHES_FILE}; delete it and run `flowar sample` again"
+            )
         return read_rgb(content)
 
-    labels = [label for _, label, _ in found]
-    identity = _identity(hashes_file.read_text(), len(found))
-    return ImageSet(path, "samples", [number for number, _, _ in found], labels, identity, read)
+    numbers, labels = [number for number, _, _ in found], [label for _, label, _ in found]
+    return ImageSet(path, "samples", numbers, labels, identify(record), read)
 
 
 def _open_folder(path: Path, setting: str) -> ImageSet:
@@ -177,6 +204,8 @@ def _open_npz(path: Path, setting: str) -> ImageSet:
         raise UserError(
             f"{setting}={path}: arr_0 is {images.dtype} {images.shape}; uint8 images (N, height, width, 3) are needed"
         )
+    if labels is not None and labels.shape != (len(images),):
+        raise UserError(f"{setting}={path}: arr_1 has shape {labels.shape}; one label for each image is needed")
     given = [NO_LABEL] * len(images) if labels is None else [int(label) for label in labels]
     places = list(range(len(images)))
     return ImageSet(path, "npz", places, given, _identity(_listed([path])), lambda place: np.asarray(images[place]))
@@ -207,7 +236,7 @@ def _open_tars(path: Path) -> ImageSet:
     files = [Path(place[0]) for place in source.places]
     identity = _identity(_listed(sorted(set(files))))
     keys = [name.rsplit(":", 1)[1] for name in source.names]
-    numbers = [int(key) for key in keys] if all(key.isdigit() for key in keys) else list(range(len(keys)))
+    numbers = _numbers([int(key) if key.isdigit() else None for key in keys])
     return ImageSet(path, "tar", numbers, source.labels, identity, lambda place: read_rgb(source.read(place)))
 
 
@@ -215,8 +244,13 @@ def _open_mds(path: Path) -> ImageSet:
     """Return the column "image" of an MDS dataset, with "label" and "number" if there."""
     from streaming.base.format import reader_from_json
 
-    index = json.loads((path / INDEX_FILE).read_text())
-    readers = [reader_from_json(str(path), None, shard) for shard in index["shards"]]
+    try:
+        index = json.loads((path / INDEX_FILE).read_text())
+        readers = [reader_from_json(str(path), None, shard) for shard in index["shards"]]
+        files = [path / shard["raw_data"]["basename"] for shard in index["shards"]]
+        times = _listed(files)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no readable MDS dataset: {error!r}; uncompressed shards are needed") from error
     if not readers or "image" not in readers[0].column_names:
         raise UserError(f"{path} is MDS without a column image; moments of `flowar prepare` are no images")
     rows = [(reader, row) for reader in readers for row in range(reader.size)]
@@ -227,6 +261,10 @@ def _open_mds(path: Path) -> ImageSet:
         return np.asarray(reader[row]["image"].convert("RGB"))
 
     labels = [int(reader[row]["label"]) for reader, row in rows] if "label" in columns else [NO_LABEL] * len(rows)
-    numbers = [int(reader[row]["number"]) for reader, row in rows] if "number" in columns else list(range(len(rows)))
-    files = [path / shard["raw_data"]["basename"] for shard in index["shards"]]
-    return ImageSet(path, "mds", numbers, labels, _identity(_listed(files)), read)
+    numbers = _numbers([int(reader[row]["number"]) if "number" in columns else None for reader, row in rows])
+    return ImageSet(path, "mds", numbers, labels, _identity(times), read)
+
+
+def _numbers(given: list[int | None]) -> list[int]:
+    """Return the numbers that images come with, or their places where these don't tell them apart."""
+    return given if None not in given and len(set(given)) == len(given) else list(range(len(given)))

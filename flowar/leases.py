@@ -13,9 +13,11 @@ import itertools
 import json
 import os
 import random
+import shutil
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -28,6 +30,7 @@ from flowar.errors import UserError
 BEATS_PER_LEASE = 6
 MAX_CLOCK_CHANGE_S = 60  # start times of one process, read before and after the clock was set, differ by less
 GIVEN_UP = "given up"
+WAIT_S = 0.5  # between two looks at what others do
 
 
 @dataclass
@@ -74,8 +77,7 @@ class Leases:
         for generation in itertools.count():
             path = self._path(name, generation)
             try:
-                with path.open("x") as file:
-                    file.write(_signature(0))
+                self._create(path)
             except FileExistsError:
                 if self._path(name, generation + 1).exists() or self._is_free(path):
                     continue
@@ -84,6 +86,18 @@ class Leases:
                 self._mine[name] = path
             return True
         raise AssertionError("unreachable")
+
+    def _create(self, path: Path) -> None:
+        """Create a claim; the folder too, if somebody has tidied up (whoever claims looks again at what is left)."""
+        for is_last in (False, True):
+            try:
+                with path.open("x") as file:
+                    file.write(_signature(0))
+                return
+            except FileNotFoundError:
+                if is_last:
+                    raise
+                self.folder.mkdir(parents=True, exist_ok=True)
 
     def release(self, name: str) -> None:
         """Give up `name`, so that others can claim it."""
@@ -162,9 +176,25 @@ class Leases:
 
 def claim_one(leases: Leases, chunks: list[int]) -> int | None:
     """Return a chunk that this worker has just claimed, or None if others hold all of them."""
-    others = any(leases.folder.iterdir())
-    first = random.randrange(len(chunks)) if others else 0  # a thousand workers don't all try the same chunk
+    has_others = leases.folder.is_dir() and any(leases.folder.glob("*"))
+    first = random.randrange(len(chunks)) if has_others else 0  # a thousand workers don't all try the same chunk
     return next((chunk for chunk in chunks[first:] + chunks[:first] if leases.claim(chunk_name(chunk))), None)
+
+
+def finish_together(leases: Leases, is_done: Callable[[], bool], finish: Callable[[], object]) -> bool:
+    """Have one of all processes finish; return when that is done, whoever did it and whoever died at it.
+
+    Returns:
+        Whether this process did.
+    """
+    while not is_done():
+        if not leases.claim("finish"):
+            time.sleep(WAIT_S)
+        elif not is_done():
+            finish()
+            shutil.rmtree(leases.folder, ignore_errors=True)
+            return True
+    return False
 
 
 def chunk_name(chunk: int) -> str:

@@ -35,8 +35,8 @@ def pack(kind: str, files: Sequence[Path], labels: Sequence[int], out_dir: Path)
     """
     record_file = out_dir / PACKED_FILE
     record = json.loads(record_file.read_text()) if record_file.exists() else {}
-    target = out_dir / ("samples.npz" if kind == "npz" else kind)
-    if record.get(kind, {}).get("num_images") == len(files) and target.exists():
+    target = _target(kind, out_dir)
+    if is_packed(kind, len(files), out_dir):
         return target
     if target.is_dir():
         shutil.rmtree(target)  # of fewer images
@@ -47,11 +47,22 @@ def pack(kind: str, files: Sequence[Path], labels: Sequence[int], out_dir: Path)
     return target
 
 
+def _target(kind: str, out_dir: Path) -> Path:
+    return out_dir / ("samples.npz" if kind == "npz" else kind)
+
+
+def is_packed(kind: str, num_images: int, out_dir: Path) -> bool:
+    """Return whether so many images are packed in this form."""
+    file = out_dir / PACKED_FILE
+    record = json.loads(file.read_text()) if file.exists() else {}
+    return record.get(kind, {}).get("num_images") == num_images and _target(kind, out_dir).exists()
+
+
 def write_npz(files: Sequence[Path], labels: Sequence[int], target: Path) -> None:
     """Write arr_0, uint8 (N, H, W, 3), and arr_1, the labels, as ADM's evaluator reads them.
 
-    In a fixed random order: that evaluator takes the first 10,000 for precision and recall, and the Inception score
-    over parts, which go wrong where classes come one after the other.
+    In a fixed random order: that evaluator takes the Inception score over consecutive parts, which goes wrong where
+    classes come one after the other.
     """
     order = np.random.default_rng(PERMUTATION_SEED).permutation(len(files))
     height, width, channels = read_pixels(files[0]).shape

@@ -1,17 +1,20 @@
 """What samples are compared with: statistics and features of real images; and `flowar evaluate make-reference`.
 
 Forms: images of any kind, an .npz with mu and sigma (ADM's VIRTUAL_*.npz has images too), or what make-reference wrote:
-    OUT_DIR/features-NETWORK/statistics.npz    mu, sigma (and mu_s, sigma_s: sFID's) of all images
-    OUT_DIR/features-NETWORK/features_*        features of some of them, evenly spaced; features.py
+    OUT_DIR/features-NETWORK/          complete as soon as it has this name
+        statistics.npz                 mu, sigma (and mu_s, sigma_s: sFID's) of all images
+        features.json, features_*      features of some of them, evenly spaced; features.py
+    OUT_DIR/partial-NETWORK/           features of all, while they are computed
 Read next: evaluate.py.
 """
 
-import contextlib
 import json
+import secrets
 import shutil
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,23 +24,22 @@ from flowar.distributed import pick_device
 from flowar.errors import UserError
 from flowar.features import (
     CLAIMS,
+    INCEPTION,
     STORE_FILE,
     Extractor,
     Features,
+    Store,
     extract,
-    is_store,
-    list_shards,
     read_features,
     write_shard,
 )
-from flowar.files import write_text, write_whole
-from flowar.image_sets import open_images
-from flowar.leases import Leases
+from flowar.files import publish_folder, write_text
+from flowar.image_sets import SAMPLES_FILE, ImageSet, open_images
+from flowar.leases import Leases, finish_together
 from flowar.metrics import Statistics, statistics
 
 STATISTICS_FILE = "statistics.npz"
-KEYS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # ADM's names
-COVARIED = tuple(KEYS)  # layers that have statistics
+KEYS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # ADM's names, by layer
 
 
 @dataclass(frozen=True)
@@ -50,80 +52,107 @@ class Reference:
     images: Path | None  # where the images of these features are
 
 
-def store_folder(folder: Path, extractor: str) -> Path:
-    """Return where the features of a network are kept below a folder."""
-    return folder / f"features-{extractor}"
+class ReferenceSource(NamedTuple):
+    """Where a reference comes from, with all features computed."""
+
+    path: Path
+    statistics: Path | None  # an .npz with those of all images; None: made of the features
+    store: Store | None
+
+    def read(self) -> Reference:
+        """Return the reference."""
+        features = self.store.read() if self.store is not None else None
+        made = read_statistics(self.statistics) if self.statistics is not None else make_statistics(features)
+        return Reference(self.path, made, features, self.store.images if self.store is not None else None)
 
 
-def get_features(
+def prepare_features(
     path: Path, setting: str, extractor: Extractor, folder: Path, config: EvaluateConfig | SweepConfig
-) -> Features:
-    """Return the features of images, computing those that are not there, with whoever else was asked to.
+) -> Store:
+    """Have the features of images computed that are not there, with whoever else was asked to.
 
     Args:
-        path: images, or a folder that has their features in it.
+        path: images, or what `flowar sample features_only=true` wrote.
         setting: whose value `path` is, for messages.
         extractor: the network.
-        folder: gets the features.
+        folder: below which features are kept, of whatever images and networks.
         config: how.
 
     Raises:
-        UserError: if there are no images, or the features are another network's.
+        UserError: if there are no images, or the features are by other weights.
     """
-    store = store_folder(path, extractor.name)
-    if is_store(store):
-        return check_network(read_features(store), extractor, f"{setting}={path}")
-    store = store_folder(folder, extractor.name)
+    drawn = path / f"features-{extractor.name}"
+    if (drawn / STORE_FILE).is_file() and (path / SAMPLES_FILE).is_file():
+        check_network(drawn, extractor, f"{setting}={path}")
+        return Store(drawn, json.loads((path / SAMPLES_FILE).read_text())["num_images"], path)
     images = open_images(path, setting)
-    settings = {"batch_size": config.batch_size, "chunk_images": config.chunk_images, "lease_s": config.lease_s}
-    extract(images, extractor, store, **settings)
-    return read_features(store)
+    name = f"{extractor.name}-{extractor.weights_sha256[:8]}-{images.identity}"
+    extract(images, extractor, folder / "features" / name, config)
+    return Store(folder / "features" / name, len(images), path)
 
 
-def check_network(features: Features, extractor: Extractor, what: str) -> Features:
-    """Return the features, if they are of this network with these weights.
+def check_network(store: Path, extractor: Extractor, what: str) -> dict[str, object]:
+    """Return a store's record, if it is of this network with these weights.
 
     Raises:
-        UserError: if they are not.
+        UserError: if it is not.
     """
-    found = features.record["weights_sha256"]
+    record = json.loads((store / STORE_FILE).read_text())
+    found = record["weights_sha256"]
     if found != extractor.weights_sha256:
         raise UserError(
             f"{what} holds features by weights {found[:12]} of {extractor.name}, but those used here are "
             f"{extractor.weights_sha256[:12]}; use the same weights for both, or make them again"
         )
-    return features
+    return record
 
 
-def load_reference(config: EvaluateConfig | SweepConfig, extractor: Extractor, folder: Path) -> Reference:
-    """Return the reference for a network; features that are not there are computed into `folder`.
+def check_reference(path: Path, extractor: Extractor) -> None:
+    """Raise a UserError if a reference is none, or of another network; before anything is computed."""
+    if not path.exists():
+        raise UserError(f"reference={path} does not exist; give images, an .npz with mu and sigma, or a made reference")
+    store = path / f"features-{extractor.name}"
+    if (store / STATISTICS_FILE).exists():
+        check_network(store, extractor, f"reference={path}")
+    elif any(path.glob(f"features-*/{STATISTICS_FILE}")):
+        there = ", ".join(sorted(found.name.removeprefix("features-") for found in path.glob("features-*")))
+        raise UserError(
+            f"reference={path} has features of {there}, not of {extractor.name}; add them with `flowar evaluate "
+            f"make-reference images=... out_dir={path} extractor.name={extractor.name}`"
+        )
+    elif path.suffix == ".npz":
+        read_statistics(path)
+    else:
+        open_images(path, "reference")
+
+
+def prepare_reference(config: EvaluateConfig | SweepConfig, extractor: Extractor, folder: Path) -> ReferenceSource:
+    """Return where the reference for a network comes from; features that are not there are computed below `folder`.
 
     Raises:
         UserError: if it can't be read or doesn't fit the network.
     """
     path = Path(config.reference)
-    store = store_folder(path, extractor.name)
-    if is_store(store) and (store / STATISTICS_FILE).exists():
-        features = check_network(read_features(store), extractor, f"reference={path}")
-        return Reference(path, read_statistics(store / STATISTICS_FILE), features, Path(features.record["root"]))
-    if path.is_dir() and any(path.glob(f"features-*/{STATISTICS_FILE}")):
-        there = ", ".join(sorted(found.parent.name.removeprefix("features-") for found in path.glob("features-*/")))
-        raise UserError(
-            f"reference={path} has features of {there}, not of {extractor.name}; add them with `flowar evaluate "
-            f"make-reference images=... out_dir={path} extractor.name={extractor.name}`"
-        )
-    given = read_statistics(path) if path.suffix == ".npz" and path.is_file() else {}
-    if given and not has_images(path):
-        return Reference(path, given, None, None)
-    features = get_features(path, "reference", extractor, folder / "reference", config)
-    made = {layer: statistics(features.layers[layer]) for layer in COVARIED if layer in features.layers}
-    return Reference(path, given or made, features, path)
+    check_reference(path, extractor)
+    store = path / f"features-{extractor.name}"
+    if (store / STATISTICS_FILE).exists():
+        record = json.loads((store / STORE_FILE).read_text())
+        return ReferenceSource(path, store / STATISTICS_FILE, Store(store, record["num_images"], Path(record["root"])))
+    given = path if path.suffix == ".npz" and read_statistics(path) else None
+    if given is not None and not has_images(path):
+        return ReferenceSource(path, given, None)
+    return ReferenceSource(path, given, prepare_features(path, "reference", extractor, folder, config))
 
 
 def has_images(path: Path) -> bool:
     """Return whether an .npz has images beside its statistics."""
     with zipfile.ZipFile(path) as archive:
         return "arr_0.npy" in archive.namelist()
+
+
+def make_statistics(features: Features) -> dict[str, Statistics]:
+    """Return the statistics of features, by layer."""
+    return {layer: statistics(features.layers[layer]) for layer in KEYS if layer in features.layers}
 
 
 def read_statistics(file: Path) -> dict[str, Statistics]:
@@ -145,7 +174,8 @@ def read_statistics(file: Path) -> dict[str, Statistics]:
     if not found and "arr_0" not in names:
         raise UserError(f"{file} holds {', '.join(names)}; mu and sigma (statistics) or images in arr_0 are needed")
     for layer, (mu, sigma) in found.items():
-        if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)) or not np.isfinite(sigma).all():
+        fits = mu.ndim == 1 and sigma.shape == (len(mu), len(mu))
+        if not fits or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise UserError(
                 f"{file}: {KEYS[layer][0]} has shape {mu.shape} and {KEYS[layer][1]} {sigma.shape}; (D,) and (D, D), "
                 "all finite, are needed"
@@ -157,48 +187,44 @@ def main(config: ReferenceConfig, dry_run: bool = False) -> None:
     """Make a reference, with whoever else was given the same command."""
     extractor = Extractor(config.extractor, pick_device(config.device))
     images = open_images(config.images, "images")
-    store = store_folder(Path(config.out_dir), extractor.name)
-    print(f"{len(images):,} images in {config.images}, features by {extractor.name} into {store}")
+    out_dir = Path(config.out_dir)
+    target, partial = out_dir / f"features-{extractor.name}", out_dir / f"partial-{extractor.name}"
+    print(f"{len(images):,} images in {config.images}, features by {extractor.name} into {target}")
+    if target.exists():
+        record = check_network(target, extractor, f"out_dir={out_dir}")
+        if record["identity"] != images.identity:
+            raise UserError(f"{target} is a reference of other images, {record['root']}; give another out_dir")
+        shutil.rmtree(partial, ignore_errors=True)  # of one that died at the very end
+        print(f"{target} is there already")
+        return
     if dry_run:
         return
-    if (store / STATISTICS_FILE).exists():
-        record = json.loads((store / STORE_FILE).read_text())
-        if record["identity"] != images.identity:
-            raise UserError(f"{store} is a reference of other images, {record['root']}; give another out_dir")
-        print(f"{store / STATISTICS_FILE} is there already")
-        return
-    settings = {"batch_size": config.batch_size, "chunk_images": config.chunk_images, "lease_s": config.lease_s}
-    extract(images, extractor, store, **settings)
-    with contextlib.suppress(FileNotFoundError), Leases(store / CLAIMS, config.lease_s) as leases:
-        if not leases.claim("finish") or (store / STATISTICS_FILE).exists():
-            return
-        given = read_statistics(Path(config.images)) if images.kind == "npz" else {}
-        finish(config, store, given)
-        print(f"wrote {store / STATISTICS_FILE}")
+    extract(images, extractor, partial, config, is_done=target.exists)
+    with Leases(partial / CLAIMS, config.lease_s) as leases:
+        if finish_together(leases, target.exists, lambda: finish(config, images, partial, target)):
+            print(f"wrote {target}")
 
 
-def finish(config: ReferenceConfig, store: Path, given: dict[str, Statistics]) -> None:
-    """Write the statistics of all images, and leave features of some."""
-    features = read_features(store, COVARIED)
-    made = given or {layer: statistics(values) for layer, values in features.layers.items()}
-    arrays = {name: array for layer, own in made.items() for name, array in zip(KEYS[layer], own, strict=True)}
-    total = len(features)
-    kept = min(config.keep_images or total, total)
-    # The features that stay take the place of the others before the statistics say that all is done.
-    if kept < total:
-        some = features.at(torch.linspace(0, total - 1, kept).round().long())
-        old = list_shards(store)
-        write_text(store / STORE_FILE, json.dumps(features.record | {"num_images": kept, "of": total}, indent=2) + "\n")
-        write_shard(store, some.numbers.tolist(), some.labels.tolist(), some.layers)
-        for file in old.values():
-            file.unlink()
-    write_whole(store / STATISTICS_FILE, lambda hidden: _save_npz(hidden, arrays | {"num_images": np.int64(total)}))
-    shutil.rmtree(store / CLAIMS, ignore_errors=True)
-
-
-def _save_npz(file: Path, arrays: dict[str, np.ndarray]) -> None:
-    with file.open("wb") as opened:
-        np.savez(opened, **arrays)
+def finish(config: ReferenceConfig, images: ImageSet, partial: Path, target: Path) -> None:
+    """Publish the statistics of all images with the features of some, and only then delete the others."""
+    features = read_features(partial, len(images), KEYS)
+    given = read_statistics(Path(config.images)) if images.kind == "npz" else {}
+    if features.record["extractor"] != INCEPTION:
+        given = {}  # files with mu and sigma are Inception's
+    arrays = {}
+    for layer, own in (given or make_statistics(features)).items():
+        arrays |= dict(zip(KEYS[layer], own, strict=True))
+    kept = min(config.keep_images or len(images), len(images))
+    some = features.at(torch.linspace(0, len(images) - 1, kept).round().long())
+    hidden = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    hidden.mkdir()
+    write_text(
+        hidden / STORE_FILE, json.dumps(features.record | {"num_images": kept, "of": len(images)}, indent=2) + "\n"
+    )
+    write_shard(hidden, some.numbers.tolist(), some.labels.tolist(), some.layers)
+    np.savez(hidden / STATISTICS_FILE, **arrays, num_images=np.int64(len(images)))
+    publish_folder(hidden, target)
+    shutil.rmtree(partial, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,24 @@
 """What a run says of itself: metrics.jsonl, the progress bar, wandb. Formats numbers, never computes them."""
 
+import hashlib
 import json
 import secrets
 import time
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from flowar.config import TrainConfig, WandbConfig, load_config
 from flowar.files import write_text
-from flowar.run_folder import CONFIG_FILE, METRICS_FILE
+from flowar.run_folder import CONFIG_FILE, METRICS_FILE, step_name
 
 WANDB_ID_FILE = "wandb_id.txt"
-EVALUATIONS_FILE = "evaluations.jsonl"  # one line for each time that samples of a checkpoint were measured
-SENT_FILE = "evaluations_sent.txt"  # how many of them wandb has
+EVALUATIONS = "evaluations"  # a file for each time that samples of a checkpoint were measured
+SENT_FILE = "sent.txt"  # which of them wandb has
 LIVE_FILE = "wandb_live"  # touched while a training process has the wandb run open
 LIVE_S = 1800
 QUIET_LINE_EVERY = 10  # where no terminal shows the bar, every so many records give a line
@@ -50,6 +52,8 @@ class TrainingReport:
         self.file = run_dir / METRICS_FILE
         self.rewind(step)
         self.wandb_run = _start_wandb(run_dir, wandb_config, settings) if is_main else None
+        if self.wandb_run is not None:
+            (run_dir / LIVE_FILE).touch()
         self.tensorboard = _start_tensorboard(run_dir, step) if is_main and tensorboard else None
         self.console = Console(quiet=not is_main)
         self.progress = Progress(
@@ -72,9 +76,10 @@ class TrainingReport:
     def __exit__(self, *exception: object) -> None:
         self.progress.stop()
         if self.wandb_run is not None:
-            send_evaluations(self.wandb_run, self.file.parent)
-            (self.file.parent / LIVE_FILE).unlink(missing_ok=True)
+            for evaluation in take_evaluations(self.wandb_run, self.file.parent):
+                self.wandb_run.log(evaluation)
             self.wandb_run.finish(exit_code=1 if exception[0] else 0)
+            (self.file.parent / LIVE_FILE).unlink(missing_ok=True)
         if self.tensorboard is not None:
             self.tensorboard.close()
 
@@ -89,9 +94,11 @@ class TrainingReport:
         with self.file.open("a") as file:
             file.write(json.dumps(record) + "\n")
         if self.wandb_run is not None:
-            self.wandb_run.log({k: v for k, v in record.items() if k != "step"}, step=int(record["step"]))
             (self.file.parent / LIVE_FILE).touch()
-            send_evaluations(self.wandb_run, self.file.parent)
+            values = {k: v for k, v in record.items() if k != "step"}
+            for evaluation in take_evaluations(self.wandb_run, self.file.parent, most=1):
+                values |= evaluation  # in one record: a second one would move wandb's own step on
+            self.wandb_run.log(values, step=int(record["step"]))
         if self.tensorboard is not None:
             for key, value in record.items():
                 self.tensorboard.add_scalar(key, value, int(record["step"]))
@@ -133,49 +140,58 @@ class TrainingReport:
 
 
 def record_evaluation(run_dir: Path, record: dict[str, object]) -> None:
-    """Add metrics of a checkpoint's samples to a run: to evaluations.jsonl, and to wandb.
+    """Add metrics of a checkpoint's samples to a run: a file in RUN_DIR/evaluations, and wandb.
 
-    A training process that has the wandb run open sends them itself, when it logs next: two processes must not write to
-    one run.
+    A training process that has the wandb run open sends them itself: two processes must not write to one run.
 
     Args:
         run_dir: of the training.
-        record: "step", "num_samples", and metrics.
+        record: "step", "num_samples", "protocol", "samples", "reference", and metrics.
     """
-    if record not in read_evaluations(run_dir):
-        with (run_dir / EVALUATIONS_FILE).open("a") as file:
-            file.write(json.dumps(record) + "\n")
-    live = run_dir / LIVE_FILE
-    if live.exists() and time.time() - live.stat().st_mtime < LIVE_S:
-        return
+    which = [record.get(name) for name in ("step", "num_samples", "protocol", "samples", "reference")]
+    name = hashlib.sha256(json.dumps(which).encode()).hexdigest()[:12]
+    folder = run_dir / EVALUATIONS
+    folder.mkdir(exist_ok=True)
+    write_text(folder / f"{step_name(int(record['step']))}.{name}.json", json.dumps(record, indent=2) + "\n")
     config = load_config(TrainConfig, run_dir / CONFIG_FILE)
-    wandb_run = _start_wandb(run_dir, config.wandb, {})
-    if wandb_run is not None:
-        send_evaluations(wandb_run, run_dir)
+    with FileLock(folder / ".lock"):
+        live = run_dir / LIVE_FILE
+        if config.wandb.mode == "disabled" or (live.exists() and time.time() - live.stat().st_mtime < LIVE_S):
+            return
+        wandb_run = _start_wandb(run_dir, config.wandb, {})
+        for values in take_evaluations(wandb_run, run_dir):
+            wandb_run.log(values)
         wandb_run.finish()
 
 
 def read_evaluations(run_dir: Path) -> list[dict[str, object]]:
-    """Return the records of evaluations.jsonl."""
-    file = run_dir / EVALUATIONS_FILE
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """Return all metrics of a run's checkpoints, by step."""
+    return [json.loads(file.read_text()) for file in sorted((run_dir / EVALUATIONS).glob("step_*.json"))]
 
 
-def send_evaluations(wandb_run: object, run_dir: Path) -> None:
-    """Send to wandb what it doesn't have of evaluations.jsonl, each at the step of its checkpoint."""
-    sent_file = run_dir / SENT_FILE
-    sent = int(sent_file.read_text()) if sent_file.exists() else 0
-    records = read_evaluations(run_dir)
-    if len(records) <= sent:
-        return
+def take_evaluations(wandb_run: object, run_dir: Path, most: int | None = None) -> list[dict[str, float]]:
+    """Return what wandb doesn't have of a run's evaluations, each with the step of its checkpoint, and note it as sent.
+
+    Args:
+        wandb_run: is told that these have steps of their own.
+        run_dir: of the training.
+        most: so many at a time.
+    """
+    sent_file = run_dir / EVALUATIONS / SENT_FILE
+    sent = sent_file.read_text().split() if sent_file.exists() else []
+    files = [file for file in sorted((run_dir / EVALUATIONS).glob("step_*.json")) if file.name not in sent][:most]
+    if not files:
+        return []
     wandb_run.define_metric("evaluation/*", step_metric="evaluation/step")
-    for record in records[sent:]:
-        numbers = {name: value for name, value in record.items() if isinstance(value, int | float)}
+    found = []
+    for file in files:
+        record = json.loads(file.read_text())
         count = f"_{round(record['num_samples'] / 1000)}k" if record["num_samples"] >= 1000 else ""
-        named = {f"evaluation/{name}{'' if name == 'step' else count}": value for name, value in numbers.items()}
-        wandb_run.log(named)
-    write_text(sent_file, f"{len(records)}\n")
+        numbers = {name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"}
+        named = {f"evaluation/{name}{count}": value for name, value in numbers.items() if name != "num_samples"}
+        found.append({"evaluation/step": record["step"], **named})
+    write_text(sent_file, "\n".join([*sent, *(file.name for file in files)]) + "\n")
+    return found
 
 
 def _start_tensorboard(run_dir: Path, step: int) -> object:

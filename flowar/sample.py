@@ -4,7 +4,6 @@ Read next: generate.py for how one is drawn, evaluate.py.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
@@ -28,11 +27,11 @@ from flowar.errors import UserError
 from flowar.files import write_text
 from flowar.gallery import save_gallery
 from flowar.generate import StepNoise, draw_noise, make_time_grids, sample_latents
-from flowar.image_sets import HASHES_FILE, IMAGES_FOLDER
+from flowar.image_sets import HASHES_FILE, IMAGES_FOLDER, identify, read_hashes, settings_of_images
 from flowar.image_sets import SAMPLES_FILE as RECORD_FILE
-from flowar.leases import Leases, chunk_name, claim_one
+from flowar.leases import Leases, chunk_name, claim_one, finish_together
 from flowar.model import FlowAR
-from flowar.packing import pack
+from flowar.packing import is_packed, pack
 from flowar.pictures import save_grid, save_png
 from flowar.run_folder import checkpoint_step, is_checkpoint
 from flowar.shards import hash_file
@@ -43,11 +42,6 @@ if TYPE_CHECKING:
     from flowar.features import Extractor
 
 GRID_IMAGES = 100  # shown in grid.png
-# Of samples.json, what doesn't change image i.
-FREE_ON_RERUN = (
-    "num_images", "also", "batch_size", "decode_batch_size", "chunk_batches", "lease_s", "device", "preview",
-    "features_only", "extractor", "model", "variant", "step", "flowar", "torch",
-)  # fmt: skip
 CLAIMS = "claims"
 WRITERS = 4  # threads
 WAIT_S = 1  # between two looks at what other workers do
@@ -129,7 +123,12 @@ def draw(job: "Job", record: dict[str, object], *, wait: bool = True) -> bool:
             settings = {"kind": "samples", "root": str(job.out_dir), "identity": identify(record)}
             start_store(job.store, describe(job.extractor, num_images=job.config.num_images, **settings))
         with Leases(job.out_dir / CLAIMS, job.config.lease_s) as leases:
-            return work(job, leases, wait=wait)
+            has_drawn = work(job, leases, wait=wait)
+            if not wait:
+                return has_drawn
+            finish_together(leases, lambda: is_finished(job), lambda: finish(job) if job.extractor is None else None)
+            shutil.rmtree(leases.folder, ignore_errors=True)
+            return has_drawn
     except OSError as error:
         raise UserError(f"can't write to {job.out_dir}: {error}; mend that and start the same command again") from error
 
@@ -249,13 +248,9 @@ def work(job: Job, leases: Leases, *, wait: bool) -> bool:
             progress.update(task, completed=completed, speed=speed)
 
         while missing := job.missing():
-            leases.folder.mkdir(exist_ok=True)  # it goes when all is done, which file systems may show late
             show(config.num_images - len(missing))
             chunks = list(dict.fromkeys(number // job.chunk_images for number in missing))
-            try:
-                claimed = claim_one(leases, chunks)
-            except FileNotFoundError:
-                continue
+            claimed = claim_one(leases, chunks)
             if claimed is None:
                 if not drawn and not wait:
                     return has_drawn
@@ -263,33 +258,40 @@ def work(job: Job, leases: Leases, *, wait: bool) -> bool:
                     time.sleep(WAIT_S)
                 settle(keep=0)
                 continue
+            if not any(number // job.chunk_images == claimed for number in job.missing()):
+                leases.release(chunk_name(claimed))  # done by another one while we looked
+                continue
             has_drawn = True
             drawn.append((claimed, draw_chunk(job, job.chunk(claimed), pool)))
             settle(keep=1)
         settle(keep=0)
         show(config.num_images)
-    try:
-        is_last = leases.claim("finish")
-    except FileNotFoundError:
-        return has_drawn  # another one has finished all
-    if is_last:
-        if job.extractor is None:
-            finish(job)
-        shutil.rmtree(leases.folder, ignore_errors=True)
     return has_drawn
 
 
+def is_finished(job: Job) -> bool:
+    """Return whether all images are there, hashed and packed."""
+    if job.missing():
+        return False
+    if job.extractor is not None:
+        return True
+    hashed = read_hashes(job.out_dir)
+    count = job.config.num_images
+    return len(hashed) == count and all(is_packed(kind, count, job.out_dir) for kind in job.config.also)
+
+
 def finish(job: Job) -> None:
-    """Hash all images, make the grid and what else was asked for; remove what killed workers left."""
+    """Make the grid and what else was asked for of all images, and hash them; remove what killed workers left."""
     for leftover in job.images.glob(".*"):
-        leftover.unlink()
+        leftover.unlink(missing_ok=True)
     files = [job.file(number) for number in range(job.config.num_images)]
-    with ThreadPoolExecutor(WRITERS) as pool:
-        lines = (f"{found}  {IMAGES_FOLDER}/{file.name}\n" for file, found in zip(files, pool.map(hash_file, files)))  # noqa: B905
-        write_text(job.out_dir / HASHES_FILE, "".join(lines))  # as `xxh64sum -c` reads it
     save_grid(load_pngs(files[:GRID_IMAGES]), job.out_dir / "grid.png", columns=10)
     for kind in job.config.also:
         print(f"wrote {pack(kind, files, [job.label(number) for number in range(len(files))], job.out_dir)}")
+    with ThreadPoolExecutor(WRITERS) as pool:
+        hashes = pool.map(hash_file, files)
+        lines = [f"{found}  {IMAGES_FOLDER}/{file.name}\n" for file, found in zip(files, hashes, strict=True)]
+    write_text(job.out_dir / HASHES_FILE, "".join(lines))  # as `xxh64sum -c` reads it; says that all is done
 
 
 def draw_chunk(job: Job, numbers: range, pool: ThreadPoolExecutor) -> list[Future]:
@@ -399,16 +401,6 @@ def describe_samples(job: Job) -> dict[str, object]:
         model["step"] = checkpoint_step(job.folder)
     identity = {"weights_sha256": job.weights_sha256, "vae_sha256": job.vae.weights_sha256, "vae_name": job.vae.name}
     return {**model, "flowar": __version__, "torch": torch.__version__, **identity, **settings}
-
-
-def settings_of_images(record: dict[str, object]) -> dict[str, object]:
-    """Return what in a record decides what image i is."""
-    return {key: value for key, value in json.loads(json.dumps(record)).items() if key not in FREE_ON_RERUN}
-
-
-def identify(record: dict[str, object]) -> str:
-    """Return a hash of what decides what image i is."""
-    return hashlib.sha256(json.dumps(settings_of_images(record), sort_keys=True).encode()).hexdigest()
 
 
 def check_same_samples(out_dir: Path, record: dict[str, object]) -> None:

@@ -5,36 +5,34 @@ same noise, so that their differences are surer than their distances. Any number
 Read next: sample.py, references.py.
 """
 
-import contextlib
 import dataclasses
 import itertools
 import json
 import random
-import shutil
 import time
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from flowar.config import AverageConfig, SampleConfig, SweepConfig, describe_changes
+from flowar.config import AverageConfig, ExportConfig, SampleConfig, SweepConfig, describe_changes
 from flowar.distributed import pick_device
 from flowar.errors import UserError
+from flowar.evaluate import frechet_metric
+from flowar.export import main as export
 from flowar.features import Extractor, read_features
 from flowar.files import write_text
 from flowar.generate import make_time_grids
 from flowar.info import count_sampling_flops
-from flowar.leases import Leases
-from flowar.metrics import Frechet, Interval, bootstrap_errors, statistics
+from flowar.leases import WAIT_S, Leases, finish_together
+from flowar.metrics import Frechet, groups
 from flowar.pictures import save_scatter
 from flowar.posthoc_ema import main as make_average
-from flowar.references import load_reference
+from flowar.references import check_reference, prepare_reference
 from flowar.sample import Job, describe_samples, draw, open_job
 
 SETTINGS, CLAIMS, MODELS = "settings", "claims", "models"
 RESULTS_FILE, RECIPE_FILE, PICTURE_FILE = "sweep.json", "recipe.yaml", "pareto.png"
-WAIT_S = 0.5
 CARRIED_OUT = ("model", "out_dir", "num_images", "features_only", "extractor", "device", "lease_s")  # not in a recipe
 
 
@@ -66,48 +64,39 @@ def main(config: SweepConfig, dry_run: bool = False) -> None:
     rounds = plan_rounds(len(settings), config)
     plan = ", then ".join(f"{count} of {images:,} images" for count, images in rounds)
     print(f"{len(settings)} settings: {plan}")
+    extractor = Extractor(config.extractor, device)
+    check_reference(Path(config.reference), extractor)
     if dry_run:
         for setting in settings:
             print(f"  {setting.name}")
         return
     check_same_sweep(out_dir, config)
-    extractor = Extractor(config.extractor, device)
-    reference = load_reference(config, extractor, out_dir)
+    reference = prepare_reference(config, extractor, out_dir).read()
     distance = Frechet(reference.statistics["features"], device)
     with Leases(out_dir / CLAIMS, config.lease_s) as leases:
-        make_averages(config, leases)
-        jobs = {}
+        keep_models(config, leases)
         left = settings
         for count, num_images in rounds:
             left = left[:count]
-            for setting in left:
-                key = setting.sample.model, setting.sample.weights
-                if key not in jobs and not setting.score_file(num_images).exists():
-                    jobs[key] = open_job(setting.sample)
-            measure(left, num_images, jobs, distance, leases, config)
+            measure(left, num_images, distance, leases, config)
             left = sorted(left, key=lambda setting: setting.score(num_images)["fid"])
             print(f"{num_images:,} images: best {left[0].name}, FID {left[0].score(num_images)['fid']:.3f}")
-        with contextlib.suppress(FileNotFoundError):
-            if leases.claim("finish"):
-                finish(config, settings, left[0], rounds)
-                shutil.rmtree(leases.folder, ignore_errors=True)
+        finish_together(leases, (out_dir / RESULTS_FILE).exists, lambda: finish(config, settings, left[0], rounds))
+    Console().print(table_of(json.loads((out_dir / RESULTS_FILE).read_text())["settings"], config.model))
+    print(f"best: {left[0].name}; see {out_dir / RECIPE_FILE}, {RESULTS_FILE} and {PICTURE_FILE}")
 
 
 def list_settings(config: SweepConfig) -> list[Setting]:
     """Return all combinations; those that guidance 1 makes equal are there once."""
-    models = [(config.model, weights, weights) for weights in config.weights]
-    averages = Path(config.out_dir) / MODELS
-    models += [(str(averages / f"std_{std:g}"), "ema", f"std_{std:g}") for std in config.ema_stds]
     found = {}
-    axes = (models, config.guidance, config.interval_ends, config.num_steps, config.last_step_shares)
-    for (model, weights, average), guidance, end, steps, share in itertools.product(*axes):
+    axes = (list_models(config), config.guidance, config.interval_ends, config.num_steps, config.last_step_shares)
+    for average, guidance, end, steps, share in itertools.product(*axes):
         end = config.sample.guidance_interval[1] if guidance == 1 else end
         last = max(2, round(steps * share))
         name = f"{average}_guidance{guidance:g}_to{end:g}_steps{steps}" + (f"to{last}" if last != steps else "")
         sample = dataclasses.replace(
             config.sample,
-            model=model,
-            weights=weights,
+            model=str(Path(config.out_dir) / MODELS / average),
             guidance=guidance,
             guidance_interval=(config.sample.guidance_interval[0], end),
             num_steps=steps,
@@ -152,56 +141,55 @@ def check_same_sweep(out_dir: Path, config: SweepConfig) -> None:
     write_text(file, json.dumps(now, indent=2) + "\n")
 
 
-def make_averages(config: SweepConfig, leases: Leases) -> None:
-    """Put together the averages that were asked for by their length, each by one process."""
-    for std in config.ema_stds:
-        target = Path(config.out_dir) / MODELS / f"std_{std:g}"
+def list_models(config: SweepConfig) -> list[str]:
+    """Return the names of the weights that are compared."""
+    return [*config.weights, *(f"std_{std:g}" for std in config.ema_stds)]
+
+
+def keep_models(config: SweepConfig, leases: Leases) -> None:
+    """Copy the weights that are compared into the sweep's folder, each by one process: a run that trains goes on."""
+    stds = {f"std_{std:g}": std for std in config.ema_stds}
+    for name in list_models(config):
+        target = Path(config.out_dir) / MODELS / name
         target.parent.mkdir(exist_ok=True)
         while not target.exists():
-            if leases.claim(target.name):
-                if not target.exists():
-                    make_average(AverageConfig(run_dir=config.model, out_dir=str(target), std=std))
-                leases.release(target.name)
-            else:
+            if not leases.claim(name):
                 time.sleep(WAIT_S)
+                continue
+            if not target.exists() and name in stds:
+                make_average(AverageConfig(run_dir=config.model, out_dir=str(target), std=stds[name]))
+            elif not target.exists():
+                export(ExportConfig(model=config.model, out_dir=str(target), weights=name))
+            leases.release(name)
 
 
-def measure(
-    settings: list[Setting],
-    num_images: int,
-    jobs: dict[tuple[str, str], Job],
-    distance: Frechet,
-    leases: Leases,
-    config: SweepConfig,
-) -> None:
+def measure(settings: list[Setting], num_images: int, distance: Frechet, leases: Leases, config: SweepConfig) -> None:
     """Draw and score all settings on so many images; returns when all scores are there, whoever made them."""
+    job: Job | None = None  # of one model at a time
     while missing := [setting for setting in settings if not setting.score_file(num_images).exists()]:
         random.shuffle(missing)  # so that processes don't all draw the same setting
+        if job is not None:
+            missing.sort(key=lambda setting: setting.sample.model != job.config.model)
         has_worked = False
         for setting in missing:
-            job = dataclasses.replace(
-                jobs[setting.sample.model, setting.sample.weights],
-                config=dataclasses.replace(setting.sample, num_images=num_images),
-            )
+            if job is None or job.config.model != setting.sample.model:
+                job = open_job(setting.sample)
+            job = dataclasses.replace(job, config=dataclasses.replace(setting.sample, num_images=num_images))
             if job.missing():
                 has_worked |= draw(job, describe_samples(job), wait=False)
             elif leases.claim(f"score_{setting.name}_{num_images}"):
                 if not setting.score_file(num_images).exists():
-                    score(setting, job, num_images, distance, config.resamples)
+                    score(setting, job, num_images, distance, config.interval_groups)
                 has_worked = True
         if not has_worked:
             time.sleep(WAIT_S)
 
 
-def score(setting: Setting, job: Job, num_images: int, distance: Frechet, resamples: int) -> None:
-    """Write a setting's FID, its standard error, and what one image costs."""
-    features = read_features(job.store, ["features"], num_images)  # late comers may note fewer
-    values = features.layers["features"].to(distance.mu.device)
-
-    def fid(places: torch.Tensor | slice) -> list[float]:
-        return [distance.distance(statistics(values[places]))]
-
-    error = bootstrap_errors(fid, features.labels, resamples)[0] if resamples else None
+def score(setting: Setting, job: Job, num_images: int, distance: Frechet, interval_groups: int) -> None:
+    """Write a setting's FID, its 95% interval, and what one image costs."""
+    features = read_features(job.store, num_images, ["features"])
+    group = groups(features.labels, interval_groups) if interval_groups else None
+    fid = frechet_metric("fid", features.layers["features"].to(distance.mu.device), distance, group)
     sample, model = setting.sample, job.model.config
     flops = count_sampling_flops(
         model,
@@ -211,12 +199,12 @@ def score(setting: Setting, job: Job, num_images: int, distance: Frechet, resamp
         guidance_schedule=sample.guidance_schedule,
         solver=sample.solver,
     )
-    record = {"fid": fid(slice(None))[0], "error": error, "gflops": flops / 1e9, "num_images": num_images}
+    record = {"fid": fid.value, "interval": fid.interval, "gflops": flops / 1e9, "num_images": num_images}
     write_text(setting.score_file(num_images), json.dumps(record) + "\n")
 
 
 def finish(config: SweepConfig, settings: list[Setting], winner: Setting, rounds: list[tuple[int, int]]) -> None:
-    """Print the table; write sweep.json, pareto.png and the winner as a recipe for `flowar sample`."""
+    """Write pareto.png, the winner as a recipe for `flowar sample`, and sweep.json, which says that all is done."""
     out_dir = Path(config.out_dir)
     rows = []
     for setting in settings:
@@ -229,16 +217,6 @@ def finish(config: SweepConfig, settings: list[Setting], winner: Setting, rounds
         row["pareto"] = not any(
             other["fid"] <= row["fid"] and other["gflops"] <= row["gflops"] and other != row for other in peers
         )
-    write_text(out_dir / RESULTS_FILE, json.dumps({"winner": winner.name, "settings": rows}, indent=2) + "\n")
-    table = Table(
-        "setting", "images", "FID", "95% interval", "GFLOPs an image", "Pareto", title=f"sweep of {config.model}"
-    )
-    for row in rows:
-        interval = Interval(row["fid"], row["error"] or 0)
-        ends = "" if row["error"] is None else f"{interval.low:.3f} to {interval.high:.3f}"
-        cells = (f"{row['num_images']:,}", f"{row['fid']:.3f}", ends, f"{row['gflops']:,.1f}", "*" * row["pareto"])
-        table.add_row(row["name"], *cells)
-    Console().print(table)
     save_scatter(
         [(row["gflops"], row["fid"], row["name"], f"{row['num_images']:,} images") for row in rows],
         out_dir / PICTURE_FILE,
@@ -248,11 +226,21 @@ def finish(config: SweepConfig, settings: list[Setting], winner: Setting, rounds
     best = winner.score(most)
     header = (
         f"# The best of {len(settings)} settings of `flowar sweep`: FID {best['fid']:.3f} on {most:,} images against\n"
-        f"# {config.reference}\n# flowar sample {out_dir / RECIPE_FILE} model={winner.sample.model} out_dir=samples\n"
+        f"# {config.reference}\n# flowar sample {out_dir / RECIPE_FILE} model={winner.sample.model} out_dir=OUT_DIR\n"
     )
     plain = SampleConfig(model=winner.sample.model, out_dir=winner.sample.out_dir)
     write_text(out_dir / RECIPE_FILE, header + describe_changes(plain, winner.sample, without=CARRIED_OUT))
-    print(f"best: {winner.name}; wrote {out_dir / RECIPE_FILE}, {RESULTS_FILE} and {PICTURE_FILE}")
+    write_text(out_dir / RESULTS_FILE, json.dumps({"winner": winner.name, "settings": rows}, indent=2) + "\n")
+
+
+def table_of(rows: list[dict[str, object]], model: str) -> Table:
+    """Return the table of a sweep."""
+    table = Table("setting", "images", "FID", "95% interval", "GFLOPs an image", "Pareto", title=f"sweep of {model}")
+    for row in rows:
+        ends = "" if row["interval"] is None else "{:.3f} to {:.3f}".format(*row["interval"])
+        cells = (f"{row['num_images']:,}", f"{row['fid']:.3f}", ends, f"{row['gflops']:,.1f}", "*" * row["pareto"])
+        table.add_row(row["name"], *cells)
+    return table
 
 
 if __name__ == "__main__":

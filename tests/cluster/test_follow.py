@@ -40,10 +40,10 @@ def followed(tmp_path, shards):
     judge = ExtractorConfig(name=DEMO_EXTRACTOR, weights=str(tmp_path / "judge.safetensors"))
     drawing = dataclasses.replace(drawing, extractor=judge)
     evaluation = EvaluateConfig(
-        samples="x", reference=str(tmp_path / "real"), sample=drawing, extractor=judge, resamples=0
+        samples="x", reference=str(tmp_path / "real"), sample=drawing, extractor=judge, interval_groups=0
     )
     config = FollowConfig(
-        evaluate=evaluation, num_images=16, milestone_every_steps=14, milestone_images=24, every_steps=10, poll_s=1
+        evaluate=evaluation, num_images=20, milestone_every_steps=14, milestone_images=24, every_steps=10, poll_s=1
     )
     file = tmp_path / "follow.yaml"
     file.write_text(describe_config(config))
@@ -56,15 +56,15 @@ def test_each_checkpoint_is_measured_by_a_job_of_its_own_at_its_step(slurm, foll
     command = ["evaluate", str(file), "--follow", str(run_dir), "--cluster", str(slurm.cluster_file), "cluster.nodes=1"]
     submit([*command, "cluster.tasks_per_node=2", "--once", "--dry-run"])
     printed = capsys.readouterr().out
-    assert "step_00000028 with 24 images" in printed and "step_00000030 with 16 images" in printed
+    assert "step_00000028 with 24 images" in printed and "step_00000030 with 20 images" in printed
     submit([*command, "cluster.tasks_per_node=2", "--once"])
     weights = load_model(run_dir).state_dict()
     folders = [run_dir / "evaluations" / f"step_{step:08d}" for step in (28, 30)]
     for folder in folders:
         for job in find_jobs(folder):
             slurm.wait_until_finished(job)
-    records = sorted(read_evaluations(run_dir), key=lambda record: record["step"])
-    assert [(record["step"], record["num_samples"]) for record in records] == [(28, 24), (30, 16)]
+    records = read_evaluations(run_dir)
+    assert [(record["step"], record["num_samples"]) for record in records] == [(28, 24), (30, 20)]
     assert all(record["fid"] > 0 for record in records)
     sampling = json.loads((folders[1] / "evaluation" / "metrics.json").read_text())["sampling"]
     assert sampling["weights_sha256"] == hash_weights(weights)
@@ -77,16 +77,18 @@ def test_what_is_due_follows_from_the_folders(followed):
     run_dir, _, config = followed
     due = follow.due_checkpoints(run_dir, config)
     assert [folder.name for folder in due] == ["step_00000028", "step_00000030"]
-    assert [follow.num_images(config, step) for step in (28, 30)] == [24, 16]
+    assert [follow.num_images(config, step) for step in (28, 30)] == [24, 20]
     everything = dataclasses.replace(config, every_steps=0)
     assert follow.due_checkpoints(run_dir, everything)[0].name == "step_00000024"
-    assert not follow.is_trained(run_dir)  # no job of it is known
+    assert not follow.is_over(run_dir)  # no job of it is known
 
 
 def test_bad_input_is_one_clear_error(followed, tmp_path):
     _, file, _ = followed
     cluster = tmp_path / "cluster.yaml"
     cluster.write_text("scheduler: local\n")
+    with pytest.raises(UserError, match="one config file at a time"):
+        submit(["evaluate", str(file), "b.yaml", "--follow", str(tmp_path), "--cluster", str(cluster)])
     with pytest.raises(UserError, match="--follow .*/none does not exist"):
         submit(["evaluate", str(file), "--follow", str(tmp_path / "none"), "--cluster", str(cluster)])
     with pytest.raises(UserError, match="--follow measures checkpoints: flowar submit evaluate, not train"):

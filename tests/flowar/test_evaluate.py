@@ -46,7 +46,7 @@ def judge(digits):
 def measure(digits, out_dir, **changes):
     """Return metrics.json of an evaluation."""
     settings = {"samples": digits / "train", "reference": digits / "held_out", "out_dir": out_dir}
-    settings |= {"protocol": "torch-fidelity", "extractor": judge(digits), "resamples": 0} | changes
+    settings |= {"protocol": "torch-fidelity", "extractor": judge(digits), "interval_groups": 0} | changes
     paths = {name: str(value) for name, value in settings.items() if name in ("samples", "reference", "out_dir")}
     evaluate.main(EvaluateConfig(**settings | paths))
     return json.loads((out_dir / "metrics.json").read_text())
@@ -105,6 +105,13 @@ def inception(tmp_path_factory):
     return file
 
 
+def store_of(folder, start):
+    """Return the folder of features with the most images."""
+    return max(
+        folder.glob(f"{start}*"), key=lambda store: json.loads((store / "features.json").read_text())["num_images"]
+    )
+
+
 def evaluate_as_rank(config, rank, world_size, log):
     """What one process does."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
@@ -137,7 +144,7 @@ def test_inception_metrics_equal_torch_fidelitys_with_one_and_with_three_ranks(d
             if number < count:
                 shutil.copy(file, tmp_path / name / f"{number:03d}.png")
     settings = {"samples": str(tmp_path / "train"), "reference": str(tmp_path / "held_out"), "chunk_images": 8}
-    settings |= {"protocol": "torch-fidelity", "batch_size": 8, "resamples": 0, "more": ()}
+    settings |= {"protocol": "torch-fidelity", "batch_size": 8, "interval_groups": 0, "more": ()}
     settings["extractor"] = ExtractorConfig(weights=str(inception), other_weights=True)
     expected = measure_by_torch_fidelity(
         tmp_path / "train", tmp_path / "held_out", "inception-v3-compat", inception, 16
@@ -148,10 +155,8 @@ def test_inception_metrics_equal_torch_fidelitys_with_one_and_with_three_ranks(d
         found = values(json.loads((out_dir / "metrics.json").read_text()))
         for name, theirs in THEIR_NAMES.items():
             assert found[name] == pytest.approx(expected[theirs], rel=1e-4, abs=1e-9), (name, world_size)
-    shards = [
-        sorted(file.name for file in list_shards(tmp_path / out / "features-inception-v3-compat").values())
-        for out in ("out1", "out3")
-    ]
+    stores = [store_of(tmp_path / out / "features", "inception") for out in ("out1", "out3")]
+    shards = [sorted(file.name for file in list_shards(store).values()) for store in stores]
     assert shards[0] == shards[1] and len(shards[0]) == 3  # the same bytes, by the hashes in their names
 
     # The adm protocol reads the same features, and adds sFID on 17 x 17 x 7 spatial ones.
@@ -159,12 +164,14 @@ def test_inception_metrics_equal_torch_fidelitys_with_one_and_with_three_ranks(d
     evaluate.main(adm)
     found = values(json.loads((tmp_path / "out1" / "metrics.json").read_text()))
     assert found["fid"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-4) and found["sfid"] > 0
-    layers = read_features(tmp_path / "out1" / "features-inception-v3-compat").layers
+    layers = read_features(stores[0], 24).layers
     assert {name: own.shape[1] for name, own in layers.items()} == {"features": 2048, "logits": 1008, "spatial": 2023}
 
 
 def test_other_inception_weights_are_refused_unless_asked_for(inception):
-    with pytest.raises(UserError, match=r"random.pth has sha256 .*, but weights-inception-2015-12-05-6726825d.pth has"):
+    with pytest.raises(
+        UserError, match=r"random.pth have sha256 .*, but weights-inception-2015-12-05-6726825d.pth has"
+    ):
         evaluate.Extractor(ExtractorConfig(weights=str(inception)), torch.device("cpu"))
 
 
@@ -212,7 +219,7 @@ def test_fd_dinov2_comes_from_torch_hubs_folder_and_is_left_out_with_a_note_else
     (tmp_path / "hub" / "checkpoints").mkdir()
     (tmp_path / "hub" / "checkpoints" / "dinov2_vitl14_pretrain.pth").touch()
     monkeypatch.setattr("torch.hub._parse_repo_info", lambda *_: ("facebookresearch", "dinov2", "main"))
-    record = measure(digits, tmp_path / "out", more=("dinov2",), resamples=5, **small)
+    record = measure(digits, tmp_path / "out", more=("dinov2",), interval_groups=10, **small)
     metric = record["metrics"]["fd_dinov2"]
     assert metric["value"] > 0 and metric["low"] < metric["value"] < metric["high"]
     np.savez(tmp_path / "inception.npz", mu=np.zeros(64), sigma=np.eye(64))
@@ -280,7 +287,8 @@ def test_a_made_reference_serves_like_its_images(digits, tmp_path):
     references.main(config)
     references.main(config)  # nothing to do
     store = tmp_path / "ref" / "features-demo-classifier"
-    assert len(read_features(store)) == 100 and len(list_shards(store)) == 1
+    assert len(read_features(store, 100)) == 100 and len(list_shards(store)) == 1
+    assert sorted(entry.name for entry in (tmp_path / "ref").iterdir()) == ["features-demo-classifier"]
     found = measure(digits, tmp_path / "a", reference=tmp_path / "ref")
     by_images = measure(digits, tmp_path / "b")
     assert values(found)["fid"] == pytest.approx(values(by_images)["fid"], rel=1e-9)
@@ -298,15 +306,41 @@ def test_a_made_reference_serves_like_its_images(digits, tmp_path):
         )
 
 
+def test_images_of_the_evaluation_itself_are_not_measured(digits, tmp_path):
+    """By default it lies beside a plain folder, so that a second protocol finds the same images."""
+    shutil.copytree(digits / "held_out", tmp_path / "images")
+    settings = {"samples": str(tmp_path / "images"), "reference": str(digits / "train"), "extractor": judge(digits)}
+    for protocol in ("adm", "torch-fidelity", "adm"):
+        evaluate.main(EvaluateConfig(protocol=protocol, interval_groups=0, **settings))
+    record = json.loads((tmp_path / "images.evaluation" / "metrics.json").read_text())
+    assert record["num_samples"] == 360 and record["protocol"] == "adm"
+
+
+def test_a_reference_is_made_whole_or_not_at_all(digits, tmp_path, monkeypatch):
+    config = ReferenceConfig(
+        images=str(digits / "held_out"), out_dir=str(tmp_path / "ref"), extractor=judge(digits), keep_images=100
+    )
+
+    def die(*_, **__):
+        raise KeyboardInterrupt
+
+    for place in ("publish_folder", "shutil.rmtree"):  # before and after it appears
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(f"flowar.references.{place}", die)
+            references.main(config)
+    references.main(config)
+    measure(digits, tmp_path / "out", reference=tmp_path / "ref")
+
+
 def test_the_command_writes_numbers_with_intervals_and_a_page_without_links(digits, tmp_path, capsys):
-    record = measure(digits, tmp_path, protocol="adm", resamples=20)
+    record = measure(digits, tmp_path, protocol="adm", interval_groups=20)
     assert record["extractor"]["name"] == DEMO_EXTRACTOR and len(record["extractor"]["weights_sha256"]) == 64
     for name in ("fid", "inception_score", "precision", "recall"):
         metric = record["metrics"][name]
         assert metric["low"] <= metric["value"] <= metric["high"]
     assert "sorted by class" in record["notes"][0]  # train/0/..., train/1/...
     printed = capsys.readouterr().out
-    assert "recall" in printed and "report.html" in printed
+    assert "recall" in printed and "report.html are written" in printed
     page = (tmp_path / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 3 and "http" not in page.split("<h2>Settings")[0]
     by_class = json.loads((tmp_path / "metrics_by_class.json").read_text())
@@ -317,14 +351,12 @@ def test_features_that_are_there_are_not_computed_again(digits, tmp_path, monkey
     measure(digits, tmp_path)
     monkeypatch.setattr(evaluate.Extractor, "__call__", None)
     measure(digits, tmp_path, protocol="adm")
-    shard = next(iter(list_shards(tmp_path / "features-demo-classifier").values()))
+    shard = next(iter(list_shards(store_of(tmp_path / "features", "demo")).values()))
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
     with pytest.raises(UserError, match="is damaged: it does not have the hash in its name; delete it and run again"):
-        measure(digits, tmp_path)
-    with pytest.raises(UserError, match="holds features of other images or another network: identity was"):
-        measure(digits, tmp_path, samples=digits / "held_out")
+        measure(digits, tmp_path, interval_groups=10)
 
 
 @pytest.fixture(scope="module")
@@ -363,13 +395,13 @@ def test_the_paired_difference_is_surer_than_two_distances(digits, drawn, tmp_pa
     same = measure(digits, tmp_path / "same", samples=drawn / "a_images", against=str(drawn / "a_features"))
     assert values(same)["fid_difference"] == pytest.approx(0, abs=1e-6)
     record = measure(
-        digits, tmp_path / "out", samples=drawn / "a_images", against=str(drawn / "b_images"), resamples=20
+        digits, tmp_path / "out", samples=drawn / "a_images", against=str(drawn / "b_images"), interval_groups=20
     )
-    other = measure(digits, tmp_path / "b", samples=drawn / "b_images", resamples=20)
+    other = measure(digits, tmp_path / "b", samples=drawn / "b_images", interval_groups=20)
     metrics = record["metrics"]
     assert metrics["fid_difference"]["value"] == pytest.approx(metrics["fid"]["value"] - values(other)["fid"])
-    alone = (metrics["fid"]["error"] ** 2 + other["metrics"]["fid"]["error"] ** 2) ** 0.5
-    assert 0 < metrics["fid_difference"]["error"] < alone
+    widths = [own["high"] - own["low"] for own in (metrics["fid_difference"], metrics["fid"], other["metrics"]["fid"])]
+    assert 0 < widths[0] < (widths[1] ** 2 + widths[2] ** 2) ** 0.5
     with pytest.raises(UserError, match="against=.* holds 360 images, samples=.* 60, or of other numbers"):
         measure(digits, tmp_path / "c", samples=drawn / "a_images", against=str(digits / "held_out"))
 
@@ -393,7 +425,7 @@ def test_bad_input_is_one_clear_error(digits, tmp_path, change, message):
 def test_too_few_images_and_foreign_files_are_refused(digits, tmp_path):
     (tmp_path / "few").mkdir()
     Image.new("RGB", (32, 32)).save(tmp_path / "few" / "one.png")
-    with pytest.raises(UserError, match="holds 1 images, but at least 10 are needed"):
+    with pytest.raises(UserError, match="holds 1 images, but at least 20 are needed"):
         measure(digits, tmp_path / "out", samples=tmp_path / "few")
     np.savez(tmp_path / "a.npz", other=np.zeros(3))
     with pytest.raises(UserError, match=r"a.npz holds other; mu and sigma \(statistics\) or images in arr_0"):

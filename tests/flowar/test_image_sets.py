@@ -91,7 +91,7 @@ def test_missing_half_drawn_and_foreign_things_are_one_clear_error(drawn, tmp_pa
     with pytest.raises(UserError, match="is MDS without a column image"):
         open_images(shards, "samples")
     (drawn / "images" / "000003_class0000.png").unlink()
-    with pytest.raises(UserError, match="holds 11 images, but 12 were asked for; run the same `flowar sample` again"):
+    with pytest.raises(UserError, match="holds 11 images, 12 of them hashed, but 12 were asked for; run the same"):
         open_images(drawn, "samples")
 
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from flowar.leases import Leases
+from flowar.leases import Leases, finish_together
 
 SHORT_S = 0.6
 
@@ -104,3 +104,17 @@ def test_the_holder_is_named(two):
     ours, _ = two
     ours.claim("a")
     assert ours.holder("a").endswith(f"process {os.getpid()}") and ours.holder("b") == "nobody"
+
+
+def test_a_dead_finisher_of_another_machine_is_replaced_and_all_wait_until_it_is_done(tmp_path):
+    claims, done = tmp_path / "claims", tmp_path / "done"
+    claims.mkdir()
+    assert Leases(claims, SHORT_S).claim("finish")  # no context: it is dead
+    from_another_machine(claims, "finish")
+    with Leases(claims, SHORT_S) as ours:
+        began = time.monotonic()
+        assert finish_together(ours, done.exists, done.touch)
+        assert time.monotonic() - began > SHORT_S and done.exists() and not claims.exists()
+        assert not finish_together(ours, done.exists, done.unlink)  # nothing to do any more
+    with Leases(claims, SHORT_S) as failing, pytest.raises(ZeroDivisionError):
+        finish_together(failing, lambda: False, lambda: 1 / 0)

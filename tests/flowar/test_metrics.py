@@ -9,15 +9,17 @@ from sklearn.neighbors import NearestNeighbors
 
 from flowar.metrics import (
     Frechet,
-    Interval,
     Statistics,
     adm_inception_score,
-    bootstrap_errors,
     frechet_of_few,
-    halves,
+    groups,
+    jackknife_error,
     kid,
+    normal_interval,
     precision_recall,
     statistics,
+    statistics_without,
+    wilson_interval,
 )
 
 
@@ -117,38 +119,50 @@ def test_kid_of_equal_distributions_is_near_zero_and_grows_with_distance():
     assert abs(same) < 0.1 * far and std > 0
 
 
-def test_random_halves_give_the_standard_error_of_a_mean():
+def test_leaving_out_groups_gives_the_standard_error_of_a_mean():
     values = torch.randn(2000, generator=torch.Generator().manual_seed(0))
-    nothing = torch.full((2000,), -1)
-    error = bootstrap_errors(lambda half: [values[half].mean().item()], nothing, 400)[0]
+    group = groups(torch.full((2000,), -1), 200)
+    error = jackknife_error([values[group != number].mean().item() for number in range(200)])
     assert error == pytest.approx(values.std().item() / 2000**0.5, rel=0.1)
-    assert all(len(set(half.tolist())) == 1000 for half in halves(nothing, 3))
 
 
-def test_halves_of_balanced_samples_are_balanced_so_that_differences_of_classes_are_no_error():
-    labels = torch.arange(200) % 10
-    for half in halves(labels, 5):
-        assert labels[half].bincount().tolist() == [10] * 10
-    values = labels * 100.0 + torch.randn(200, generator=torch.Generator().manual_seed(0))
-    within = (values - labels * 100.0).std().item() / 200**0.5
-    error = bootstrap_errors(lambda half: [values[half].mean().item()], labels, 400)[0]
-    assert error == pytest.approx(within, rel=0.15)
-    alone = halves(torch.arange(51), 3)  # one image of each class
-    assert all(len(set(half.tolist())) == 25 for half in alone) and alone[0].tolist() != alone[1].tolist()
+def test_groups_of_balanced_samples_are_balanced_so_that_differences_of_classes_are_no_error():
+    labels = torch.arange(500) % 10
+    group = groups(labels, 50)
+    assert all(sorted(labels[group == number].tolist()) == list(range(10)) for number in range(50))
+    values = labels * 100.0 + torch.randn(500, generator=torch.Generator().manual_seed(0))
+    within = (values - labels * 100.0).std().item() / 500**0.5
+    error = jackknife_error([values[group != number].mean().item() for number in range(50)])
+    assert error == pytest.approx(within, rel=0.25)
+    few = groups(torch.arange(51), 50)  # one image of each class
+    assert few.bincount().tolist() == [3] + [2] * 24
 
 
-def test_intervals_of_fid_cover_its_mean_over_seeds():
+def test_statistics_without_a_group_equal_those_of_the_others():
+    values, group = features(300, shift=100.0), groups(torch.arange(300) % 3, 20)
+    for number, found in enumerate(statistics_without(values, group)):
+        needed = statistics(values[group != number])
+        np.testing.assert_allclose(found.mu, needed.mu, rtol=1e-12)
+        np.testing.assert_allclose(found.sigma, needed.sigma, rtol=1e-9, atol=1e-9)
+    assert number == 19
+
+
+def test_intervals_of_shares_hold_at_the_ends_too():
+    assert wilson_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)  # a textbook's
+    low, high = wilson_interval(1.0, 100)
+    assert 0.95 < low < 0.97 and high == pytest.approx(1)
+
+
+def test_intervals_of_fid_cover_its_mean_over_seeds_and_are_not_much_too_wide():
     """Of many sets of Gaussian samples, the 95% interval of each has to contain the mean FID in about 95%."""
     reference = Frechet(statistics(features(5000, seed=100)))
     values, errors = [], []
     for seed in range(40):
         own = features(400, seed=seed, shift=0.3)
-
-        def fid(places, own=own):
-            return [reference.distance(statistics(own[places]))]
-
-        values.append(fid(slice(None))[0])
-        errors.append(bootstrap_errors(fid, torch.zeros(len(own)), 40)[0])
-    mean = np.mean(values)
-    covered = sum(Interval(*pair).low <= mean <= Interval(*pair).high for pair in zip(values, errors, strict=True))
+        group = groups(torch.zeros(len(own)), 50)
+        values.append(reference.distance(statistics(own)))
+        errors.append(jackknife_error([reference.distance(rest) for rest in statistics_without(own, group)]))
+    intervals = [normal_interval(*pair) for pair in zip(values, errors, strict=True)]
+    covered = sum(low <= np.mean(values) <= high for low, high in intervals)
     assert 34 <= covered <= 40  # 38 expected; 3 sigma are 4
+    assert 0.7 < np.mean(errors) / np.std(values, ddof=1) < 1.5

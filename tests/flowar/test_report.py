@@ -78,11 +78,13 @@ def test_evaluations_reach_wandb_at_the_step_of_their_checkpoint(tmp_path):
     (tmp_path / "config.yaml").write_text(describe_config(config))
     with report(tmp_path, 0, mode="offline") as training:
         training.log(record(10))
-        record_evaluation(tmp_path, {"step": 5, "num_samples": 10_000, "fid": 7.5})  # by another process: it only notes
-        assert not any("evaluation/fid_10k" in own for own in offline_records(tmp_path))
+        for step in (5, 10):  # by another process, which only notes it
+            record_evaluation(tmp_path, {"step": step, "num_samples": 10_000, "fid": 7.5})
         training.log(record(20))
+        training.log(record(30))
     record_evaluation(tmp_path, {"step": 20, "num_samples": 10_000, "fid": 6.5})  # nobody trains any more
     record_evaluation(tmp_path, {"step": 20, "num_samples": 10_000, "fid": 6.5})  # the same again is the same
-    assert [own["fid"] for own in read_evaluations(tmp_path)] == [7.5, 6.5]
+    assert [own["fid"] for own in read_evaluations(tmp_path)] == [7.5, 7.5, 6.5]
     sent = [own for own in offline_records(tmp_path) if "evaluation/fid_10k" in own]
-    assert [(own["evaluation/step"], own["evaluation/fid_10k"]) for own in sent] == [(5, 7.5), (20, 6.5)]
+    assert [(own["evaluation/step"], own["evaluation/fid_10k"]) for own in sent] == [(5, 7.5), (10, 7.5), (20, 6.5)]
+    assert [own["_step"] for own in offline_records(tmp_path) if "loss" in own] == [10, 20, 30]  # none is lost

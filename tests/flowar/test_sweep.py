@@ -35,7 +35,7 @@ def sweeping(root, out_dir, **changes):
         "num_steps": (2, 4),
         "num_images": (40, 80),
         "keep": 0.5,
-        "resamples": 5,
+        "interval_groups": 10,
         "extractor": ExtractorConfig(name=DEMO_EXTRACTOR, weights=str(root / "judge.safetensors")),
     }
     paths = {"model": str(root / "model"), "reference": str(root / "held_out"), "out_dir": str(out_dir)}
@@ -54,7 +54,7 @@ def test_half_of_the_settings_go_on_and_the_best_becomes_a_recipe(root, tmp_path
     finalists = [row for row in rows.values() if row["num_images"] == 80]
     best = min(finalists, key=lambda row: row["fid"])
     assert results["winner"] == best["name"] and best["pareto"]
-    assert "wrote" in capsys.readouterr().out and Image.open(tmp_path / "pareto.png").width > 500
+    assert "best: " in capsys.readouterr().out and Image.open(tmp_path / "pareto.png").width > 500
 
     recipe = load_config(SampleConfig, tmp_path / "recipe.yaml", ("model=a", "out_dir=b"))
     drawn = next(own for own in sweep.list_settings(config) if own.name == results["winner"]).sample
@@ -62,7 +62,7 @@ def test_half_of_the_settings_go_on_and_the_best_becomes_a_recipe(root, tmp_path
         assert getattr(recipe, name) == getattr(drawn, name)
 
     # What was drawn in the first round belongs to the second; running again does nothing anew.
-    assert len(read_features(tmp_path / "settings" / best["name"] / "features-demo-classifier")) == 80
+    assert len(read_features(tmp_path / "settings" / best["name"] / "features-demo-classifier", 80)) == 80
     stamp = (tmp_path / "settings" / best["name"] / "score_80.json").stat().st_mtime_ns
     sweep.main(config)
     assert (tmp_path / "settings" / best["name"] / "score_80.json").stat().st_mtime_ns == stamp
@@ -71,7 +71,7 @@ def test_half_of_the_settings_go_on_and_the_best_becomes_a_recipe(root, tmp_path
 def test_cost_grows_with_steps_and_annealing_lowers_it(root, tmp_path):
     config = sweeping(
         root, tmp_path, guidance=(2.0,), interval_ends=(1.0,), num_steps=(4, 8), last_step_shares=(1.0, 0.5),
-        num_images=(20,), resamples=0,
+        num_images=(20,), interval_groups=0,
     )  # fmt: skip
     sweep.main(config)
     rows = {row["name"]: row["gflops"] for row in json.loads((tmp_path / "sweep.json").read_text())["settings"]}
