@@ -35,6 +35,7 @@ from flowar.distributed import pick_device
 from flowar.errors import UserError
 from flowar.files import write_text
 from flowar.leases import Leases
+from flowar.precision import convolution_precision
 from flowar.vae import VAE, from_uint8, load_vae
 
 MIB = 2**20
@@ -388,15 +389,8 @@ def encode_ahead(batches: Iterable[list[Decoded]], job: Job) -> Iterator[tuple[l
 def encode(views: list[Tensor], job: Job) -> list[Tensor]:
     """Return the moments of all views, at most `batch_size` together; on a GPU without waiting for them."""
     rows = torch.cat(views).split(job.config.batch_size) if views else []
-    with cudnn_precision(job.config.precision):
+    with convolution_precision(job.config.precision):
         return [job.vae.encode(from_uint8(part.to(job.device, non_blocking=True))).float() for part in rows]
-
-
-@contextlib.contextmanager
-def cudnn_precision(precision: str) -> Iterator[None]:
-    """Have convolutions on a GPU run in float32 or TF32, by the same algorithm each time."""
-    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=precision == "tf32"):
-        yield
 
 
 def _to_numpy(parts: list[Tensor]) -> np.ndarray:

@@ -433,6 +433,7 @@ class SampleConfig:
     guidance: float = 2.4  # paper: S 4.3, L 2.4, H 2.4
     guidance_schedule: Literal["linear", "constant"] = "linear"  # over scales; released: from 1 to guidance
     guidance_interval: tuple[float, float] = (0.0, 0.9)  # paper: S and L 0.9, H 0.7 (with 50 steps)
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # on a GPU; changes the last bits of an image, bf16 more
     seed: int = 0
     device: str = "auto"
 

@@ -33,6 +33,7 @@ from flowar.errors import UserError
 from flowar.files import write_text, write_whole
 from flowar.image_sets import ImageSet
 from flowar.leases import WAIT_S, Leases, chunk_name, claim_one
+from flowar.precision import convolution_precision
 from flowar.weights import hash_weights
 
 DEMO_EXTRACTOR = "demo-classifier"
@@ -105,7 +106,7 @@ class Extractor:
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> dict[str, Tensor]:
         """Return the layers of uint8 images (N, 3, H, W), float32 on the CPU."""
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # it is on by default
+        with convolution_precision("fp32"):
             outputs = dict(zip(self._order, self.network(images.to(self.device)), strict=True))
         if self._spatial is not None:
             outputs["spatial"] = self._spatial

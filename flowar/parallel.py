@@ -55,10 +55,10 @@ def prepare_blocks(model: FlowAR, config: TrainConfig) -> list[nn.Module]:
     blocks = [*model.ar.lower_blocks, *model.ar.upper_blocks, *model.flow.blocks]
     every = config.parallel.checkpoint_every_blocks
     for index, block in enumerate(blocks):
+        if config.parallel.compile:
+            block.forward = torch.compile(block.forward)  # inside of what is recomputed, or nothing is compiled
         if every and index % every == 0:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        if config.parallel.compile:
-            block.compile()
     return blocks
 
 

@@ -5,6 +5,7 @@ in a process group without processes. Activations are what autograd keeps of one
 are assumed, and said so. Read next: parallel.py.
 """
 
+import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -104,7 +105,7 @@ def activation_bytes(config: PlanConfig) -> tuple[int, int]:
 
 def kept_bytes(config: PlanConfig, batch_size: int) -> int:
     """Return what autograd keeps of a forward pass, weights aside, as precision and recomputation say."""
-    model_config = config.model
+    model_config = dataclasses.replace(config.model, dropout=0.0)  # on a CPU attention with dropout keeps much more
     kept: dict[int, int] = {}
     with FakeTensorMode():
         model = FlowAR(model_config).train()

@@ -33,6 +33,7 @@ from flowar.leases import Leases, chunk_name, claim_one, finish_together
 from flowar.model import FlowAR
 from flowar.packing import is_packed, pack
 from flowar.pictures import save_grid, save_png
+from flowar.precision import decoding_precision, drawing_precision
 from flowar.run_folder import checkpoint_step, is_checkpoint
 from flowar.shards import hash_file
 from flowar.vae import VAE, load_vae, to_uint8
@@ -314,25 +315,27 @@ def draw_chunk(job: Job, numbers: range, pool: ThreadPoolExecutor) -> list[Futur
 def draw_batch(job: Job, numbers: range) -> Tensor:
     """Return the latents of one batch of images."""
     config = job.config
-    return sample_latents(
-        job.model,
-        torch.tensor([job.label(number) for number in numbers], device=job.device),
-        time_grid=make_time_grids(config, len(job.model.config.scales)),
-        guidance=config.guidance,
-        guidance_interval=config.guidance_interval,
-        guidance_schedule=config.guidance_schedule,
-        solver=config.solver,
-        draw_noise=StepNoise(numbers, config.seed, job.device),
-        noise=draw_noise(job.model.config, numbers, config.seed).to(job.device),
-    )
+    with drawing_precision(config.precision, job.device):
+        return sample_latents(
+            job.model,
+            torch.tensor([job.label(number) for number in numbers], device=job.device),
+            time_grid=make_time_grids(config, len(job.model.config.scales)),
+            guidance=config.guidance,
+            guidance_interval=config.guidance_interval,
+            guidance_schedule=config.guidance_schedule,
+            solver=config.solver,
+            draw_noise=StepNoise(numbers, config.seed, job.device),
+            noise=draw_noise(job.model.config, numbers, config.seed).to(job.device),
+        )
 
 
 def decode(job: Job, latents: Tensor, numbers: range) -> Iterator[tuple[Tensor, range]]:
     """Yield images in [-1, 1], decoded in batches of the VAE's own size, with their numbers."""
     size = job.config.decode_batch_size or len(numbers)
     for first in range(0, len(numbers), size):
-        with torch.inference_mode():
-            yield job.vae.decode(latents[first : first + size]), numbers[first : first + size]
+        with torch.inference_mode(), decoding_precision(job.config.precision, job.device):
+            images = job.vae.decode(latents[first : first + size].float())
+        yield images, numbers[first : first + size]
 
 
 def save_batch(job: Job, numbers: range, pool: ThreadPoolExecutor) -> list[Future]:

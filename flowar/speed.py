@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import math
 import resource
 import statistics
 import time
@@ -104,7 +105,7 @@ class Interval:
         All ranks call it; the one that waited longest for data is named. `peak` is the TFLOP/s of one device.
         """
         steps = step - self.first_step
-        losses = self.losses / max(1, self.num_added)
+        losses = self.losses / self.num_added if self.num_added else torch.full_like(self.losses, torch.nan)
         elapsed_s = time.perf_counter() - self.started
         images_per_s = steps * config.batch_size / elapsed_s
         by_scale = {f"loss/scale_{side}": loss for side, loss in zip(config.model.scales, losses.tolist(), strict=True)}
@@ -114,7 +115,7 @@ class Interval:
             "step": step,
             "loss": weigh(losses, config.model.scales).item(),
             **by_scale,
-            "grad_norm": self.grad_norm / max(1, self.num_added),
+            "grad_norm": self.grad_norm / self.num_added if self.num_added else math.nan,
             "skipped_steps": steps - self.num_added,
             "lr": lr,
             "images_per_s": images_per_s,

@@ -66,7 +66,7 @@ def main(config: TrainConfig, dry_run: bool = False) -> None:
             parameters = sum(p.numel() for p in FlowAR(config.model).parameters())
         print(f"{config.model.variant}: {parameters / 1e6:.1f} M parameters; dry run, nothing was written")
         return
-    needs_group = config.parallel.engine in ("fsdp", "deepspeed")
+    needs_group = config.parallel.engine in ("ddp", "fsdp", "deepspeed")  # also for one process
     world = start(device, with_group=needs_group)
     try:
         train(config, world)

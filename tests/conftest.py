@@ -1,6 +1,9 @@
 """Tiny real objects that the tests share: a model, images of two classes, their shards, the authors' vectors."""
 
 import os
+
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # these tests are about a CPU: bits, and processes without a GPU each
+
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -268,3 +268,9 @@ def test_another_vae_is_refused_by_name_where_none_is_loaded(shards, tmp_path):
 def test_an_unstable_run_may_go_on_with_another_learning_rate(shards, finished, capsys):
     main(training(shards, finished, optim=OptimConfig(lr=1e-4, warmup_epochs=1)), dry_run=True)
     assert "optim.lr was 0.001, now 0.0001" in capsys.readouterr().out
+
+
+def test_ddp_trains_in_one_process_too(shards, finished, tmp_path):
+    config = training(shards, tmp_path / "run", parallel=ParallelConfig(engine="ddp"))
+    main(config)
+    assert read_metrics(tmp_path / "run")[-1]["loss"] == pytest.approx(read_metrics(finished)[-1]["loss"], rel=1e-5)
