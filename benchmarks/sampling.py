@@ -48,6 +48,7 @@ def work(config: SampleConfig, ready: object, go: object) -> None:
     """Be one worker: say that all is imported, wait, draw."""
     torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    load_vae("demo")  # imports diffusers, which takes seconds
     ready.release()
     go.wait()
     main(config)
