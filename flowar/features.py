@@ -231,11 +231,6 @@ def list_shards(folder: Path) -> dict[tuple[int, int], Path]:
     return {(int(match[1]), int(match[2])): file for match, file in found if match}
 
 
-def is_store(path: Path) -> bool:
-    """Return whether a path is a folder of features."""
-    return (path / STORE_FILE).is_file()
-
-
 class Store(NamedTuple):
     """Features that are all there: the folder, of how many images, and where these are."""
 
@@ -325,8 +320,8 @@ def extract(
     chunks = [range(first, min(first + size, len(images))) for first in range(0, len(images), size)]
 
     def missing() -> list[int]:
-        there = {} if is_done() else list_shards(folder)
-        if is_done():
+        there = list_shards(folder)
+        if is_done():  # asked after looking: who finishes deletes them
             return []
         return [i for i, own in enumerate(chunks) if (images.numbers[own[0]], images.numbers[own[-1]]) not in there]
 
