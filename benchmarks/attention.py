@@ -11,11 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowar.layers import attend
-from flowar.scales import causal_segments, num_tokens
+from flowar.models.flowar.scales import causal_segments, num_tokens
+from flowar.models.layers import attend
 
 SCALES = (1, 2, 4, 8, 16)
+
 BATCH, HEADS, HEAD_WIDTH = 4, 16, 64  # FlowAR-L
+
 RUNS = 15
 
 
@@ -62,7 +64,3 @@ def main() -> None:
     print(f"segments   {statistics.median(ours) * 1e3:8.1f} ms, {scores:,} scores per head")
     print(f"dense mask {statistics.median(theirs) * 1e3:8.1f} ms, {mask.numel():,} scores per head")
     print(f"segments / dense mask: {ratio:.2f}")
-
-
-if __name__ == "__main__":
-    main()

@@ -19,11 +19,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from data_prep.chunks import ChunkWriter, merge_chunks
 from data_prep.sources import Source
-from flowar.config import DataConfig
-from flowar.data import read_batches
-from flowar.shards import LatentShards
+from flowar.config.data import DataConfig
+from flowar.latents.batches import read_batches
+from flowar.latents.shards import LatentShards
 
 SHAPE = (32, 16, 16)
+
 BATCH = 64
 
 
@@ -126,7 +127,3 @@ def main() -> None:
                 print(
                     f"  {name:20} {options.rows / median:10,.0f} rows/s   flowar is {median / ours:5.2f} times as fast"
                 )
-
-
-if __name__ == "__main__":
-    main()

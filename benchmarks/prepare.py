@@ -21,8 +21,8 @@ from PIL import Image
 from data_prep import encode
 from data_prep.crops import decode_image, make_views
 from data_prep.sources import open_source
-from flowar.config import PrepareConfig
-from flowar.vae import MAR_CONFIG, VAE, from_uint8
+from flowar.config.data import PrepareConfig
+from flowar.latents.vae import MAR_CONFIG, VAE, from_uint8
 
 SD_CONFIG = {
     "block_out_channels": (128, 256, 512, 512),
@@ -95,7 +95,3 @@ def main() -> None:
         f"{torch.__version__}: VAE alone {speeds[0]:.3f} images/s, flowar prepare {speeds[1]:.3f} images/s, ratio "
         f"{speeds[1] / speeds[0]:.3f}"
     )
-
-
-if __name__ == "__main__":
-    main()

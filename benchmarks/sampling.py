@@ -14,11 +14,14 @@ from pathlib import Path
 
 import torch
 
-from flowar.config import SampleConfig, VAEConfig
-from flowar.generate import draw_noise, make_time_grids, sample_latents
+from flowar.base.seeding import draw_noise
+from flowar.config.data import VAEConfig
+from flowar.config.drawing import SampleConfig
+from flowar.latents.vae import load_vae, to_uint8
+from flowar.models.build import create_model
+from flowar.models.flowar.generate import make_time_grids, sample_latents
+from flowar.models.folders import load_model, save_model
 from flowar.sample import main
-from flowar.vae import load_vae, to_uint8
-from flowar.weights import create_model, load_model, save_model
 
 BATCH = 64
 
@@ -93,7 +96,3 @@ def run() -> None:
     print(", ".join(f"{name} {value:.1f} images/s" for name, value in medians.items()))
     print(f"whole command over bare loop: {medians['one'] / medians['bare']:.3f}")
     print(f"two processes over one: {medians['two'] / medians['one']:.3f}")
-
-
-if __name__ == "__main__":
-    run()

@@ -14,15 +14,15 @@ from pathlib import Path
 
 from submitit import JobEnvironment
 
-from flowar.config import ClusterConfig
-from flowar.errors import UserError
+from flowar.base.errors import UserError
+from flowar.config.jobs import ClusterConfig
 
 FIRST_PORT, NUM_PORTS = 20_000, 12_000  # below the range from which systems give ports to clients
 ASK_S = 30  # for an answer of Slurm
 
 
 @dataclass(frozen=True)
-class Place:
+class TaskEnvironment:
     """This process's place in its job."""
 
     job_id: str  # 1234, or 1234_5 in an array
@@ -33,10 +33,10 @@ class Place:
     cpus_asked: int
 
 
-def read_task() -> Place:
+def read_task() -> TaskEnvironment:
     """Return what the scheduler says about this process."""
     given = JobEnvironment()
-    return Place(
+    return TaskEnvironment(
         job_id=given.job_id,
         restarts=int(os.environ.get("SLURM_RESTART_COUNT", "0")),
         rank=given.global_rank,
@@ -57,11 +57,11 @@ def export_for_torch() -> None:
         "MASTER_ADDR": "127.0.0.1" if given.num_nodes == 1 else find_address(given.hostnames[0]),
         "MASTER_PORT": str(FIRST_PORT + int(given.raw_job_id) % NUM_PORTS),
         "FLOWAR_JOB": given.job_id,
-        "FLOWAR_NODE": node_name(),
+        "FLOWAR_NODE": scheduler_node_name(),
     }
 
 
-def node_name() -> str:
+def scheduler_node_name() -> str:
     """Return what the scheduler calls this machine."""
     return os.environ.get("SLURMD_NODENAME", socket.gethostname())
 
@@ -78,13 +78,13 @@ def find_address(node: str) -> str:
     return node
 
 
-def check_resources(task: Place, cluster: ClusterConfig) -> None:
+def check_resources(task: TaskEnvironment, cluster: ClusterConfig) -> None:
     """Check that this task may use what was asked for.
 
     Raises:
         UserError: if it got fewer CPUs or GPUs; names the node.
     """
-    node = f"on node {node_name()}"
+    node = f"on node {scheduler_node_name()}"
     cpus = len(os.sched_getaffinity(0))
     if cpus < task.cpus_asked:
         raise UserError(

@@ -15,14 +15,16 @@ from pathlib import Path
 
 from cluster.job import Job
 from cluster.status import find_jobs, is_finished, is_live, jobs_folder
-from cluster.submit import PlannedJob, submit
-from flowar import export
-from flowar.cli import Verb, parse_words
-from flowar.config import ClusterConfig, ExportConfig, FollowConfig, load_config
-from flowar.errors import UserError
-from flowar.run_folder import checkpoint_step, list_checkpoints, step_name
+from cluster.submit import PlannedJob, read_cluster, submit, without_cluster
+from flowar.base.errors import UserError
+from flowar.base.run_folder import EVALUATIONS, checkpoint_step, list_checkpoints, step_name
+from flowar.cli import parse_words
+from flowar.config.drawing import SampleConfig
+from flowar.config.jobs import ClusterConfig, FollowConfig
+from flowar.config.load import extend
+from flowar.config.measuring import EvaluateConfig
+from flowar.models.folders import export_model
 
-EVALUATIONS = "evaluations"
 MODEL = "model"
 
 
@@ -41,10 +43,8 @@ def follow(run_dir: Path, words: list[str], cluster_file: str, *, once: bool, dr
     Raises:
         UserError: if something doesn't fit.
     """
-    own = tuple(word.removeprefix("cluster.") for word in words if word.startswith("cluster."))
-    verb = Verb("cluster.follow", FollowConfig, "", "")
-    config = parse_words(verb, [word for word in words if not word.startswith("cluster.")])
-    cluster = load_config(ClusterConfig, cluster_file, own)
+    config = parse_words(FollowConfig, without_cluster(words))
+    cluster = read_cluster(cluster_file, words)
     if not run_dir.is_dir():
         raise UserError(f"--follow {run_dir} does not exist; give the run_dir of a training run")
     if not Path(config.evaluate.reference).exists():
@@ -66,7 +66,7 @@ def follow(run_dir: Path, words: list[str], cluster_file: str, *, once: bool, dr
 def look(run_dir: Path, config: FollowConfig, cluster: ClusterConfig) -> None:
     """Submit what is due, and delete the weights of what has been measured."""
     for checkpoint in due_checkpoints(run_dir, config):
-        measure(run_dir, checkpoint, config, cluster)
+        submit_measurement(run_dir, checkpoint, config, cluster)
     for model in (run_dir / EVALUATIONS).glob(f"step_*/{MODEL}"):
         jobs = submitted_jobs(model.parent)
         if jobs and is_finished(jobs[-1]):
@@ -100,7 +100,7 @@ def num_images(config: FollowConfig, step: int) -> int:
     return config.milestone_images if is_milestone(config, step) else config.num_images
 
 
-def measure(run_dir: Path, checkpoint: Path, config: FollowConfig, cluster: ClusterConfig) -> None:
+def submit_measurement(run_dir: Path, checkpoint: Path, config: FollowConfig, cluster: ClusterConfig) -> None:
     """Copy a checkpoint's weights, which the training may soon delete, and submit the job that draws and measures."""
     step = checkpoint_step(checkpoint)
     folder = run_dir / EVALUATIONS / step_name(step)
@@ -109,17 +109,16 @@ def measure(run_dir: Path, checkpoint: Path, config: FollowConfig, cluster: Clus
     if not model.exists():
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            export.main(ExportConfig(model=str(checkpoint), out_dir=str(model), weights=sample.weights))
+            export_model(checkpoint, sample.weights, model)
         except (UserError, OSError):
             if checkpoint.exists():
                 raise
             print(f"{checkpoint} was deleted before its weights were copied; keep more: keep_checkpoints=")
             return
-    drawing = dataclasses.replace(
-        sample, model=str(model), weights="ema", out_dir=str(folder), num_images=num_images(config, step)
-    )
-    evaluation = dataclasses.replace(
-        config.evaluate, sample=drawing, samples=str(folder), run_dir=str(run_dir), step=step
+    drawn = dataclasses.replace(sample, weights="ema", num_images=num_images(config, step))
+    drawing = extend(SampleConfig, drawn, model=str(model), out_dir=str(folder))
+    evaluation = extend(
+        EvaluateConfig, config.evaluate, sample=drawing, samples=str(folder), run_dir=str(run_dir), step=step
     )
     submit([PlannedJob("evaluate", evaluation, cluster, jobs_folder("evaluate", evaluation))], dry_run=False)
 

@@ -14,7 +14,6 @@ A job has a folder (ID is Slurm's number, N how often Slurm has started the job 
 """
 
 import dataclasses
-import importlib
 import json
 import os
 import random
@@ -30,14 +29,14 @@ from pathlib import Path
 from types import FrameType
 
 from cluster import environment
+from flowar.base.errors import EXIT_AGAIN, STOP_SIGNALS, UserError
+from flowar.base.files import write_text
 from flowar.cli import VERBS
-from flowar.config import ClusterConfig, load_config
-from flowar.errors import EXIT_AGAIN, STOP_SIGNALS, UserError
-from flowar.files import write_text
+from flowar.config.jobs import ClusterConfig
+from flowar.config.load import load_config
 
-RECORD_FILE, CONFIG_FILE, ENVIRONMENT_FILE = "job.json", "config.yaml", "environment.json"
+RECORD_FILE, JOB_CONFIG_FILE, ENVIRONMENT_FILE = "job.json", "config.yaml", "environment.json"
 ATTEMPTS_FILE = "attempts.jsonl"
-SHARING_VERBS = ("prepare", "sample", "evaluate", "make-reference", "sweep")  # any number of tasks; all done is kept
 GRACE_S = 20  # to end after a signal, where nothing is saved
 LAST_MOMENT_S = 30  # before the end of the job's time, when what hangs is ended
 LOOK_AGAIN_S, ASK_AGAIN_S = 600, 60  # time limits can be changed while a job runs; after no answer
@@ -86,7 +85,7 @@ def run_task(folder: str) -> None:
 class Task:
     """This process's part in one start of a job."""
 
-    def __init__(self, job: Job, place: environment.Place) -> None:
+    def __init__(self, job: Job, place: environment.TaskEnvironment) -> None:
         self.job = job
         self.place = place
         self.is_stopping = False
@@ -102,8 +101,8 @@ class Task:
         try:
             self._change_folder()
             environment.check_resources(self.place, self.job.cluster)
-            config = load_config(verb.schema, self.job.folder / CONFIG_FILE)
-            importlib.import_module(verb.module).main(config)
+            config = load_config(verb.schema, self.job.folder / JOB_CONFIG_FILE)
+            verb.load()(config)
             if self.job.cluster.scheduler == "local" and self.place.rank == 0:
                 self.job.mark("finished", self.place.job_id).touch()  # on Slurm the batch script does, after all tasks
         except SystemExit as stop:
@@ -114,7 +113,7 @@ class Task:
         except UserError as error:
             self._fail(f"flowar {self.job.verb}: {error}")
         except Exception as error:
-            from flowar.distributed import has_lost_ranks  # torch, which is there already
+            from flowar.base.distributed import has_lost_ranks  # torch, which is there already
 
             traceback.print_exc()
             if has_lost_ranks(error) and self.job.verb != "doctor":
@@ -166,7 +165,7 @@ class Task:
             timer = threading.Timer(GRACE_S, os._exit, [EXIT_AGAIN])  # should something wait for peers, or swallow this
             timer.daemon = True
             timer.start()
-            self._mark("again").write_text("" if self.job.verb in SHARING_VERBS else "counted")
+            self._mark("again").write_text("" if VERBS[self.job.verb].shares_work else "counted")
             raise SystemExit(EXIT_AGAIN)
 
         for number in STOP_SIGNALS:

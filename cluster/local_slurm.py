@@ -17,10 +17,11 @@ from pathlib import Path
 
 import psutil
 
-from flowar.errors import UserError
+from flowar.base.errors import UserError
 
 CONF = "slurm.conf"
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
+
 UP_WITHIN_S, END_WITHIN_S = 60, 10
 CONFIG = """\
 ClusterName=local
@@ -55,7 +56,7 @@ PartitionName=local Nodes={names} Default=YES MaxTime=INFINITE State=UP OverSubs
 """
 
 
-def start(folder: Path, num_nodes: int, more: str = "") -> Path:
+def start_slurm(folder: Path, num_nodes: int, more: str = "") -> Path:
     """Start munge, slurmctld and `num_nodes` slurmd; return the slurm.conf, once all nodes are idle.
 
     Args:
@@ -118,7 +119,7 @@ def wait_until_idle(conf: Path, names: list[str]) -> None:
         time.sleep(0.2)
 
 
-def stop(folder: Path) -> None:
+def stop_slurm(folder: Path) -> None:
     """End all daemons that `start` has left running in `folder`, and what they run."""
     folder = folder.resolve()
     if not (folder / CONF).is_file():
@@ -172,13 +173,9 @@ def main() -> None:
     options = parser.parse_args()
     try:
         if options.action == "stop":
-            stop(options.folder)
+            stop_slurm(options.folder)
         else:
-            conf = start(options.folder, options.nodes)
+            conf = start_slurm(options.folder, options.nodes)
             print(f"{options.nodes} nodes are idle; now type\nexport SLURM_CONF={conf}")
     except UserError as error:
         sys.exit(f"local_slurm: {error}")
-
-
-if __name__ == "__main__":
-    main()

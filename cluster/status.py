@@ -21,8 +21,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.job import ATTEMPTS_FILE, RECORD_FILE, Job
-from flowar.errors import UserError
-from flowar.run_folder import METRICS_FILE, STATE_FILE, checkpoint_step, find_latest
+from flowar.base.errors import UserError
+from flowar.base.run_folder import METRICS_FILE, STATE_FILE, checkpoint_step, find_latest
+from flowar.cli import VERBS
 
 JOBS = "jobs"
 REFRESH_S = 5
@@ -31,14 +32,12 @@ WIDTH = 160  # of the table, where no terminal has one
 
 
 def jobs_folder(verb: str, config: object) -> Path:
-    """Return where the jobs of a verb are kept: in the folder that it writes, or beside a dataset, which is shared."""
-    names = {"train": "run_dir", "sample": "out_dir", "evaluate": "samples", "doctor": "run_dir", "sweep": "out_dir"}
-    if verb == "evaluate" and (config.out_dir or Path(config.samples).suffix in (".npz", ".tar")):
-        return Path(config.out_dir or f"{config.samples}.evaluation") / JOBS
-    if verb in names:
-        return Path(getattr(config, names[verb])) / JOBS
-    dataset = Path(config.path if verb == "check" else config.out_dir)
-    return dataset.with_name(f"{dataset.name}.{JOBS}")
+    """Return where the jobs of a verb are kept: in the folder that it writes, or beside a dataset or file."""
+    row = VERBS[verb]
+    folder = Path(next(value for name in row.folder if (value := getattr(config, name)) is not None))
+    if row.has_jobs_beside or folder.suffix in (".npz", ".tar"):
+        return folder.with_name(f"{folder.name}.{JOBS}")
+    return folder / JOBS
 
 
 def find_jobs(folder: Path) -> list[Job]:
@@ -194,7 +193,7 @@ def attempt_count(job: Job, job_id: str) -> int:
 
 def _progress(job: Job) -> tuple[str, str, str, str]:
     """Return step, loss, images/s and the time left of a training job."""
-    from flowar.report import read_metrics
+    from flowar.training.report import read_metrics
 
     run_dir = training_folder(job)
     if run_dir is None or not (run_dir / METRICS_FILE).exists():
@@ -221,7 +220,8 @@ def training_folder(job: Job) -> Path | None:
     """Return the run_dir of a training job."""
     if job.verb != "train":
         return None
-    from flowar.config import TrainConfig, load_config
+    from flowar.config.load import load_config
+    from flowar.config.training import TrainConfig
 
     return Path(job.cwd) / load_config(TrainConfig, job.folder / "config.yaml").run_dir
 

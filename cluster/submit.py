@@ -4,10 +4,8 @@ The code is copied into the job's folder, and the copy is what runs: also after 
 Read next: job.py for what runs, status.py for how to watch it.
 """
 
-import argparse
 import contextlib
 import dataclasses
-import importlib
 import json
 import re
 import shlex
@@ -21,81 +19,23 @@ import submitit
 
 import flowar
 from cluster.environment import first_lines, last_lines, outside_of_jobs
-from cluster.job import CONFIG_FILE, SHARING_VERBS, Job, run_task
-from cluster.status import JOBS, find_jobs, is_finished, is_live, jobs_folder, newest_job
+from cluster.job import JOB_CONFIG_FILE, Job, run_task
+from cluster.status import JOBS, find_jobs, is_live, jobs_folder
+from flowar.base.errors import UserError
+from flowar.base.files import write_text
 from flowar.cli import VERBS, parse_words
-from flowar.config import ClusterConfig, PipelineConfig, TrainConfig, describe_config, did_you_mean, load_config
-from flowar.errors import UserError
-from flowar.files import write_text
+from flowar.config.jobs import ClusterConfig, PipelineConfig
+from flowar.config.load import describe_config, load_config
+from flowar.config.training import TrainConfig
 
-SUBMITTED_VERBS = (*SHARING_VERBS, "check", "train", "doctor")
+SUBMITTED_VERBS = tuple(name for name, verb in VERBS.items() if verb.folder)
+
 PIPELINE = ("prepare", "train", "sample", "evaluate")  # in this order
+
 PACKAGES = ("flowar", "cluster", "data_prep")
+
 CODE = "code"
 NEVER = 1_000_000  # submitit's own count of time-outs, which we don't use
-
-
-def main(words: list[str]) -> None:
-    """Read the command line of `flowar submit` and submit."""
-    parser = argparse.ArgumentParser(
-        prog="flowar submit",
-        usage="flowar submit VERB [CONFIG.yaml] [key=value ...] --cluster FILE [cluster.key=value ...] [--dry-run]",
-        description=f"VERB is one of {', '.join(SUBMITTED_VERBS)}, or pipeline: a chain of {', '.join(PIPELINE)}",
-        epilog="example:\n  flowar submit train configs/train/flowar_l.yaml run_dir=runs/l data.path=/data/in256 "
-        "--cluster configs/cluster/h100.yaml cluster.nodes=4\n\nsettings of a cluster and their defaults:\n\n"
-        + "\n".join(f"  {line}" for line in describe_config(ClusterConfig).splitlines()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("verb")
-    parser.add_argument("words", nargs="*", metavar="CONFIG.yaml, key=value")
-    parser.add_argument("--cluster", metavar="FILE", required=True, help="YAML file, see configs/cluster")
-    parser.add_argument(
-        "--dry-run", action="store_true", help="check everything, print the batch script, submit nothing"
-    )
-    parser.add_argument(
-        "--follow", metavar="RUN_DIR", type=Path, help="evaluate: each new checkpoint of a training run"
-    )
-    parser.add_argument("--once", action="store_true", help="with --follow: look once, as from cron")
-    options = parser.parse_intermixed_args(words)
-    if options.verb == "evaluate" and options.words[:1] == ["make-reference"]:
-        options.verb = options.words.pop(0)
-    if options.follow is not None:
-        if options.verb != "evaluate":
-            raise UserError(f"--follow measures checkpoints: flowar submit evaluate, not {options.verb}")
-        importlib.import_module("cluster.follow").follow(
-            options.follow, options.words, options.cluster, once=options.once, dry_run=options.dry_run
-        )
-    elif options.verb == "pipeline":
-        run_dir, jobs = plan_pipeline(options.words, options.cluster)
-        submit(jobs, dry_run=options.dry_run, listed_in=run_dir)
-    elif options.verb in SUBMITTED_VERBS:
-        submit([plan_job(options.verb, options.words, options.cluster)], dry_run=options.dry_run)
-    else:
-        known = (*SUBMITTED_VERBS, "pipeline")
-        raise UserError(f"{options.verb!r} can't be submitted{did_you_mean(options.verb, known)}")
-
-
-def resume(words: list[str]) -> None:
-    """Submit a run's newest job again, with the code that it ran; of a pipeline, what is not finished."""
-    parser = argparse.ArgumentParser(prog="flowar resume", description=resume.__doc__)
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("words", nargs="*", metavar="key=value", help="settings of the cluster that change: nodes=6")
-    parser.add_argument("--dry-run", action="store_true")
-    options = parser.parse_intermixed_args(words)
-    newest = newest_job(options.run_dir)
-    chain = [job for job in find_jobs(options.run_dir) if job.folder.name.endswith(stamp_of(newest))]
-    unfinished = [job for job in chain if not is_finished(job)]
-    if not unfinished:
-        raise UserError(f"{options.run_dir}: {newest.verb} is finished; to train on, submit it with more epochs")
-    planned = []
-    for before in unfinished:
-        with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-            file.write(describe_config(before.cluster))
-            file.flush()
-            cluster = load_config(ClusterConfig, file.name, tuple(options.words))
-        config = load_config(VERBS[before.verb].schema, before.folder / CONFIG_FILE)
-        planned.append(PlannedJob(before.verb, config, cluster, before.folder.parent, again=before))
-    submit(planned, dry_run=options.dry_run, listed_in=options.run_dir if len(chain) > 1 else None)
 
 
 def stamp_of(job: Job) -> str:
@@ -119,28 +59,34 @@ class PlannedJob:
         return self.again.cwd if self.again else str(Path.cwd())
 
 
+def without_cluster(words: list[str]) -> list[str]:
+    """Return the words of a command line that are not about the cluster."""
+    return [word for word in words if not word.startswith("cluster.")]
+
+
+def read_cluster(file: str, words: list[str]) -> ClusterConfig:
+    """Return the settings of the cluster: its YAML file, then those words that begin with `cluster.`."""
+    settings = (word.removeprefix("cluster.") for word in words if word.startswith("cluster."))
+    return load_config(ClusterConfig, file, tuple(settings))
+
+
 def plan_job(verb: str, words: list[str], cluster_file: str) -> PlannedJob:
     """Return the job that the command line asks for.
 
     Raises:
         UserError: if a setting is wrong.
     """
-    own = [word.removeprefix("cluster.") for word in words if word.startswith("cluster.")]
-    others = [word for word in words if not word.startswith("cluster.")]
-    config = parse_words(VERBS[verb], others)
-    cluster = load_config(ClusterConfig, cluster_file, tuple(own))
+    config = parse_words(VERBS[verb].schema, without_cluster(words))
+    cluster = read_cluster(cluster_file, words)
     return PlannedJob(verb, config, cluster, jobs_folder(verb, config))
 
 
 def plan_pipeline(words: list[str], cluster_file: str) -> tuple[Path, list[PlannedJob]]:
     """Return the folder of a chain, and its jobs in their order."""
-    files = [word for word in words if word.endswith((".yaml", ".yml")) and "=" not in word]
-    if len(files) > 1:
-        raise UserError(f"one config file at a time, got {', '.join(files)}")
-    config = load_config(PipelineConfig, files[0] if files else None, tuple(w for w in words if w not in files))
+    config = parse_words(PipelineConfig, words)
     unknown = [name for name in config.cluster if name not in PIPELINE]
     if unknown:
-        raise UserError(f"cluster.{unknown[0]} is no step of the pipeline; there are: {', '.join(PIPELINE)}")
+        raise UserError(f"cluster.{unknown[0]} is not a step of the pipeline; there are: {', '.join(PIPELINE)}")
     jobs = []
     for verb in PIPELINE:
         if getattr(config, verb) is not None:
@@ -169,7 +115,7 @@ def submit(planned: list[PlannedJob], *, dry_run: bool, listed_in: Path | None =
     if dry_run:
         for job in planned:
             folder = job.jobs / f"{job.verb}-TIME"
-            print(f"# {folder / CONFIG_FILE}\n{describe_config(job.config)}")
+            print(f"# {folder / JOB_CONFIG_FILE}\n{describe_config(job.config)}")
             print(f"# batch script\n{batch_script(job, folder.absolute())}\n")
         return
     stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -201,9 +147,9 @@ def submit_one(job: PlannedJob, folder: Path, after: tuple[str, ...]) -> Job:
         folder.mkdir(parents=True)
         code = copy_code(job.again, folder)
         if job.again is not None:  # word for word, for the code of that time
-            shutil.copy(job.again.folder / CONFIG_FILE, folder / CONFIG_FILE)
+            shutil.copy(job.again.folder / JOB_CONFIG_FILE, folder / JOB_CONFIG_FILE)
         else:
-            write_text(folder / CONFIG_FILE, describe_config(job.config))
+            write_text(folder / JOB_CONFIG_FILE, describe_config(job.config))
     except OSError as error:
         raise UserError(f"can't write {folder}: {error.strerror or error}") from error
     record = Job(job.verb, job.cluster, folder, submitted=time.time(), code=code, cwd=job.cwd)
@@ -294,8 +240,9 @@ def check(job: PlannedJob, *, alone: bool) -> None:
             "there is no Slurm on this machine (no sbatch on PATH); submit from a login node, or use "
             "--cluster configs/cluster/local.yaml"
         )
-    if cluster.array > 1 and job.verb not in SHARING_VERBS:
-        raise UserError(f"cluster.array={cluster.array}: only {', '.join(SHARING_VERBS)} share their work between jobs")
+    if cluster.array > 1 and not VERBS[job.verb].shares_work:
+        sharing = ", ".join(name for name, verb in VERBS.items() if verb.shares_work)
+        raise UserError(f"cluster.array={cluster.array}: only {sharing} share their work between jobs")
     if job.verb == "check" and cluster.nodes * cluster.tasks > 1:
         raise UserError(
             f"`flowar {job.verb}` runs in one process, not in {cluster.nodes} x {cluster.tasks}; set cluster.nodes=1 "
@@ -321,13 +268,15 @@ def check(job: PlannedJob, *, alone: bool) -> None:
 
 def check_training(config: TrainConfig, num_tasks: int, *, has_data: bool) -> None:
     """Check what a training run would refuse at its start, for as many tasks as it will have."""
-    train = importlib.import_module("flowar.train")  # torch
-    if not has_data:  # the dataset is still to be prepared
-        train.split_batch(config, num_tasks)
-        return
-    torch = importlib.import_module("torch")
-    world = importlib.import_module("flowar.distributed").World(0, num_tasks, torch.device("cpu"), None)
-    train.plan_run(config, world)
+    import torch  # takes seconds, and other verbs need none of it
+
+    from flowar.base.distributed import World
+    from flowar.training.setup import plan_run, split_batch
+
+    if has_data:
+        plan_run(config, World(0, num_tasks, torch.device("cpu"), None))
+    else:  # the dataset is still to be prepared
+        split_batch(config.batch_size, config.micro_batch_size, num_tasks)
 
 
 def check_by_slurm(job: PlannedJob) -> None:

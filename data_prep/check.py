@@ -16,24 +16,25 @@ import torch
 from rich.progress import track
 
 from data_prep.crops import decode_image, make_views
-from data_prep.schema import INDEX_FILE, LISTING_FILE, PASSPORT_FILE, SHARD_HASH, Passport, row_checksum
 from data_prep.sources import Source, open_source
-from data_prep.statistics import Statistics
-from flowar.config import CheckConfig, DataConfig, PrepareConfig
-from flowar.data import check_same_vae
-from flowar.distributed import pick_device
-from flowar.errors import UserError
-from flowar.pictures import save_grid
-from flowar.shards import LatentShards, Shard, fetch, hash_file
-from flowar.vae import VAE, from_uint8, load_vae, to_uint8
+from data_prep.statistics import MomentSums
+from flowar.base.devices import pick_device
+from flowar.base.errors import UserError
+from flowar.base.files import MIB
+from flowar.base.hashes import hash_file
+from flowar.base.pictures import save_grid
+from flowar.config.data import CheckConfig, DataConfig, PrepareConfig
+from flowar.latents.batches import check_same_vae
+from flowar.latents.schema import INDEX_FILE, LISTING_FILE, PASSPORT_FILE, SHARD_HASH, Passport, row_checksum
+from flowar.latents.shards import LatentShards, Shard, fetch
+from flowar.latents.vae import VAE, from_uint8, load_vae, to_uint8
 
 ROWS_AT_ONCE = 256
 MAX_THREADS = 16
 NAMED_ROWS = 5  # damaged rows that are named of one shard
 PAIRS_PER_LINE = 4  # of the contact sheet
 TOLERANCE = 1e-6  # of recomputed statistics, relative: sums are taken in another order
-SHEET_IMAGES = 32
-MIB = 2**20
+COMPARED_IMAGES = 32
 
 
 @dataclass
@@ -42,7 +43,7 @@ class Findings:
 
     problems: list[str] = field(default_factory=list)
     labels: Counter[int] = field(default_factory=Counter)
-    statistics: Statistics = field(default_factory=Statistics)
+    statistics: MomentSums = field(default_factory=MomentSums)
 
 
 def main(config: CheckConfig, dry_run: bool = False) -> None:
@@ -73,7 +74,7 @@ def main(config: CheckConfig, dry_run: bool = False) -> None:
 def check_files(shards: LatentShards) -> list[str]:
     """Return what is wrong with the shards: each one's size and hash, the rows, the class histogram, the statistics."""
     passport, problems = shards.passport, []
-    labels, statistics = Counter(), Statistics()
+    labels, statistics = Counter(), MomentSums()
     with ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
         checked = pool.map(lambda shard: check_shard(shards, shard), shards.shards)
         for findings in track(checked, "reading every shard", total=len(shards.shards)):
@@ -124,7 +125,7 @@ def check_shard(shards: LatentShards, shard: Shard) -> Findings:
         return findings
     for rows, _ in blocks(shards, shard, file):
         findings.labels.update(rows["label"].tolist())
-        findings.statistics += Statistics.of(rows["moments"])
+        findings.statistics += MomentSums.of(rows["moments"])
     return findings
 
 
@@ -189,7 +190,7 @@ def check_against_source(config: CheckConfig, shards: LatentShards) -> list[str]
             problems.append(
                 f"image {image} ({name}), view {view}, encoded again differs by {error:.2g} std of the latents"
             )
-        if len(pairs) < 2 * SHEET_IMAGES:
+        if len(pairs) < 2 * COMPARED_IMAGES:
             pairs += [pixels[0], decode_mean(vae, stored.to(device))]
     if errors:
         picture = Path(config.picture or f"{shards.folder}.check.png")
@@ -253,9 +254,3 @@ def encoding_error(vae: VAE, pixels: torch.Tensor, stored: torch.Tensor, passpor
 def decode_mean(vae: VAE, moments: torch.Tensor) -> torch.Tensor:
     """Return the image (3, H, W) uint8 that the means of moments (1, 2 C, h, w) decode to."""
     return to_uint8(vae.decode(moments.chunk(2, dim=1)[0] * vae.latent_multiplier))[0].cpu()
-
-
-if __name__ == "__main__":
-    from flowar.cli import run_verb
-
-    run_verb("check")

@@ -18,7 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.schema import (
+from data_prep.statistics import MomentSums
+from flowar.base.errors import UserError
+from flowar.base.files import MIB, publish_folder, write_text
+from flowar.latents.schema import (
     INDEX_FILE,
     PASSPORT_FILE,
     SCHEMA_VERSION,
@@ -28,16 +31,12 @@ from data_prep.schema import (
     shard_columns,
     write_passport,
 )
-from data_prep.statistics import Statistics
-from flowar.errors import UserError
-from flowar.files import publish_folder, write_text
 
 PLAN_FILE = "plan.json"
 CHUNK_FILE = "chunk.json"
-MIB = 2**20
 
 
-def chunk_name(chunk: int) -> str:
+def chunk_folder(chunk: int) -> str:
     """Return the name of a chunk's folder."""
     return f"{chunk:05d}"
 
@@ -54,11 +53,12 @@ class ChunkWriter:
         from streaming import MDSWriter
 
         logging.getLogger("streaming").setLevel(logging.ERROR)
-        self.folder = partial / chunk_name(chunk)
-        self.hidden = partial / f".{chunk_name(chunk)}.{socket.gethostname()}.{os.getpid()}"
+        self.chunk = chunk
+        self.folder = partial / chunk_folder(chunk)
+        self.hidden = partial / f".{chunk_folder(chunk)}.{socket.gethostname()}.{os.getpid()}"
         self.dtype = np.dtype(settings["moments_dtype"])
         self.encoded_with = encoded_with
-        self.statistics = Statistics()
+        self.statistics = MomentSums()
         self.class_counts: Counter[int] = Counter()
         self.skipped: dict[str, str] = {}
         shutil.rmtree(self.hidden, ignore_errors=True)  # of an ended process with the same number
@@ -85,7 +85,7 @@ class ChunkWriter:
                 f"the moments of image {names[bad[0] // views]} reach {worst:.4g}, which {self.dtype} can't hold; use "
                 "moments_dtype=float32, or mend the VAE's weights if it is nan"
             )
-        self.statistics += Statistics.of(stored, moments)
+        self.statistics += MomentSums.of(stored, moments)
         self.class_counts.update(labels)
         for row, sample in enumerate(stored):
             label = labels[row // views]
@@ -128,11 +128,11 @@ def merge_chunks(partial: Path, settings: dict, class_names: list[str]) -> None:
             shutil.rmtree(leftover)
         else:
             leftover.unlink()
-    statistics, class_counts, skipped, encoded_with, shards = Statistics(), Counter(), {}, [], []
+    statistics, class_counts, skipped, encoded_with, shards = MomentSums(), Counter(), {}, [], []
     for chunk in sorted(finished_chunks(partial)):
-        folder = partial / chunk_name(chunk)
+        folder = partial / chunk_folder(chunk)
         record = json.loads((folder / CHUNK_FILE).read_text())
-        statistics += Statistics(**record["statistics"])
+        statistics += MomentSums(**record["statistics"])
         class_counts.update({int(label): count for label, count in record["class_counts"].items()})
         skipped |= record["skipped"]
         if record["encoded_with"] not in encoded_with:
@@ -157,10 +157,10 @@ def merge_chunks(partial: Path, settings: dict, class_names: list[str]) -> None:
     write_passport(passport, partial)
 
 
-def finish(partial: Path, out_dir: Path) -> None:
+def publish_dataset(partial: Path, out_dir: Path) -> None:
     """Give a merged dataset its name, without what only its making needed; can be cut off and repeated anywhere."""
     for chunk in finished_chunks(partial):
-        folder = partial / chunk_name(chunk)
+        folder = partial / chunk_folder(chunk)
         for name in (CHUNK_FILE, INDEX_FILE):
             (folder / name).unlink(missing_ok=True)
         if not any(folder.iterdir()):  # none of its images could be read
@@ -171,6 +171,6 @@ def finish(partial: Path, out_dir: Path) -> None:
     publish_folder(partial, out_dir)
 
 
-def is_finished(out_dir: Path) -> bool:
+def has_dataset(out_dir: Path) -> bool:
     """Return whether `out_dir` holds a finished dataset."""
     return (out_dir / PASSPORT_FILE).exists()

@@ -7,10 +7,9 @@ from PIL import Image, ImageOps
 from torchvision.transforms import functional as F
 from torchvision.transforms.functional import InterpolationMode
 
-from flowar.config import PrepareConfig
-from flowar.seeding import derive_seed
+from flowar.base.seeding import Stream, derive_seed
+from flowar.config.data import PrepareConfig
 
-CROP_STREAM = 5  # keeps the seeds of random crops apart from all others
 RANDOM_RESIZE = 288 / 256  # the authors' recipe: short side 288, then a random crop of 256
 TEN_CROP_RESIZE = 1.1  # the usual ratio where autoregressive image models store ten crops (LlamaGen)
 
@@ -65,7 +64,7 @@ def make_views(image: Image.Image, config: PrepareConfig, number: int) -> np.nda
 
 
 def _random_view(image: Image.Image, config: PrepareConfig, number: int, view: int) -> Image.Image:
-    random = np.random.default_rng(derive_seed(config.seed, CROP_STREAM, number, view))
+    random = np.random.default_rng(derive_seed(config.seed, Stream.CROP, number, view))
     top = int(random.integers(image.height - config.image_size + 1))
     left = int(random.integers(image.width - config.image_size + 1))
     cropped = F.crop(image, top, left, config.image_size, config.image_size)

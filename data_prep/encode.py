@@ -9,50 +9,55 @@ import contextlib
 import errno
 import itertools
 import json
-import random
 import shutil
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data_prep.chunks import PLAN_FILE, ChunkWriter, chunk_name, finish, finished_chunks, is_finished, merge_chunks
+from data_prep.chunks import (
+    PLAN_FILE,
+    ChunkWriter,
+    finished_chunks,
+    has_dataset,
+    merge_chunks,
+    publish_dataset,
+)
 from data_prep.crops import decode_image, make_views, num_views, resize_side
 from data_prep.progress import PrepareProgress
-from data_prep.schema import LISTING_FILE, PASSPORT_FILE, Passport, read_passport
 from data_prep.sources import Source, open_source
 from flowar import __version__
-from flowar.config import PrepareConfig
-from flowar.data import BATCHES_AHEAD, check_shared_memory, from_workers
-from flowar.distributed import pick_device
-from flowar.errors import UserError
-from flowar.files import write_text
-from flowar.leases import Leases
-from flowar.precision import convolution_precision
-from flowar.vae import VAE, from_uint8, load_vae
+from flowar.base.devices import convolution_precision, pick_device
+from flowar.base.errors import UserError
+from flowar.base.files import MIB, write_text
+from flowar.base.leases import WAIT_S, Leases, claim_name, claimed_chunks
+from flowar.config.data import PrepareConfig
+from flowar.config.load import decisive_settings
+from flowar.latents.schema import LISTING_FILE, PASSPORT_FILE, Passport, read_passport
+from flowar.latents.vae import VAE, from_uint8, load_vae
+from flowar.latents.workers import BATCHES_AHEAD, check_shared_memory, from_workers
 
-MIB = 2**20
-WAIT_S = 2  # between two looks at what other workers do
 SETTLE_S = 60  # within which a network file system shows what another machine did
 GONE = (errno.ENOENT, errno.ESTALE)
+
 RECORDED_VERSIONS = ("torch", "diffusers", "pillow", "numpy", "mosaicml-streaming")
 
 
 def main(config: PrepareConfig, dry_run: bool = False) -> None:
     """Encode a source into a finished dataset, together with all others who were given the same command."""
-    if not is_finished(Path(config.out_dir)):
+    if not has_dataset(Path(config.out_dir)):
         check_images_exist(config)
     device = pick_device(config.device)
     vae = load_vae(config.vae.name, config.vae.weights)
     if dry_run:
-        print(describe(open_images(config), decisive_settings(config, vae), config))
+        print(describe_plan(list_images(config), settings_of_dataset(config, vae), config))
         return
     prepare(config, vae, device)
     print_summary(read_passport(config.out_dir), Path(config.out_dir))
@@ -61,39 +66,39 @@ def main(config: PrepareConfig, dry_run: bool = False) -> None:
 def prepare(config: PrepareConfig, vae: VAE, device: torch.device) -> None:
     """Do what `main` does, with a loaded VAE."""
     out_dir = Path(config.out_dir)
-    settings = decisive_settings(config, vae)
-    job = Job(config, settings, out_dir, out_dir.with_name(out_dir.name + ".partial"), vae.to(device), device)
+    settings = settings_of_dataset(config, vae)
+    job = EncodingJob(config, settings, out_dir, out_dir.with_name(out_dir.name + ".partial"), vae.to(device), device)
     claims = out_dir.with_name(out_dir.name + ".claims")
     try:
-        while not is_finished(out_dir):
-            if out_dir.exists() and any(out_dir.iterdir()) and not is_finished(out_dir):
-                raise UserError(f"out_dir={out_dir} is not empty and no dataset; give a new folder")
+        while not has_dataset(out_dir):
+            if out_dir.exists() and any(out_dir.iterdir()) and not has_dataset(out_dir):
+                raise UserError(f"out_dir={out_dir} is not empty, but not a dataset; give a new folder")
             try:
                 job.partial.mkdir(parents=True, exist_ok=True)
                 with Leases(claims, config.lease_s) as leases:
-                    work(job, leases)
+                    encode_chunks(job, leases)
             except OSError as error:
                 if error.errno not in GONE or not another_finished(job):
                     raise
         check_same_settings(settings, vars(read_passport(out_dir)), f"out_dir={out_dir} holds a dataset with")
     except OSError as error:
-        raise UserError(f"can't write to {job.partial}: {error}; mend that and start the same command again") from error
+        raise UserError(f"can't write to {job.partial}: {error}; fix that and run the same command again") from error
     finally:
-        if is_finished(out_dir) or not any_file(job.partial):  # else others are at work, or the next run goes on
+        if has_dataset(out_dir) or not any_file(job.partial):  # else others are at work, or the next run goes on
             shutil.rmtree(claims, ignore_errors=True)
             with contextlib.suppress(OSError):
                 job.partial.rmdir()
 
 
-def another_finished(job: "Job") -> bool:
+def another_finished(job: "EncodingJob") -> bool:
     """Return whether files went away because another worker gave the dataset its name.
 
     Network file systems may show that late, so that it is asked for a minute.
     """
     ended = time.monotonic() + SETTLE_S
-    while not job.partial.exists() and not is_finished(job.out_dir) and time.monotonic() < ended:
+    while not job.partial.exists() and not has_dataset(job.out_dir) and time.monotonic() < ended:
         time.sleep(WAIT_S)
-    return is_finished(job.out_dir)
+    return has_dataset(job.out_dir)
 
 
 def any_file(folder: Path) -> bool:
@@ -103,18 +108,18 @@ def any_file(folder: Path) -> bool:
     return False
 
 
-class Job(NamedTuple):
+class EncodingJob(NamedTuple):
     """What a worker needs to know."""
 
     config: PrepareConfig
-    settings: dict
+    settings: dict[str, Any]
     out_dir: Path
     partial: Path
     vae: VAE
     device: torch.device
 
 
-def decisive_settings(config: PrepareConfig, vae: VAE) -> dict:
+def settings_of_dataset(config: PrepareConfig, vae: VAE) -> dict[str, Any]:
     """Return all settings that the bytes of the dataset depend on, as they stand in the passport.
 
     Raises:
@@ -124,12 +129,10 @@ def decisive_settings(config: PrepareConfig, vae: VAE) -> dict:
         raise UserError(
             f"image_size={config.image_size} is not a multiple of the stride {vae.stride} of VAE {vae.name}"
         )
-    names = (
-        "images", "image_size", "crop", "flip", "seed", "moments_dtype", "batch_size", "chunk_images", "shard_size_mib",
-        "precision", "skip_unreadable",
-    )  # fmt: skip
     side = config.image_size // vae.stride
-    return {name: getattr(config, name) for name in names} | {
+    given = decisive_settings(config)
+    del given["vae"]  # its weights' hash says more
+    return given | {
         "resize": resize_side(config),
         "views": num_views(config),
         "vae_name": vae.name,
@@ -147,7 +150,7 @@ def check_same_settings(settings: dict, found: dict, where: str) -> None:
         raise UserError(f"{where} {'; '.join(differing)}; use the same settings, or another out_dir")
 
 
-def open_images(config: PrepareConfig) -> Source:
+def list_images(config: PrepareConfig) -> Source:
     """Return the listing of the source."""
     return open_source(config.images, image_column=config.image_column, label_column=config.label_column)
 
@@ -155,10 +158,10 @@ def open_images(config: PrepareConfig) -> Source:
 def check_images_exist(config: PrepareConfig) -> None:
     """Raise the source's UserError before anything is written, where that takes no listing."""
     if not Path(config.images).exists() and not any(mark in config.images for mark in "*?["):
-        open_images(config)
+        list_images(config)
 
 
-def describe(source: Source, settings: dict, config: PrepareConfig) -> str:
+def describe_plan(source: Source, settings: dict, config: PrepareConfig) -> str:
     """Return what will be done, in one line."""
     rows = len(source) * settings["views"]
     num_bytes = rows * int(np.prod(settings["moments_shape"])) * np.dtype(settings["moments_dtype"]).itemsize
@@ -169,33 +172,33 @@ def describe(source: Source, settings: dict, config: PrepareConfig) -> str:
     )
 
 
-def work(job: Job, leases: Leases) -> None:
+def encode_chunks(job: EncodingJob, leases: Leases) -> None:
     """Do what is left to do, until the dataset is finished."""
     plan = agree_on_plan(job, leases)
     if plan is None:
         return
-    print(describe(plan.source, job.settings, job.config))
+    print(describe_plan(plan.source, job.settings, job.config))
     with PrepareProgress(len(plan.source), job.config.chunk_images, plan.done()) as progress:
-        while not is_finished(job.out_dir):
+        while not has_dataset(job.out_dir):
             unfinished = plan.unfinished()
             if not unfinished:
                 merge(job, plan, leases)
-            elif not encode_free_chunks(job, plan, unfinished, leases, progress):
-                progress.wait_for([f"chunk {n}, held by {leases.holder(chunk_name(n))}" for n in unfinished[:3]])
+            elif not encode_free_chunks(job, plan, leases, progress):
+                progress.wait_for([f"chunk {n}, held by {leases.holder(claim_name(n))}" for n in unfinished[:3]])
                 time.sleep(WAIT_S)
 
 
-def merge(job: Job, plan: "Plan", leases: Leases) -> None:
+def merge(job: EncodingJob, plan: "Plan", leases: Leases) -> None:
     """Finish the dataset, or wait a moment for the worker that does."""
-    if is_finished(job.out_dir):
+    if has_dataset(job.out_dir):
         return
     if not leases.claim("merge"):
         time.sleep(WAIT_S)
         return
-    if not is_finished(job.partial):
+    if not has_dataset(job.partial):
         merge_chunks(job.partial, job.settings | plan.identity(), plan.source.class_names)
     if leases.is_mine("merge"):
-        finish(job.partial, job.out_dir)
+        publish_dataset(job.partial, job.out_dir)
 
 
 @dataclass
@@ -217,7 +220,7 @@ class Plan:
 
     def unfinished(self) -> list[int]:
         """Return the chunks that are still to do; none once they are merged."""
-        if is_finished(self.partial):
+        if has_dataset(self.partial):
             return []
         done = finished_chunks(self.partial)
         return [chunk for chunk in range(-(-len(self.source) // self.chunk_images)) if chunk not in done]
@@ -227,7 +230,7 @@ class Plan:
         return len(self.source) - sum(len(self.images_of(chunk)) for chunk in self.unfinished())
 
 
-def agree_on_plan(job: Job, leases: Leases) -> Plan | None:
+def agree_on_plan(job: EncodingJob, leases: Leases) -> Plan | None:
     """Return the plan that the first worker made, or make it; None if the dataset is finished.
 
     Raises:
@@ -235,13 +238,13 @@ def agree_on_plan(job: Job, leases: Leases) -> Plan | None:
     """
     file = job.partial / PLAN_FILE
     has_said = False
-    while not is_finished(job.out_dir):
+    while not has_dataset(job.out_dir):
         if file.exists():
             recorded = json.loads(file.read_text())
             check_same_settings(job.settings, recorded, f"{job.partial} was begun with")
             source = Source.load(job.partial / LISTING_FILE)
             return Plan(source, recorded["listing_sha256"], job.config.chunk_images, job.partial)
-        is_merged = is_finished(job.partial)  # and was cut off while it was tidied up
+        is_merged = has_dataset(job.partial)  # and was cut off while it was tidied up
         task = "merge" if is_merged else "plan"
         if not leases.claim(task):
             if not has_said:
@@ -249,9 +252,9 @@ def agree_on_plan(job: Job, leases: Leases) -> Plan | None:
                 has_said = True
             time.sleep(WAIT_S)
         elif is_merged:
-            finish(job.partial, job.out_dir)
-        elif not file.exists() and not is_finished(job.out_dir):
-            source = open_images(job.config)
+            publish_dataset(job.partial, job.out_dir)
+        elif not file.exists() and not has_dataset(job.out_dir):
+            source = list_images(job.config)
             source.save(job.partial / LISTING_FILE)
             write_text(file, json.dumps(job.settings | {"listing_sha256": source.sha256()}))
             leases.release("plan")
@@ -290,7 +293,7 @@ class DecodedImages(Dataset):
         return Decoded(chunk, number, torch.from_numpy(views).permute(0, 3, 1, 2))
 
 
-def encode_free_chunks(job: Job, plan: Plan, unfinished: list[int], leases: Leases, progress: PrepareProgress) -> int:
+def encode_free_chunks(job: EncodingJob, plan: Plan, leases: Leases, progress: PrepareProgress) -> int:
     """Claim and write chunks until none is free; return how many were written.
 
     Raises:
@@ -298,7 +301,7 @@ def encode_free_chunks(job: Job, plan: Plan, unfinished: list[int], leases: Leas
     """
     config, views = job.config, job.settings["views"]
     images_per_batch = max(1, config.batch_size // views)
-    batches = claimed_batches(plan, unfinished, leases, images_per_batch)
+    batches = claimed_batches(plan, leases, images_per_batch)
     first = next(batches, None)
     if first is None:
         return 0
@@ -322,11 +325,11 @@ def encode_free_chunks(job: Job, plan: Plan, unfinished: list[int], leases: Leas
             progress.advance(len(batch))
             if batch[-1].number == plan.images_of(chunk)[-1]:
                 writer.publish()
-                leases.release(chunk_name(chunk))
+                leases.release(claim_name(chunk))
                 writer, written = None, written + 1
                 progress.chunk_done(chunk, plan.done())
     except OSError:
-        if writer is None or leases.is_mine(writer.folder.name):
+        if writer is None or leases.is_mine(claim_name(writer.chunk)):
             raise
         # Else this process slept for a lease, and another took it for dead: that one goes on with the chunk.
     finally:
@@ -342,13 +345,15 @@ def add_images(
     """Write one batch, or stop because of an image that can't be read."""
     troubles = [image.trouble for image in batch if image.trouble]
     if troubles:
-        raise UserError(f"can't get at {troubles[0]}; is its storage there? Mend that and start the same command again")
+        raise UserError(
+            f"cannot read {troubles[0]}; check that its storage is mounted, then run the same command again"
+        )
     for image in batch:
         if image.damage:
             writer.skip(image.number, image.damage)
     if writer.skipped and not config.skip_unreadable:
         raise UserError(
-            f"images can't be read: {', '.join(writer.skipped.values())}; mend or remove them, or leave such images "
+            f"images can't be read: {', '.join(writer.skipped.values())}; fix or remove them, or leave such images "
             "out, with a list in dataset.json, by skip_unreadable=true"
         )
     numbers = [image.number for image in batch if image.views is not None]
@@ -356,24 +361,15 @@ def add_images(
         writer.add(moments, [source.labels[n] for n in numbers], [source.names[n] for n in numbers])
 
 
-def claimed_batches(
-    plan: Plan, unfinished: list[int], leases: Leases, images_per_batch: int
-) -> Iterator[list[tuple[int, int]]]:
+def claimed_batches(plan: Plan, leases: Leases, images_per_batch: int) -> Iterator[list[tuple[int, int]]]:
     """Claim one free chunk after the other, and yield its images in batches that are the same for every worker."""
-    others = any(claim.name[0].isdecimal() for claim in leases.folder.iterdir())
-    first = random.randrange(len(unfinished)) if others else 0  # a thousand workers don't all try the same chunk
-    for chunk in unfinished[first:] + unfinished[:first]:
-        if not leases.claim(chunk_name(chunk)):
-            continue
-        if (plan.partial / chunk_name(chunk)).exists():  # finished by another since we looked
-            leases.release(chunk_name(chunk))
-            continue
+    for chunk in claimed_chunks(leases, plan.unfinished, wait=False):
         images = plan.images_of(chunk)
         for start in range(0, len(images), images_per_batch):
             yield [(chunk, number) for number in images[start : start + images_per_batch]]
 
 
-def encode_ahead(batches: Iterable[list[Decoded]], job: Job) -> Iterator[tuple[list[Decoded], np.ndarray]]:
+def encode_ahead(batches: Iterable[list[Decoded]], job: EncodingJob) -> Iterator[tuple[list[Decoded], np.ndarray]]:
     """Yield each batch with its moments (rows, 2 C, h, w), one late: a GPU encodes the next while it is written."""
     waiting: tuple[list[Decoded], list[Tensor]] | None = None
     for batch in batches:
@@ -386,7 +382,7 @@ def encode_ahead(batches: Iterable[list[Decoded]], job: Job) -> Iterator[tuple[l
 
 
 @torch.inference_mode()
-def encode(views: list[Tensor], job: Job) -> list[Tensor]:
+def encode(views: list[Tensor], job: EncodingJob) -> list[Tensor]:
     """Return the moments of all views, at most `batch_size` together; on a GPU without waiting for them."""
     rows = torch.cat(views).split(job.config.batch_size) if views else []
     with convolution_precision(job.config.precision):
@@ -418,9 +414,3 @@ def print_summary(passport: Passport, out_dir: Path) -> None:
     if passport.skipped:
         some = ", ".join(itertools.islice(passport.skipped.values(), 5))
         print(f"left out {len(passport.skipped)} images that can't be read: {some}")
-
-
-if __name__ == "__main__":
-    from flowar.cli import run_verb
-
-    run_verb("prepare")

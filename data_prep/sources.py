@@ -9,18 +9,17 @@ import gzip
 import hashlib
 import json
 import os
-import tarfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-from flowar.errors import UserError
-from flowar.files import write_whole
+from flowar.base.errors import UserError
+from flowar.base.files import write_whole
+from flowar.base.tars import IMAGE_SUFFIXES, list_tar_images, read_bytes_at
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm")
-LABEL_SUFFIXES = (".cls", ".json")  # in tar shards: a class number, or an object with "label"
-NEEDED = "one sub-folder of images per class, or *.tar (WebDataset) or *.parquet files (Hugging Face)"
+SOURCE_FORMS = "one sub-folder of images per class, or *.tar (WebDataset) or *.parquet files (Hugging Face)"
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,9 @@ class Source:
     class_names: list[str]
     names: list[str]  # for messages, and for the hash; of a folder: the path below root
     labels: list[int]
-    places: list[list] = field(repr=False)  # tar: file, offset, size; parquet: file, row group, row, column; else empty
+    places: list[list[Any]] = field(
+        repr=False
+    )  # tar: file, offset, size; parquet: file, row group, row, column; else empty
 
     def __len__(self) -> int:
         return len(self.names)
@@ -50,9 +51,7 @@ class Source:
             return Path(self.root, self.names[number]).read_bytes()
         file, *where = self.places[number]
         if self.kind == "webdataset":
-            offset, size = where
-            with open(file, "rb") as opened:  # noqa: PTH123 - os.pread needs no seek
-                return os.pread(opened.fileno(), size, offset)
+            return read_bytes_at(file, *where)
         row_group, row, column = where
         return _parquet_images(file, row_group, column)[row]
 
@@ -87,7 +86,7 @@ def open_source(root: str, *, image_column: str = "image", label_column: str = "
         if files:
             return _open_parquet(root, files, image_column, label_column)
     if not Path(root).is_dir():
-        raise UserError(f"images={root} does not exist; it has to hold {NEEDED}")
+        raise UserError(f"images={root} does not exist; it has to hold {SOURCE_FORMS}")
     return _open_folder(root)
 
 
@@ -95,7 +94,7 @@ def _open_folder(root: str) -> Source:
     with os.scandir(root) as entries:
         classes = sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
-        raise UserError(f"images={root} has no sub-folders and no *.tar or *.parquet; it has to hold {NEEDED}")
+        raise UserError(f"images={root} has no sub-folders and no *.tar or *.parquet; it has to hold {SOURCE_FORMS}")
     names: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):
@@ -116,50 +115,11 @@ def _images_below(folder: Path) -> Iterable[str]:
 
 
 def _open_webdataset(root: str, files: list[str]) -> Source:
-    names, labels, places = [], [], []
-    for file in files:
-        images, found_labels, end = {}, {}, 0
-        try:
-            with tarfile.open(file, "r:") as archive:
-                for member in archive:
-                    folder, _, base = member.name.rpartition("/")
-                    stem, _, suffix = base.partition(".")  # WebDataset's rule: the key ends at the first dot
-                    key, suffix = f"{folder}/{stem}".lstrip("/"), f".{suffix.lower()}"
-                    if suffix in IMAGE_SUFFIXES:
-                        if key in images:
-                            raise ValueError(f"two images of one key, {key}")
-                        images[key] = [file, member.offset_data, member.size]
-                    elif suffix in LABEL_SUFFIXES and key not in found_labels:
-                        found_labels[key] = _read_label(archive.extractfile(member).read(), suffix)
-                    end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-            _check_tar_end(file, end)
-        except (tarfile.TarError, ValueError, KeyError, TypeError, EOFError) as error:
-            raise UserError(
-                f"{file} is no readable WebDataset shard ({error!r}); uncompressed tar files with an image and a .cls "
-                'or a .json with "label" per key are needed'
-            ) from error
-        without = [key for key in images if key not in found_labels]
-        if without or not images:
-            problem = (
-                f"{len(without)} images have no label, the first is {without[0]}" if without else "there is no image"
-            )
-            raise UserError(f'{file}: {problem}; each needs a .cls or a .json with "label" of the same key')
-        for key, place in images.items():
-            names.append(f"{Path(file).name}:{key}")
-            labels.append(found_labels[key])
-            places.append(place)
+    images = list_tar_images(files)
+    labels = [image.label for image in images]
+    names = [f"{Path(image.file).name}:{image.key}" for image in images]
+    places: list[list[Any]] = [[image.file, image.offset, image.size] for image in images]
     return Source(root, "webdataset", _numbered(labels, root), names, labels, places)
-
-
-def _check_tar_end(file: str, end: int) -> None:
-    """Raise an EOFError where a tar lacks its closing block: it was cut off, maybe between two members."""
-    with open(file, "rb") as opened:  # noqa: PTH123 - as above
-        if os.pread(opened.fileno(), tarfile.BLOCKSIZE, end) != bytes(tarfile.BLOCKSIZE):
-            raise EOFError("it is cut off: its closing block is missing")
-
-
-def _read_label(content: bytes, suffix: str) -> int:
-    return int(content) if suffix == ".cls" else int(json.loads(content)["label"])
 
 
 def _open_parquet(root: str, files: list[str], image_column: str, label_column: str) -> Source:
@@ -171,7 +131,7 @@ def _open_parquet(root: str, files: list[str], image_column: str, label_column: 
         try:
             table = pyarrow.parquet.ParquetFile(file)
         except (OSError, pyarrow.ArrowException) as error:
-            raise UserError(f"{file} is no readable parquet file: {error}") from error
+            raise UserError(f"{file} is not a readable parquet file: {error}") from error
         for setting, column in (("image_column", image_column), ("label_column", label_column)):
             if column not in table.schema_arrow.names:
                 there = ", ".join(table.schema_arrow.names)

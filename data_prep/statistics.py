@@ -4,11 +4,11 @@ from dataclasses import asdict, dataclass, field
 
 import numpy as np
 
-from flowar.vae import MAX_LOG_VARIANCE, MIN_LOG_VARIANCE
+from flowar.latents.vae import MAX_LOG_VARIANCE, MIN_LOG_VARIANCE
 
 
 @dataclass
-class Statistics:
+class MomentSums:
     """Sums over all latent pixels, per channel; sums of two parts add up to those of the whole."""
 
     pixels: int = 0  # per channel
@@ -19,19 +19,19 @@ class Statistics:
     error_squares: float = 0.0
 
     @staticmethod
-    def of(stored: np.ndarray, exact: np.ndarray | None = None) -> "Statistics":
+    def of(stored: np.ndarray, exact: np.ndarray | None = None) -> "MomentSums":
         """Return the sums over moments (N, 2 C, h, w), and the rounding error against the exact ones."""
         mean, log_variance = np.split(stored.astype(np.float64), 2, axis=1)
         variance = np.exp(log_variance.clip(MIN_LOG_VARIANCE, MAX_LOG_VARIANCE))
         error = np.zeros(1) if exact is None else stored.astype(np.float64) - exact
-        return Statistics(
+        return MomentSums(
             mean[:, 0].size,
             *(values.sum(axis=(0, 2, 3)).tolist() for values in (mean, np.square(mean), variance)),
             error_max=float(np.abs(error).max()),
             error_squares=float(np.square(error).sum()),
         )
 
-    def __add__(self, other: "Statistics") -> "Statistics":
+    def __add__(self, other: "MomentSums") -> "MomentSums":
         if not self.pixels:
             return other
         if not other.pixels:
@@ -40,7 +40,7 @@ class Statistics:
         for key, mine in asdict(self).items():
             theirs = getattr(other, key)
             sums[key] = (np.array(mine) + theirs).tolist() if isinstance(mine, list) else mine + theirs
-        return Statistics(**sums | {"error_max": max(self.error_max, other.error_max)})
+        return MomentSums(**sums | {"error_max": max(self.error_max, other.error_max)})
 
     def figures(self) -> dict[str, list[float] | float]:
         """Return the measured fields of the passport.

@@ -3,14 +3,12 @@
 python -m data_prep.train_demo_vae OUT_DIR      (about 8 minutes on two CPU cores)
 """
 
-import sys
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from flowar.digits import jitter, load_splits, to_model_range
+from flowar.evaluation.digits import jitter, load_splits, to_model_range
 
 STEPS = 1800
 BATCH = 64
@@ -66,7 +64,3 @@ def psnr(vae: AutoencoderKL, images: torch.Tensor) -> float:
     """Return the peak signal-to-noise ratio of the reconstructed images (N, 3, H, W) in [-1, 1], in dB."""
     rebuilt = vae.decode(vae.encode(images).latent_dist.mode()).sample
     return (10 * torch.log10(4 / F.mse_loss(rebuilt, images))).item()
-
-
-if __name__ == "__main__":
-    main(sys.argv[1])

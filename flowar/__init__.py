@@ -3,16 +3,16 @@
 import importlib
 
 _HOME = {
-    "ModelConfig": "flowar.config",
-    "UserError": "flowar.errors",
-    "convert_released": "flowar.weights",
-    "create_model": "flowar.weights",
-    "load_model": "flowar.weights",
-    "load_vae": "flowar.vae",
-    "released_time_grid": "flowar.solvers",
-    "sample_latents": "flowar.generate",
-    "training_loss": "flowar.flow",
-    "uniform_time_grid": "flowar.solvers",
+    "ModelConfig": "flowar.config.models",
+    "UserError": "flowar.base.errors",
+    "convert_released": "flowar.models.build",
+    "create_model": "flowar.models.build",
+    "load_model": "flowar.models.folders",
+    "load_vae": "flowar.latents.vae",
+    "released_time_grid": "flowar.models.solvers",
+    "sample_latents": "flowar.models.flowar.generate",
+    "training_loss": "flowar.models.flowar.loss",
+    "uniform_time_grid": "flowar.models.solvers",
 }
 
 __all__ = list(_HOME)

@@ -1,96 +1,130 @@
-"""The `flowar` command: hands `flowar VERB ...` to that verb's module. Holds no logic; imports torch only to run."""
+"""The `flowar` command: hands `flowar VERB ...` to that verb's function. Holds no logic; imports torch only to run.
+
+A new verb is one row of VERBS and one file. Read next: config/load.py, then the file of the verb you use.
+"""
 
 import argparse
 import importlib
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
 
-from flowar import config as configs
-from flowar.errors import UserError
+from flowar.base.errors import UserError
+from flowar.config.data import CheckConfig, PrepareConfig
+from flowar.config.drawing import InfoConfig, SampleConfig
+from flowar.config.jobs import DemoConfig, DoctorConfig
+from flowar.config.load import describe_config, did_you_mean, load_config
+from flowar.config.measuring import EvaluateConfig, ReferenceConfig, SweepConfig
+from flowar.config.training import AverageConfig, ConvertConfig, ExportConfig, PlanConfig, ReplayConfig, TrainConfig
+
+Schema = TypeVar("Schema")
 
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb: the module whose `main(config, dry_run)` runs it, its settings and its help."""
+    """One verb: where its code is, its settings, its help, and what a scheduler has to know of it."""
 
-    module: str
-    schema: type
+    function: str  # "module:function", called with (config, dry_run)
+    schema: type[Any]
     summary: str
     example: str
     positionals: tuple[str, ...] = ()  # settings that bare words fill, in this order
+    # To run as a job: the settings that name the folder it writes (the first one given counts). Empty: never as a job.
+    folder: tuple[str, ...] = ()
+    has_jobs_beside: bool = False  # the jobs' folder stands beside that folder, which is a dataset that others share
+    shares_work: bool = False  # any number of processes do it together; what is done is kept
+
+    def load(self) -> Callable[..., None]:
+        """Return the verb's function; this imports what it needs."""
+        module, _, name = self.function.partition(":")
+        function: Callable[..., None] = getattr(importlib.import_module(module), name)
+        return function
 
 
 VERBS = {
     "prepare": Verb(
-        "data_prep.encode", configs.PrepareConfig, "images -> MDS shards of VAE moments, by any number of workers",
+        "data_prep.encode:main", PrepareConfig, "images -> MDS shards of VAE moments, by any number of workers",
         "flowar prepare images=/data/imagenet/train out_dir=/data/in256 vae.name=mar vae.weights=kl16.ckpt",
+        folder=("out_dir",), has_jobs_beside=True, shares_work=True,
     ),
     "check": Verb(
-        "data_prep.check", configs.CheckConfig, "is a dataset what its passport says? hashes, counts, a sample",
+        "data_prep.check:main", CheckConfig, "is a dataset what its passport says? hashes, counts, a sample",
         "flowar check /data/in256 vae.name=mar vae.weights=kl16.ckpt", ("path",),
+        folder=("path",), has_jobs_beside=True,
     ),
     "train": Verb(
-        "flowar.train", configs.TrainConfig, "train a model on prepared shards; run it again to resume",
+        "flowar.train:main", TrainConfig, "train a model on prepared shards; run it again to resume",
         "flowar train configs/train/flowar_l.yaml run_dir=runs/l data.path=/data/in256 vae.weights=kl16.ckpt",
+        folder=("run_dir",),
     ),
     "plan": Verb(
-        "flowar.plan", configs.PlanConfig, "memory, communication and time of a run, before renting anything",
+        "flowar.plan:main", PlanConfig, "memory, communication and time of a run, before renting anything",
         "flowar plan configs/train/flowar_h.yaml nodes=8 gpu=H100",
     ),
     "replay": Verb(
-        "flowar.replay", configs.ReplayConfig, "repeat a step that training skipped, on one process",
+        "flowar.replay:main", ReplayConfig, "repeat a step that training skipped, on one process",
         "flowar replay runs/l/anomalies/batch_00012345", ("bundle",),
     ),
     "sample": Verb(
-        "flowar.sample", configs.SampleConfig, "draw images, class by class, as PNG files",
+        "flowar.sample:main", SampleConfig, "draw images, class by class, as PNG files",
         "flowar sample model=runs/l out_dir=samples/l num_images=50000 vae.weights=kl16.ckpt",
+        folder=("out_dir",), shares_work=True,
     ),
     "evaluate": Verb(
-        "flowar.evaluate", configs.EvaluateConfig, "FID, Inception score, precision and recall of images",
+        "flowar.evaluate:main", EvaluateConfig, "FID, Inception score, precision and recall of images",
         "flowar evaluate samples=samples/l reference=VIRTUAL_imagenet256_labeled.npz",
+        folder=("out_dir", "samples"), shares_work=True,
     ),
     "make-reference": Verb(
-        "flowar.references", configs.ReferenceConfig, "statistics and features of real images, for evaluate",
+        "flowar.evaluate:make_reference", ReferenceConfig, "statistics and features of real images, for evaluate",
         "flowar evaluate make-reference images=imagenet/val out_dir=references/val",
+        folder=("out_dir",), has_jobs_beside=True, shares_work=True,
     ),
     "sweep": Verb(
-        "flowar.sweep", configs.SweepConfig, "guidance, interval, steps, averages: the best FID, and what it costs",
+        "flowar.sweep:main", SweepConfig, "guidance, interval, steps, averages: the best FID, and what it costs",
         "flowar sweep model=runs/l reference=references/in256 out_dir=sweeps/l sample.vae.weights=kl16.ckpt",
+        folder=("out_dir",), shares_work=True,
     ),
     "export": Verb(
-        "flowar.export", configs.ExportConfig, "weights of a training run -> model.safetensors and config.json",
+        "flowar.export:export", ExportConfig, "weights of a training run -> model.safetensors and config.json",
         "flowar export runs/l models/l", ("model", "out_dir"),
     ),
     "ema": Verb(
-        "flowar.posthoc_ema", configs.AverageConfig, "an average of any length, from those that a run kept (EDM2)",
+        "flowar.export:average", AverageConfig, "an average of any length, from those that a run kept (EDM2)",
         "flowar ema runs/l models/l_008 std=0.08", ("run_dir", "out_dir"),
     ),
-    "doctor": Verb(
-        "flowar.doctor", configs.DoctorConfig, "are these nodes, their GPUs, network and file system fit? before a run",
-        "flowar doctor run_dir=runs/doctor data=/data/in256  # in a job: flowar submit doctor ... --cluster FILE",
-    ),
-    "demo": Verb(
-        "flowar.demo", configs.DemoConfig, "handwritten digits from images to a report, in minutes on a laptop",
-        "flowar demo run_dir=runs/demo",
+    "convert": Verb(
+        "flowar.export:convert", ConvertConfig, "the authors' FlowAR-*.pth -> model.safetensors and config.json",
+        "flowar convert FlowAR-L.pth models/flowar-l", ("checkpoint", "out_dir"),
     ),
     "info": Verb(
-        "flowar.info", configs.InfoConfig, "parameters by part, token counts and FLOPs of a model",
+        "flowar.info:main", InfoConfig, "parameters by part, token counts and FLOPs of a model",
         "flowar info flowar-h num_steps=50 guidance_interval=[0,0.7]", ("model.variant",),
     ),
-    "convert": Verb(
-        "flowar.weights", configs.ConvertConfig, "the authors' FlowAR-*.pth -> model.safetensors and config.json",
-        "flowar convert FlowAR-L.pth models/flowar-l", ("checkpoint", "out_dir"),
+    "doctor": Verb(
+        "flowar.doctor:main", DoctorConfig, "are these nodes, their GPUs, network and file system fit? before a run",
+        "flowar doctor run_dir=runs/doctor data=/data/in256  # in a job: flowar submit doctor ... --cluster FILE",
+        folder=("run_dir",),
+    ),
+    "demo": Verb(
+        "flowar.demo:main", DemoConfig, "handwritten digits from images to a report, in minutes on a laptop",
+        "flowar demo run_dir=runs/demo",
     ),
 }  # fmt: skip
 
 
-# Verbs with a command line of their own: the module and function that take the words after the verb, and their help.
+# Verbs with a command line of their own: the function that takes the words after the verb, and their help.
 JOB_VERBS = {
-    "submit": ("cluster.submit", "main", "a verb, or a pipeline of them, as a Slurm job"),
-    "resume": ("cluster.submit", "resume", "a run's newest job again, with the code it ran; also with other nodes"),
-    "status": ("cluster.status", "status", "jobs, states, nodes, step, loss, time left, restarts, in one table"),
-    "logs": ("cluster.status", "logs", "what a task of a job prints"),
-    "cancel": ("cluster.status", "cancel", "end a run's jobs for good"),
+    "submit": ("cluster.commands:submit_command", "a verb, or a pipeline of them, as a Slurm job"),
+    "resume": (
+        "cluster.commands:resume_command",
+        "a run's newest job again, with the code it ran; also on other nodes",
+    ),
+    "status": ("cluster.status:status", "jobs, states, nodes, step, loss, time left, restarts, in one table"),
+    "logs": ("cluster.status:logs", "what a task of a job prints"),
+    "cancel": ("cluster.status:cancel", "end a run's jobs for good"),
 }
 
 
@@ -106,10 +140,10 @@ def main(arguments: list[str] | None = None) -> None:
         words = words[1:]
     name = words[0]
     if name not in summaries:
-        sys.exit(f"flowar: {name!r} is no verb{configs.did_you_mean(name, summaries)}\n{listing}")
+        sys.exit(f"flowar: {name!r} is not a verb{did_you_mean(name, summaries)}\n{listing}")
     try:
         if name in JOB_VERBS:
-            module, function, _ = JOB_VERBS[name]
+            module, _, function = JOB_VERBS[name][0].partition(":")
             getattr(importlib.import_module(module), function)(words[1:])
         else:
             _run(name, VERBS[name], words[1:])
@@ -117,6 +151,11 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(f"flowar {name}: {error}")
     except KeyboardInterrupt:
         sys.exit(f"flowar {name}: stopped")
+
+
+def run_verb(name: str, config: object) -> None:
+    """Run a verb with settings that are made already: how the demo calls the others."""
+    VERBS[name].load()(config)
 
 
 def _run(name: str, verb: Verb, words: list[str]) -> None:
@@ -131,38 +170,52 @@ def _run(name: str, verb: Verb, words: list[str]) -> None:
         "words", nargs="*", metavar="CONFIG.yaml, key=value", help="one YAML file, then single settings"
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, and exit")
-    if name == "sample":
+    if "preview" in _names_of_flags(verb.schema):
         parser.add_argument("--preview", action="store_true", help="only pictures of what would be drawn; preview=true")
     options = parser.parse_intermixed_args(words)
     settings = [*options.words, "preview=true"] if getattr(options, "preview", False) else options.words
-    config = parse_words(verb, settings)
+    config = parse_words(verb.schema, settings, verb.positionals)
     if options.dry_run:
-        print(configs.describe_config(config))
-    importlib.import_module(verb.module).main(config, dry_run=options.dry_run)
+        print(describe_config(config))
+    verb.load()(config, dry_run=options.dry_run)
 
 
-def parse_words(verb: Verb, words: list[str]) -> object:
-    """Return a verb's settings from the words of a command line: one YAML file, bare words, key=value.
+def _names_of_flags(schema: type[Any]) -> set[str]:
+    """Return the settings that are on or off."""
+    return {name for name, field in schema.__dataclass_fields__.items() if field.type in (bool, "bool")}
+
+
+def split_words(words: Sequence[str]) -> tuple[Path | None, list[str], list[str]]:
+    """Return the YAML file, the bare words and the settings among the words of a command line.
+
+    Raises:
+        UserError: if there is more than one YAML file.
+    """
+    files = [word for word in words if word.endswith((".yaml", ".yml")) and "=" not in word]
+    if len(files) > 1:
+        raise UserError(f"one config file at a time, got {', '.join(files)}")
+    bare = [word for word in words if "=" not in word and word not in files]
+    return (Path(files[0]) if files else None), bare, [word for word in words if "=" in word]
+
+
+def parse_words(schema: type[Schema], words: Sequence[str], positionals: Sequence[str] = ()) -> Schema:
+    """Return the settings that the words of a command line give: one YAML file, bare words, key=value.
+
+    Args:
+        schema: dataclass of the settings.
+        words: of the command line.
+        positionals: settings that bare words fill, in this order.
 
     Raises:
         UserError: if one of them is wrong.
     """
-    files = [word for word in words if word.endswith((".yaml", ".yml")) and "=" not in word]
-    bare = [word for word in words if "=" not in word and word not in files]
-    settings = [word for word in words if "=" in word]
-    if len(files) > 1:
-        raise UserError(f"one config file at a time, got {', '.join(files)}")
-    if len(bare) > len(verb.positionals):
+    file, bare, settings = split_words(words)
+    if len(bare) > len(positionals):
         raise UserError(f"{bare[-1]!r} is neither a .yaml file nor a setting; settings are written key=value")
-    filled = [f"{key}={word}" for key, word in zip(verb.positionals, bare, strict=False)]
-    return configs.load_config(verb.schema, files[0] if files else None, (*filled, *settings))
+    filled = [f"{key}={word}" for key, word in zip(positionals, bare, strict=False)]
+    return load_config(schema, file, (*filled, *settings))
 
 
-def _settings(schema: type) -> str:
-    lines = configs.describe_config(schema).splitlines()
+def _settings(schema: type[Any]) -> str:
+    lines = describe_config(schema).splitlines()
     return "\n".join(f"  {line}".replace("???", "(required)") for line in lines)
-
-
-def run_verb(name: str) -> None:
-    """Run one verb with the words of the command line: what `python -m flowar.VERB ...` does."""
-    main([name, *sys.argv[1:]])

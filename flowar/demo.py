@@ -3,19 +3,25 @@
 Read next: digits.py for the data and the judge, demo_report.py for the page.
 """
 
-import dataclasses
 import json
 import time
+from html import escape
 from pathlib import Path
 
 import torch
 
-from data_prep import encode
-from data_prep.schema import PASSPORT_FILE
-from flowar import evaluate, sample, train
-from flowar.config import DemoConfig, EvaluateConfig, ExtractorConfig, PrepareConfig, SampleConfig, TrainConfig
-from flowar.demo_report import write_report
-from flowar.digits import (
+from flowar.base.distributed import refuse_many_processes
+from flowar.base.files import write_text
+from flowar.base.pages import REPORT_FILE, embed, write_page
+from flowar.base.pictures import save_grid, save_loss_curve
+from flowar.cli import run_verb
+from flowar.config.data import DataConfig, PrepareConfig
+from flowar.config.drawing import SampleConfig
+from flowar.config.jobs import DemoConfig
+from flowar.config.load import describe_config, extend
+from flowar.config.measuring import EvaluateConfig, ExtractorConfig
+from flowar.config.training import TrainConfig
+from flowar.evaluation.digits import (
     IMAGE_SIZE,
     NUM_CLASSES,
     accuracy,
@@ -25,18 +31,18 @@ from flowar.digits import (
     train_classifier,
     write_image_folders,
 )
-from flowar.distributed import refuse_many_processes
-from flowar.features import DEMO_EXTRACTOR
-from flowar.files import write_text
-from flowar.gallery import draw_growth
-from flowar.image_sets import IMAGES_FOLDER
-from flowar.pictures import save_grid, save_loss_curve
-from flowar.report import read_metrics
-from flowar.sample import load_pngs
-from flowar.vae import load_vae
-from flowar.weights import load_model
+from flowar.evaluation.extractors import DEMO_EXTRACTOR
+from flowar.evaluation.page import EVALUATION_FILE
+from flowar.latents.schema import PASSPORT_FILE
+from flowar.latents.vae import load_vae
+from flowar.models.build import family_of
+from flowar.models.folders import load_model
+from flowar.sampling.folder import IMAGES_FOLDER
+from flowar.sampling.gallery import draw_growth
+from flowar.sampling.images import load_pngs
+from flowar.training.report import read_metrics
 
-SHEET_COLUMNS = 20  # images of each class in the contact sheet
+DIGITS_PER_CLASS = 20  # images of each class in the contact sheet
 DEMO_METRICS = ("fid", "inception_score", "precision", "recall")
 
 
@@ -45,11 +51,8 @@ def main(config: DemoConfig, dry_run: bool = False) -> None:
     refuse_many_processes("demo")
     started = time.perf_counter()
     run_dir = Path(config.run_dir)
-    training = dataclasses.replace(
-        config.train,
-        run_dir=str(run_dir / "train"),
-        data=dataclasses.replace(config.train.data, path=str(run_dir / "data")),
-    )
+    data = DataConfig(path=str(run_dir / "data"), num_workers=0)
+    training = extend(TrainConfig, config.train, run_dir=str(run_dir / "train"), data=data)
     if dry_run:
         print(f"would write to {run_dir}")
         return
@@ -60,7 +63,8 @@ def main(config: DemoConfig, dry_run: bool = False) -> None:
         write_image_folders(images)
     _say(2, "prepare: images -> VAE moments -> MDS shards")
     if not (run_dir / "data" / PASSPORT_FILE).exists():
-        encode.main(
+        run_verb(
+            "prepare",
             PrepareConfig(
                 images=str(images / "train"),
                 out_dir=str(run_dir / "data"),
@@ -69,33 +73,32 @@ def main(config: DemoConfig, dry_run: bool = False) -> None:
                 flip=False,  # no digit is its own mirror image
                 num_workers=0,
                 device=training.device,
-            )
+            ),
         )
-    _say(3, "train FlowAR on the shards; killed at any time, the same command goes on")
-    train.main(training)
+    _say(3, "train FlowAR on the shards; kill it at any time; the same command resumes")
+    run_verb("train", training)
     _say(4, "train the judge: a small classifier of the real digits")
     judge_file = run_dir / "classifier.safetensors"
     if not judge_file.exists():
         save_classifier(train_classifier(), judge_file)
     _say(5, f"sample {config.num_samples} images, classes in turn")
-    sampling = SampleConfig(
+    sampling = extend(
+        SampleConfig,
+        config.draw,
         model=training.run_dir,
         out_dir=str(run_dir / "samples"),
         vae=training.vae,
         num_images=config.num_samples,
         batch_size=100,
         device=training.device,
-        num_steps=config.num_steps,
-        guidance=config.guidance,
-        guidance_interval=config.guidance_interval,
     )
-    sample.main(sampling)
+    run_verb("sample", sampling)
     _say(6, "evaluate: samples against held-out digits, beside real training digits against the same")
-    numbers = measure(config, judge_file)
+    numbers = measure_demo(config, judge_file)
     draw_pictures(run_dir, training, sampling)
     numbers["minutes"] = (time.perf_counter() - started) / 60
     write_text(run_dir / "numbers.json", json.dumps(numbers, indent=2) + "\n")
-    report = write_report(run_dir, config, numbers)
+    report = write_demo_page(run_dir, config, numbers)
     print(
         f"\nclassified as asked: {numbers['class_accuracy']:.1%} of {config.num_samples} samples (the classifier knows "
         f"{numbers['judge_accuracy']:.1%} of the held-out real digits)\n"
@@ -105,7 +108,7 @@ def main(config: DemoConfig, dry_run: bool = False) -> None:
     )
 
 
-def measure(config: DemoConfig, judge_file: Path) -> dict[str, float]:
+def measure_demo(config: DemoConfig, judge_file: Path) -> dict[str, float]:
     """Return the demo's numbers: how many samples show the class they were asked for, and distances to real digits."""
     run_dir = Path(config.run_dir)
     judge = load_classifier(judge_file)
@@ -117,7 +120,8 @@ def measure(config: DemoConfig, judge_file: Path) -> dict[str, float]:
     }
     for name, images in (("samples", run_dir / "samples"), ("training", run_dir / "images" / "train")):
         out_dir = run_dir / f"evaluation_{name}"
-        evaluate.main(
+        run_verb(
+            "evaluate",
             EvaluateConfig(
                 samples=str(images),
                 reference=str(run_dir / "images" / "held_out"),
@@ -125,9 +129,9 @@ def measure(config: DemoConfig, judge_file: Path) -> dict[str, float]:
                 protocol="torch-fidelity",
                 extractor=ExtractorConfig(name=DEMO_EXTRACTOR, weights=str(judge_file)),
                 device=config.train.device,
-            )
+            ),
         )
-        found = json.loads((out_dir / evaluate.METRICS_FILE).read_text())["metrics"]
+        found = json.loads((out_dir / EVALUATION_FILE).read_text())["metrics"]
         numbers |= {f"{metric}_{name}": found[metric]["value"] for metric in DEMO_METRICS}
     return numbers
 
@@ -135,7 +139,7 @@ def measure(config: DemoConfig, judge_file: Path) -> dict[str, float]:
 def draw_pictures(run_dir: Path, training: TrainConfig, sampling: SampleConfig) -> None:
     """Write contact_sheet.png (a row per class), real_digits.png, growth.png and loss_curve.png."""
     files = sorted((run_dir / "samples" / IMAGES_FOLDER).glob("*.png"))
-    columns = min(SHEET_COLUMNS, len(files) // NUM_CLASSES)
+    columns = min(DIGITS_PER_CLASS, len(files) // NUM_CLASSES)
     by_class = [file for label in range(NUM_CLASSES) for file in files[label::NUM_CLASSES][:columns]]
     save_grid(load_pngs(by_class), run_dir / "contact_sheet.png", columns=columns, enlarge=2)
 
@@ -159,7 +163,40 @@ def _say(part: int, what: str) -> None:
     print(f"\n[{part}/6] {what}", flush=True)
 
 
-if __name__ == "__main__":
-    from flowar.cli import run_verb
-
-    run_verb("demo")
+def write_demo_page(run_dir: Path, config: DemoConfig, numbers: dict[str, float]) -> Path:
+    """Write report.html, all pictures inside, and return its path."""
+    ratio = numbers["fid_samples"] / numbers["fid_training"]
+    rows = "".join(
+        f"<tr><td>{name}</td><td>{numbers[f'{key}_samples']:.2f}</td><td>{numbers[f'{key}_training']:.2f}</td></tr>"
+        for name, key in (
+            ("Fr&eacute;chet distance (lower is better)", "fid"),
+            ("Inception score (10 at most)", "inception_score"),
+            ("precision", "precision"),
+            ("recall", "recall"),
+        )
+    )
+    stages = ", ".join(escape(name) for name, _, _ in family_of(config.train.model).token_rows(config.train.model))
+    body = f"""<h1>FlowAR on handwritten digits</h1>
+<p class="note">Trained from scratch on scikit-learn's digits; the
+last call of the demo took {numbers["minutes"]:.1f} minutes.</p>
+<h2>Numbers</h2>
+<p><b>{numbers["class_accuracy"]:.1%}</b> of {config.num_samples} samples show the digit they were asked for, by a
+classifier that was trained on the real training digits and knows {numbers["judge_accuracy"]:.1%} of the real held-out
+ones.</p>
+<table><tr><th>against the held-out digits</th><th>samples</th><th>real training digits</th></tr>{rows}</table>
+<p class="note">On the classifier's 64 features, by torch-fidelity. The samples are {ratio:.2f} times as far from the
+held-out digits as the training digits are.</p>
+<h2>Samples, a row per class</h2>
+{embed(run_dir / "contact_sheet.png")}
+<h2>Real held-out digits, a row per class</h2>
+{embed(run_dir / "real_digits.png")}
+<h2>One sample of each class, growing scale by scale</h2>
+<p class="note">From top to bottom the scales {stages}, each brought to full size and decoded by the VAE.</p>
+{embed(run_dir / "growth.png")}
+<h2>Training loss</h2>
+{embed(run_dir / "loss_curve.png", "curve")}
+<h2>Settings</h2>
+<pre>{escape(describe_config(config))}</pre>
+"""
+    write_page(run_dir / REPORT_FILE, "FlowAR demo", body)
+    return run_dir / REPORT_FILE

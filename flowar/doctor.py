@@ -24,25 +24,25 @@ from rich.console import Console
 from rich.table import Table
 
 from flowar import __version__
-from flowar.config import DataConfig, DoctorConfig
-from flowar.distributed import (
+from flowar.base.devices import measure_tflops, pick_device
+from flowar.base.distributed import (
     World,
-    collect,
+    gather_objects,
     has_lost_ranks,
     limit_waiting,
-    pick_device,
-    start,
-    stop,
+    start_world,
+    stop_world,
     wait_for_all,
     world_size,
 )
-from flowar.errors import UserError
-from flowar.files import write_text
-from flowar.shards import LatentShards, hash_file
-from flowar.speed import measure_tflops
+from flowar.base.errors import UserError
+from flowar.base.files import GIB, MIB, write_text
+from flowar.base.hashes import hash_file
+from flowar.config.data import DataConfig
+from flowar.config.jobs import DoctorConfig
+from flowar.latents.shards import LatentShards
 
-REPORT_FILE = "doctor.json"
-GIB, MIB = 2**30, 2**20
+DOCTOR_FILE = "doctor.json"
 RENAMES = 50
 EXCHANGES = 3  # measured per pair of nodes, after one that is not
 SMI_S = 30
@@ -60,7 +60,7 @@ def main(config: DoctorConfig, dry_run: bool = False) -> None:
     device = pick_device(config.device)
     if dry_run:
         return
-    world = start(device, with_group=False)
+    world = start_world(device, with_group=False)
     limit_waiting(config.timeout_s)
     progress = Path(config.run_dir) / f".rank_{world.rank:05d}"
     try:
@@ -69,7 +69,7 @@ def main(config: DoctorConfig, dry_run: bool = False) -> None:
         wait_for_all()
         note(progress, "measuring the network")
         mine["all_reduce_gb_per_s"] = measure_pairs(world, mine["node"], config.message_mib)
-        everyone = collect(mine)
+        everyone = gather_objects(mine)
         progress.unlink()
         if world.is_main:
             report(everyone, config)
@@ -82,7 +82,7 @@ def main(config: DoctorConfig, dry_run: bool = False) -> None:
             f"{'; '.join(seen)}; leave out the nodes that stand apart: cluster.exclude=..."
         ) from error
     finally:
-        stop()
+        stop_world()
 
 
 def note(file: Path, what: str) -> None:
@@ -204,7 +204,7 @@ def measure_pairs(world: World, node: str, message_mib: int) -> float | None:
 
     The first process of each node takes part; in each round every node has one partner (a round-robin tournament).
     """
-    nodes = collect((node, world.rank)) if world.control is not None else [(node, 0)]
+    nodes = gather_objects((node, world.rank)) if world.control is not None else [(node, 0)]
     first_ranks = {}
     for name, rank in nodes:
         first_ranks.setdefault(name, rank)
@@ -221,7 +221,7 @@ def measure_pairs(world: World, node: str, message_mib: int) -> float | None:
             if partner is not None:
                 speeds.append(message.nbytes / exchange_seconds(message, partner) / 1e9)
         players = [players[0], players[-1], *players[1:-1]]
-    shared = collect((node, statistics.median(speeds) if speeds else None))
+    shared = gather_objects((node, statistics.median(speeds) if speeds else None))
     return next(speed for name, speed in shared if name == node and speed is not None)
 
 
@@ -326,15 +326,9 @@ def report(everyone: list[dict[str, object]], config: DoctorConfig) -> None:
         for line in lines:
             console.print(f"{node}: {line}", style="red", highlight=False)
     write_text(
-        Path(config.run_dir) / REPORT_FILE, json.dumps({"seen": everyone, "problems": problems}, indent=2) + "\n"
+        Path(config.run_dir) / DOCTOR_FILE, json.dumps({"seen": everyone, "problems": problems}, indent=2) + "\n"
     )
     if problems:
         names = ",".join(problems)
         raise UserError(f"{len(problems)} of {len(nodes)} nodes are not fit; leave them out: cluster.exclude={names}")
     print(f"fit: {', '.join(nodes)}")
-
-
-if __name__ == "__main__":
-    from flowar.cli import run_verb
-
-    run_verb("doctor")

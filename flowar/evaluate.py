@@ -1,80 +1,58 @@
-"""`flowar evaluate`: FID and its kin under a named protocol, with intervals; by any number of processes.
+"""`flowar evaluate` and `make-reference`: FID and its kin under a named protocol, by any number of processes.
 
 Features first, by all processes; then one of them makes the numbers. Read next: features.py, metrics.py, references.py.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import shutil
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
-from flowar import __version__, sample
-from flowar.config import EvaluateConfig, ExtractorConfig
-from flowar.distributed import pick_device
-from flowar.errors import UserError
-from flowar.evaluation_report import write_report
-from flowar.features import DEMO_EXTRACTOR, DINOV2, VGG, Extractor, Features, Store, has_weights, missing_weights
-from flowar.files import write_text
-from flowar.image_sets import NO_LABEL, SAMPLES_FILE, open_images
-from flowar.leases import Leases, finish_together
-from flowar.metrics import (
-    Frechet,
-    adm_inception_score,
-    frechet_of_few,
-    groups,
-    inception_score,
-    jackknife_error,
-    kid,
-    normal_interval,
-    precision_recall,
-    statistics,
-    statistics_without,
-    wilson_interval,
+from flowar import __version__
+from flowar.base.devices import pick_device
+from flowar.base.errors import UserError
+from flowar.base.files import write_text
+from flowar.base.leases import CLAIMS_FOLDER, Leases, finish_together
+from flowar.base.run_folder import CHECKPOINTS
+from flowar.config.load import decisive_settings
+from flowar.config.measuring import EvaluateConfig, ReferenceConfig
+from flowar.evaluation.extractors import Extractor
+from flowar.evaluation.image_sets import open_images
+from flowar.evaluation.page import BY_CLASS_FILE, EVALUATION_FILE, write_evaluation_page
+from flowar.evaluation.protocols import (
+    Metric,
+    load_more,
+    measure_classes,
+    measure_difference,
+    measure_metrics,
+    measure_more,
+    prepare_more,
 )
-from flowar.references import (
-    Reference,
+from flowar.evaluation.references import (
     ReferenceSource,
+    check_network,
     check_reference,
     prepare_features,
     prepare_reference,
-    read_statistics,
+    publish_reference,
 )
-from flowar.report import record_evaluation
-from flowar.run_folder import CHECKPOINTS
-
-METRICS_FILE, BY_CLASS_FILE = "metrics.json", "metrics_by_class.json"
-CLAIMS = "claims"
-MIN_IMAGES = 20  # torch-fidelity's Inception score is a mean over ten parts
-MIN_REAL = 5  # three neighbours of each
-MOST_REAL = 50_000  # images that precision, recall and KID compare with
-ORDER_SEED = 0  # of images that come sorted by class
-NETWORKS = {"dinov2": DINOV2, "vgg16": VGG}
-FREE = ("device", "batch_size", "chunk_images", "lease_s", "sample")  # settings that don't change the numbers
-
-
-@dataclass(frozen=True)
-class Metric:
-    """A number about samples, with its 95% interval if it has one."""
-
-    name: str
-    value: float
-    interval: tuple[float, float] | None = None
-    note: str = ""
-
-    def as_record(self) -> dict[str, object]:
-        """Return what metrics.json says."""
-        record: dict[str, object] = {"value": self.value if math.isfinite(self.value) else None}
-        if self.interval is not None:
-            record |= dict(zip(("low", "high"), self.interval, strict=True))
-        return record | ({"note": self.note} if self.note else {})
+from flowar.evaluation.store import (
+    Features,
+    FeatureSink,
+    FeatureStore,
+    extract,
+)
+from flowar.sampling.folder import SAMPLES_FILE
+from flowar.sampling.images import ImageSink
+from flowar.sampling.worker import draw_samples
+from flowar.training.report import record_evaluation
 
 
 def main(config: EvaluateConfig, dry_run: bool = False) -> None:
@@ -89,12 +67,13 @@ def main(config: EvaluateConfig, dry_run: bool = False) -> None:
     run = find_run(config)
     if config.sample is not None:
         drawing = dataclasses.replace(config.sample, out_dir=config.samples, extractor=config.extractor)
-        sample.main(drawing, dry_run)
+        make_sink = functools.partial(FeatureSink, extractor=extractor) if drawing.features_only else ImageSink
+        draw_samples(drawing, make_sink, dry_run)
         run = run or find_run(config)
     elif dry_run and not any(samples.glob("features-*")):
         open_images(samples, "samples")
     if dry_run:
-        print(f"would write {out_dir / METRICS_FILE}")
+        print(f"would write {out_dir / EVALUATION_FILE}")
         return
 
     # Features, by all processes.
@@ -103,7 +82,7 @@ def main(config: EvaluateConfig, dry_run: bool = False) -> None:
     against = None
     if config.against is not None:
         against = prepare_features(Path(config.against), "against", extractor, out_dir, config)
-    others: dict[str, tuple[Store, ReferenceSource]] = {}
+    others: dict[str, tuple[FeatureStore, ReferenceSource]] = {}
     for name, network in more.items():
         try:
             others[name] = prepare_more(config, network, samples, out_dir)
@@ -113,37 +92,35 @@ def main(config: EvaluateConfig, dry_run: bool = False) -> None:
             notes.append(f"no metrics by {name}: {error}")
 
     # Numbers, by one of them.
-    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in FREE}
     stores = [str(store) for store in (found, reference, against, sorted(others.items()))]
-    identity = hashlib.sha256(json.dumps([settings, stores, __version__]).encode()).hexdigest()
+    identity = hashlib.sha256(json.dumps([decisive_settings(config), stores, __version__]).encode()).hexdigest()
 
     def is_done() -> bool:
-        file = out_dir / METRICS_FILE
+        file = out_dir / EVALUATION_FILE
         return file.exists() and json.loads(file.read_text()).get("identity") == identity
 
     def finish() -> None:
         own = found.read()
         real = reference.read()
-        metrics = measure(own, real, config, device, notes) + measure_more(others, config, device)
+        metrics = measure_metrics(own, real, config, device, notes) + measure_more(others, config, device)
         if against is not None:
             metrics.append(measure_difference(own, against.read(["features"]), real, config, device))
         by_class = measure_classes(own, real)
         write_text(out_dir / BY_CLASS_FILE, json.dumps(by_class, indent=2) + "\n")
-        record = describe(config, own, metrics, notes) | {"identity": identity}
-        write_report(out_dir, record, by_class, own, real, found.images)
+        record = describe_evaluation(config, own, metrics, notes) | {"identity": identity}
+        write_evaluation_page(out_dir, record, by_class, own, real, found.images)
         if run is not None:
             values = {metric.name: metric.value for metric in metrics if math.isfinite(metric.value)}
             about = {"num_samples": len(own), "protocol": config.protocol, "samples": str(samples.absolute())}
             record_evaluation(run[0], {"step": run[1], **about, "reference": config.reference, **values})
-        write_text(
-            out_dir / METRICS_FILE, json.dumps(record, indent=2, allow_nan=False) + "\n"
-        )  # says that all is done
+        text = json.dumps(record, indent=2, allow_nan=False) + "\n"
+        write_text(out_dir / EVALUATION_FILE, text)  # says that all is done
 
     was_done = is_done()
-    with Leases(out_dir / CLAIMS, config.lease_s) as leases:
+    with Leases(out_dir / CLAIMS_FOLDER, config.lease_s) as leases:
         if finish_together(leases, is_done, finish) or was_done:
-            Console().print(table_of(json.loads((out_dir / METRICS_FILE).read_text())))
-            print(f"{out_dir / METRICS_FILE} and report.html {'were there already' if was_done else 'are written'}")
+            Console().print(evaluation_table(json.loads((out_dir / EVALUATION_FILE).read_text())))
+            print(f"{out_dir / EVALUATION_FILE} and report.html {'were there already' if was_done else 'are written'}")
 
 
 def choose_out_dir(config: EvaluateConfig) -> Path:
@@ -155,191 +132,9 @@ def choose_out_dir(config: EvaluateConfig) -> Path:
     return samples / "evaluation" if is_drawn else samples.with_name(f"{samples.name}.evaluation")
 
 
-def load_more(config: EvaluateConfig, device: torch.device, notes: list[str]) -> dict[str, Extractor]:
-    """Return the further networks that were asked for, or whose weights are here; note those that are not.
-
-    Raises:
-        UserError: if one that was asked for is not here.
-    """
-    if config.extractor.name == DEMO_EXTRACTOR and config.more is None:
-        return {}
-    wanted = config.more if config.more is not None else (("dinov2", "vgg16")[: 1 + (config.protocol != "adm")])
-    found = {}
-    for name in wanted:
-        if config.more is None and not has_weights(NETWORKS[name]):
-            notes.append(f"no metrics by {name}: {missing_weights(NETWORKS[name])}")
-        else:
-            found[name] = Extractor(ExtractorConfig(name=NETWORKS[name]), device)
-    return found
-
-
-def prepare_more(
-    config: EvaluateConfig, extractor: Extractor, samples: Path, folder: Path
-) -> tuple[Store, ReferenceSource]:
-    """Return the features of samples and reference by a further network.
-
-    Raises:
-        UserError: if they can't be had; the reference may have statistics alone, which are Inception's.
-    """
-    reference = Path(config.reference)
-    if reference.suffix == ".npz" and read_statistics(reference):
-        raise UserError(
-            f"reference={reference} has Inception's statistics; for {extractor.name} give images, or what "
-            f"`flowar evaluate make-reference` makes with extractor.name={extractor.name}"
-        )
-    check_reference(reference, extractor)
-    store = prepare_features(samples, "samples", extractor, folder, config)
-    return store, prepare_reference(config, extractor, folder)
-
-
-def measure(
-    found: Features, reference: Reference, config: EvaluateConfig, device: torch.device, notes: list[str]
-) -> list[Metric]:
-    """Return the metrics of the protocol.
-
-    Raises:
-        UserError: if there are too few images, or the statistics are of other features.
-    """
-    if len(found) < MIN_IMAGES:
-        raise UserError(f"samples={config.samples} holds {len(found)} images, but at least {MIN_IMAGES} are needed")
-    if reference.features is not None and len(reference.features) < MIN_REAL:
-        raise UserError(
-            f"reference={reference.path} holds {len(reference.features)} images, but at least {MIN_REAL} are needed"
-        )
-    layers = {name: values.to(device) for name, values in found.layers.items()}
-    group = groups(found.labels, config.interval_groups) if config.interval_groups else None
-    metrics = []
-    for name, layer in (("fid", "features"), ("sfid", "spatial")):
-        if layer not in layers or layer not in reference.statistics or (name == "sfid" and config.protocol != "adm"):
-            continue
-        width = len(reference.statistics[layer].mu)
-        if width != layers[layer].shape[1]:
-            raise UserError(
-                f"reference={reference.path} holds statistics of {width} features, extractor.name="
-                f"{config.extractor.name} gives {layers[layer].shape[1]}; use statistics of the same network"
-            )
-        metrics.append(frechet_metric(name, layers[layer], Frechet(reference.statistics[layer], device), group))
-    if "logits" in layers:
-        metrics.append(score_metric(layers["logits"], found, config.protocol, group, notes))
-    if reference.features is None:
-        notes.append(f"no precision, recall and KID: {reference.path} holds statistics alone, not images")
-        return metrics
-    real = some_of(reference.features.layers["features"], MOST_REAL).to(device)
-    mean, std = kid(layers["features"], real)
-    metrics.append(Metric("kid", mean, note=f"std over subsets {std:.2g}"))
-    return metrics + precision_recall_metrics(layers["features"], real, "")
-
-
-def some_of(features: Tensor, most: int) -> Tensor:
-    """Return at most so many of the features, evenly spaced."""
-    places = torch.linspace(0, len(features) - 1, min(most, len(features))).round().long()
-    return features[places] if len(places) < len(features) else features
-
-
-def frechet_metric(name: str, values: Tensor, distance: Frechet, group: Tensor | None) -> Metric:
-    """Return the distance of features to a reference."""
-    value = distance.distance(statistics(values))
-    if group is None:
-        return Metric(name, value)
-    error = jackknife_error([distance.distance(own) for own in statistics_without(values, group)])
-    return Metric(name, value, normal_interval(value, error))
-
-
-def score_metric(logits: Tensor, found: Features, protocol: str, group: Tensor | None, notes: list[str]) -> Metric:
-    """Return the protocol's Inception score. ADM's goes wrong where classes come in blocks: these are mixed first."""
-    order = torch.arange(len(found))
-    if protocol == "adm" and comes_in_blocks(found.labels):
-        order = torch.randperm(len(found), generator=torch.Generator().manual_seed(ORDER_SEED))
-        notes.append("the samples come sorted by class: for the Inception score they were put in a fixed random order")
-    logits = logits.cpu()[order]
-    score: Callable[[Tensor], float] = adm_inception_score if protocol == "adm" else inception_score
-    value = score(logits)
-    if group is None:
-        return Metric("inception_score", value)
-    group = group[order]
-    error = jackknife_error([score(logits[group != number]) for number in range(int(group.max()) + 1)])
-    return Metric("inception_score", value, normal_interval(value, error))
-
-
-def comes_in_blocks(labels: Tensor) -> bool:
-    """Return whether neighbours are of one class far more often than by chance: consecutive parts hold few classes."""
-    shares = labels.unique(return_counts=True)[1].double() / len(labels)
-    by_chance = shares.square().sum().item()
-    return len(shares) > 1 and (labels[1:] == labels[:-1]).double().mean().item() > (1 + by_chance) / 2
-
-
-def precision_recall_metrics(samples: Tensor, real: Tensor, suffix: str) -> list[Metric]:
-    """Return precision and recall with k = 3, with Wilson's intervals of shares for fixed neighbourhoods."""
-    precision, recall = precision_recall(samples, real)
-    note = f"against {len(real):,} real images"
-    return [
-        Metric(f"precision{suffix}", precision, wilson_interval(precision, len(samples)), note),
-        Metric(f"recall{suffix}", recall, wilson_interval(recall, len(real)), note),
-    ]
-
-
-def measure_more(
-    others: dict[str, tuple[Store, ReferenceSource]], config: EvaluateConfig, device: torch.device
-) -> list[Metric]:
-    """Return what further networks say: FD-DINOv2 (Stein et al., 2023), precision and recall on VGG16's features."""
-    metrics = []
-    for name, (store, source) in others.items():
-        found, reference = store.read(["features"]), source.read()
-        values = found.layers["features"].to(device)
-        if name == "vgg16" and reference.features is not None:
-            real = some_of(reference.features.layers["features"], MOST_REAL).to(device)
-            metrics += precision_recall_metrics(values, real, "_vgg16")
-        if name == "dinov2":
-            group = groups(found.labels, config.interval_groups) if config.interval_groups else None
-            metrics.append(
-                frechet_metric("fd_dinov2", values, Frechet(reference.statistics["features"], device), group)
-            )
-    return metrics
-
-
-def measure_difference(
-    found: Features, against: Features, reference: Reference, config: EvaluateConfig, device: torch.device
-) -> Metric:
-    """Return FID minus that of other samples. Leaving out the same images of both, what they have in common drops out.
-
-    Raises:
-        UserError: if they are not of the same numbers.
-    """
-    if found.numbers.tolist() != against.numbers.tolist():
-        raise UserError(
-            f"against={config.against} holds {len(against):,} images, samples={config.samples} {len(found):,}, or of "
-            "other numbers; draw the same ones of both, with the same seed"
-        )
-    distance = Frechet(reference.statistics["features"], device)
-    pair = [own.layers["features"].to(device) for own in (found, against)]
-    value = distance.distance(statistics(pair[0])) - distance.distance(statistics(pair[1]))
-    note = f"to {config.against}"
-    if not config.interval_groups:
-        return Metric("fid_difference", value, note=note)
-    group = groups(found.labels, config.interval_groups)
-    both = zip(*(statistics_without(values, group) for values in pair), strict=True)
-    error = jackknife_error([distance.distance(first) - distance.distance(second) for first, second in both])
-    return Metric("fid_difference", value, normal_interval(value, error), note)
-
-
-def measure_classes(found: Features, reference: Reference) -> dict[str, dict[str, float]]:
-    """Return the FID of each class that samples and reference have; larger for fewer images, so compare like with like.
-
-    Returns:
-        {class: {"fid", "samples", "reference"}}, worst first; nothing if there are no classes.
-    """
-    if reference.features is None:
-        return {}
-    results = {}
-    for label in found.labels.unique().tolist():
-        own = found.layers["features"][found.labels == label]
-        real = reference.features.layers["features"][reference.features.labels == label]
-        if label != NO_LABEL and min(len(own), len(real)) > 1:
-            results[str(label)] = {"fid": frechet_of_few(own, real), "samples": len(own), "reference": len(real)}
-    return dict(sorted(results.items(), key=lambda item: -item[1]["fid"])) if len(results) > 1 else {}
-
-
-def describe(config: EvaluateConfig, found: Features, metrics: list[Metric], notes: list[str]) -> dict[str, object]:
+def describe_evaluation(
+    config: EvaluateConfig, found: Features, metrics: list[Metric], notes: list[str]
+) -> dict[str, object]:
     """Return what metrics.json says."""
     drawn = Path(config.samples) / SAMPLES_FILE
     return {
@@ -357,7 +152,7 @@ def describe(config: EvaluateConfig, found: Features, metrics: list[Metric], not
     }
 
 
-def table_of(record: dict[str, object]) -> Table:
+def evaluation_table(record: dict[str, object]) -> Table:
     """Return the table of `flowar evaluate`."""
     network = record["extractor"]["name"]
     what = f"{record['num_samples']:,} samples, protocol {record['protocol']}, {network}"
@@ -376,7 +171,7 @@ def find_run(config: EvaluateConfig) -> tuple[Path, int] | None:
     """Return the training run that the samples come from, and the step of their checkpoint, if there is one.
 
     Raises:
-        UserError: if one is named, but is none.
+        UserError: if one is named that does not exist.
     """
     drawn = Path(config.samples) / SAMPLES_FILE
     sampling = json.loads(drawn.read_text()) if drawn.is_file() else {}
@@ -385,11 +180,27 @@ def find_run(config: EvaluateConfig) -> tuple[Path, int] | None:
     if step is not None and (run_dir / CHECKPOINTS).is_dir():
         return run_dir, step
     if config.run_dir is not None:
-        raise UserError(f"run_dir={run_dir} is no training run, or step={config.step} is not given; give both")
+        raise UserError(f"run_dir={run_dir} must be a training run, and step={config.step} be given; give both")
     return None
 
 
-if __name__ == "__main__":
-    from flowar.cli import run_verb
-
-    run_verb("evaluate")
+def make_reference(config: ReferenceConfig, dry_run: bool = False) -> None:
+    """Make a reference, with whoever else was given the same command."""
+    extractor = Extractor(config.extractor, pick_device(config.device))
+    images = open_images(config.images, "images")
+    out_dir = Path(config.out_dir)
+    target, partial = out_dir / f"features-{extractor.name}", out_dir / f"partial-{extractor.name}"
+    print(f"{len(images):,} images in {config.images}, features by {extractor.name} into {target}")
+    if target.exists():
+        record = check_network(target, extractor, f"out_dir={out_dir}")
+        if record["identity"] != images.identity:
+            raise UserError(f"{target} is a reference of other images, {record['root']}; give another out_dir")
+        shutil.rmtree(partial, ignore_errors=True)  # of one that died at the very end
+        print(f"{target} is there already")
+        return
+    if dry_run:
+        return
+    extract(images, extractor, partial, config, is_done=target.exists)
+    with Leases(partial / CLAIMS_FOLDER, config.lease_s) as leases:
+        if finish_together(leases, target.exists, lambda: publish_reference(config, images, partial, target)):
+            print(f"wrote {target}")

@@ -1,26 +1,69 @@
-"""`flowar export`: weights of a training run as a model folder of their own. Read next: weights.py."""
+"""`flowar export`, `ema` and `convert`: what becomes a model folder of its own. Read next: models/folders.py."""
 
+import pickle
 from pathlib import Path
 
-from flowar.config import ExportConfig
-from flowar.errors import UserError
-from flowar.weights import CONFIG_FILE, WEIGHTS_FILE, find_model_folder, load_model, save_model_whole
+import torch
+
+from flowar.base.errors import UserError
+from flowar.config.training import AverageConfig, ConvertConfig, ExportConfig
+from flowar.models.build import convert_released
+from flowar.models.folders import (
+    MODEL_CONFIG_FILE,
+    WEIGHTS_FILE,
+    export_model,
+    find_model_folder,
+    save_model_whole,
+)
+from flowar.training.averages import save_average
 
 
-def main(config: ExportConfig, dry_run: bool = False) -> None:
+def export(config: ExportConfig, dry_run: bool = False) -> None:
     """Write model.safetensors and config.json, whole or not at all."""
     source, target = find_model_folder(config.model), Path(config.out_dir)
-    if target.exists():
-        raise UserError(f"{target} already exists; give another out_dir, or remove it first")
-    model = load_model(source, config.weights)
-    print(f"{source}, weights {config.weights}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters")
+    check_new(target)
     if dry_run:
+        print(f"would write weights {config.weights} of {source} to {target}")
         return
-    save_model_whole(model.config, model.state_dict(), target, passport_of=source)
-    print(f"wrote {target / WEIGHTS_FILE} and {target / CONFIG_FILE}")
+    parameters = sum(p.numel() for p in export_model(source, config.weights, target).parameters())
+    print(f"{source}, weights {config.weights}: {parameters / 1e6:.1f} M parameters")
+    print(f"wrote {target / WEIGHTS_FILE} and {target / MODEL_CONFIG_FILE}")
 
 
-if __name__ == "__main__":
-    from flowar.cli import run_verb
+def average(config: AverageConfig, dry_run: bool = False) -> None:
+    """Write a model folder with the weights averaged by the asked power function."""
+    target = Path(config.out_dir)
+    check_new(target)
+    save_average(Path(config.run_dir), config.std, config.step, None if dry_run else target)
+    if not dry_run:
+        print(f"wrote {target / WEIGHTS_FILE}")
 
-    run_verb("export")
+
+def check_new(folder: Path) -> None:
+    """Raise a UserError if a folder exists."""
+    if folder.exists():
+        raise UserError(f"{folder} already exists; give another out_dir, or remove it first")
+
+
+def convert(config: ConvertConfig, dry_run: bool = False) -> None:
+    """Convert the authors' checkpoint to a model folder."""
+    source, target = Path(config.checkpoint), Path(config.out_dir)
+    if not source.is_file():
+        raise UserError(
+            f"there is no file {source}; download FlowAR-S.pth, FlowAR-L.pth or FlowAR-H.pth from the authors' release"
+        )
+    check_new(target)
+    try:
+        state_dict = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise UserError(f"{source} is not a readable PyTorch checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(state_dict, dict):
+        raise UserError(f"{source} holds a {type(state_dict).__name__}, but a state dict is needed")
+    model = convert_released(state_dict, config.ar_heads)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{source}: {model.config.variant}, {parameters / 1e6:.1f} M parameters")
+    if dry_run:
+        print(f"would write {target / WEIGHTS_FILE} and {target / MODEL_CONFIG_FILE}")
+        return
+    save_model_whole(model.config, model.state_dict(), target)
+    print(f"wrote {target / WEIGHTS_FILE} and {target / MODEL_CONFIG_FILE}")

@@ -5,7 +5,6 @@ in a process group without processes. Activations are what autograd keeps of one
 are assumed, and said so. Read next: parallel.py.
 """
 
-import dataclasses
 import math
 from dataclasses import dataclass
 
@@ -16,18 +15,18 @@ from rich.table import Table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from flowar.config import PlanConfig
-from flowar.ema import average_names
-from flowar.errors import UserError
-from flowar.flow import scale_losses, weigh
-from flowar.info import count_training_flops
-from flowar.model import FlowAR
-from flowar.parallel import make_mesh, prepare_blocks, shard_model
-from flowar.scales import num_tokens
-from flowar.speed import PEAK_TFLOPS, table_tflops
-from flowar.train import split_batch
+from flowar.base.devices import PEAK_TFLOPS, table_tflops
+from flowar.base.errors import UserError
+from flowar.base.files import GIB
+from flowar.config.training import PlanConfig
+from flowar.models.build import family_of
+from flowar.models.costs import count_training_flops
+from flowar.models.family import weigh
+from flowar.training.averages import average_names
+from flowar.training.engine import prepare_blocks
+from flowar.training.setup import split_batch
+from flowar.training.torch_engine import make_mesh, shard_model
 
-GIB = 2**30
 FLOAT32 = 4  # bytes
 SPARE_SHARE = 0.1  # of a GPU's memory: allocator, NCCL, cuBLAS
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
@@ -49,12 +48,12 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.averages + self.gathered
 
 
-def count_parameters(config: PlanConfig) -> tuple[int, int]:
+def count_weights(config: PlanConfig) -> tuple[int, int]:
     """Return the number of weights, and that of the largest block."""
+    family = family_of(config.model)
     with torch.device("meta"):
-        model = FlowAR(config.model)
-    blocks = [*model.ar.lower_blocks, *model.ar.upper_blocks, *model.flow.blocks]
-    return count(model), max(count(block) for block in blocks)
+        model = family.create(config.model)
+    return count(model), max(count(block) for block in family.blocks(model))
 
 
 def count(module: torch.nn.Module) -> int:
@@ -69,9 +68,10 @@ def shard_size(config: PlanConfig, num_ranks: int) -> int:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
     try:
         mesh = make_mesh("cpu", num_ranks, config.parallel.replicas)
+        family = family_of(config.model)
         with torch.device("meta"):
-            model = FlowAR(config.model)
-        shard_model(model, [*model.ar.lower_blocks, *model.ar.upper_blocks, *model.flow.blocks], mesh)
+            model = family.create(config.model)
+        shard_model(model, family.blocks(model), mesh)
         return count(model)
     finally:
         dist.destroy_process_group()
@@ -79,7 +79,7 @@ def shard_size(config: PlanConfig, num_ranks: int) -> int:
 
 def memory_of(engine: str, config: PlanConfig, num_ranks: int) -> Memory:
     """Return the bytes on one GPU that don't depend on the batch."""
-    total, block = count_parameters(config)
+    total, block = count_weights(config)
     part = shard_size(config, num_ranks) if engine == "fsdp" else -(-total // num_ranks)
     averages = len(average_names(config.ema))
     weights, gradients, optimizer = {
@@ -105,11 +105,12 @@ def activation_bytes(config: PlanConfig) -> tuple[int, int]:
 
 def kept_bytes(config: PlanConfig, batch_size: int) -> int:
     """Return what autograd keeps of a forward pass, weights aside, as precision and recomputation say."""
-    model_config = dataclasses.replace(config.model, dropout=0.0)  # on a CPU attention with dropout keeps much more
+    shape, family = config.model, family_of(config.model)
+    draws = family.draw(shape, torch.Generator())
     kept: dict[int, int] = {}
     with FakeTensorMode():
-        model = FlowAR(model_config).train()
-        prepare_blocks(model, config)
+        model = family.create(shape)  # without dropout: on a CPU attention with it keeps much more
+        prepare_blocks(family.blocks(model), config.parallel)
         own = {id(p.untyped_storage()) for p in model.parameters()}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -120,29 +121,22 @@ def kept_bytes(config: PlanConfig, batch_size: int) -> int:
             return tensor
 
         holders: list[torch.Tensor] = []
-        latents = torch.empty(batch_size, *model_config.latent_shape)
-        noise = torch.empty(batch_size, num_tokens(model_config.scales), model_config.token_width)
+        latents = torch.empty(batch_size, *shape.latent_shape)
+        labels = torch.zeros(batch_size, dtype=torch.int64)
+        empty = {name: torch.empty(batch_size, *tensor.shape) for name, tensor in draws.items()}
         enabled = config.precision == "bf16"
         with (
             torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
             torch.autocast("cpu", torch.bfloat16, enabled=enabled),
         ):
-            losses = scale_losses(
-                model,
-                latents,
-                torch.zeros(batch_size, dtype=torch.int64),
-                scales=model_config.scales,
-                patch_size=model_config.patch_size,
-                time=torch.empty(batch_size, len(model_config.scales)),
-                noise=noise,
-            )
-            weigh(losses, model_config.scales)
+            losses = family.losses(model, shape, latents, labels, empty)
+            weigh(losses, family.loss_terms(shape).values())
     return sum(kept.values())
 
 
 def sent_bytes(engine: str, config: PlanConfig, num_ranks: int, parts: int) -> int:
     """Return the bytes that one GPU sends in a step: a gather, a scatter, half an all-reduce send (N - 1) / N."""
-    total, _ = count_parameters(config)
+    total, _ = count_weights(config)
     passes = {"ddp": 2, "fsdp": 3 * parts, "zero1": 2, "zero2": 1 + parts, "zero3": 3 * parts}[engine]
     return FLOAT32 * total * passes * (num_ranks - 1) // num_ranks
 
@@ -155,8 +149,8 @@ def main(config: PlanConfig, dry_run: bool = False) -> None:
     peak = table_tflops(config.gpu, config.precision)
     if peak is None:
         raise UserError(f"gpu={config.gpu} is not in the table: {', '.join(name for name, _ in PEAK_TFLOPS)}")
-    split_batch(config, num_ranks)
-    total, _ = count_parameters(config)
+    split_batch(config.batch_size, config.micro_batch_size, num_ranks)
+    total, _ = count_weights(config)
     activations, copies = activation_bytes(config)
     share = config.batch_size // num_ranks
     flops = count_training_flops(config.model) * (4 / 3 if config.parallel.checkpoint_every_blocks == 1 else 1)
@@ -197,9 +191,3 @@ def main(config: PlanConfig, dry_run: bool = False) -> None:
         print("No engine fits: set parallel.checkpoint_every_blocks=1, or use more or larger GPUs.")
     else:
         print(f"Suggested: {best[0]} (the first of the quickest), {steps:,} steps of {best[1]:.2f} s.")
-
-
-if __name__ == "__main__":
-    from flowar.cli import run_verb
-
-    run_verb("plan")

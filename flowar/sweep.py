@@ -15,25 +15,27 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from flowar.config import AverageConfig, ExportConfig, SampleConfig, SweepConfig, describe_changes
-from flowar.distributed import pick_device
-from flowar.errors import UserError
-from flowar.evaluate import frechet_metric
-from flowar.export import main as export
-from flowar.features import Extractor, read_features
-from flowar.files import write_text
-from flowar.generate import make_time_grids
-from flowar.info import count_sampling_flops
-from flowar.leases import WAIT_S, Leases, finish_together
-from flowar.metrics import Frechet, groups
-from flowar.pictures import save_scatter
-from flowar.posthoc_ema import main as make_average
-from flowar.references import check_reference, prepare_reference
-from flowar.sample import Job, describe_samples, draw, open_job
+from flowar.base.devices import pick_device
+from flowar.base.errors import UserError
+from flowar.base.files import write_text
+from flowar.base.leases import CLAIMS_FOLDER, WAIT_S, Leases, finish_together
+from flowar.base.pictures import save_scatter
+from flowar.config.drawing import SampleConfig
+from flowar.config.load import decisive_settings, describe_changes, extend
+from flowar.config.measuring import SweepConfig
+from flowar.evaluation.extractors import Extractor
+from flowar.evaluation.metrics import Frechet, groups
+from flowar.evaluation.protocols import frechet_metric
+from flowar.evaluation.references import check_reference, prepare_reference
+from flowar.evaluation.store import FeatureSink, read_features
+from flowar.models.build import family_of
+from flowar.models.folders import export_model
+from flowar.sampling.job import SamplingJob, open_job
+from flowar.sampling.worker import draw_missing
+from flowar.training.averages import save_average
 
-SETTINGS, CLAIMS, MODELS = "settings", "claims", "models"
+SETTINGS, MODELS = "settings", "models"
 RESULTS_FILE, RECIPE_FILE, PICTURE_FILE = "sweep.json", "recipe.yaml", "pareto.png"
-CARRIED_OUT = ("model", "out_dir", "num_images", "features_only", "extractor", "device", "lease_s")  # not in a recipe
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,16 +75,18 @@ def main(config: SweepConfig, dry_run: bool = False) -> None:
     check_same_sweep(out_dir, config)
     reference = prepare_reference(config, extractor, out_dir).read()
     distance = Frechet(reference.statistics["features"], device)
-    with Leases(out_dir / CLAIMS, config.lease_s) as leases:
+    with Leases(out_dir / CLAIMS_FOLDER, config.lease_s) as leases:
         keep_models(config, leases)
         left = settings
         for count, num_images in rounds:
             left = left[:count]
-            measure(left, num_images, distance, leases, config)
+            measure_settings(left, num_images, extractor, distance, leases, config.interval_groups)
             left = sorted(left, key=lambda setting: setting.score(num_images)["fid"])
             print(f"{num_images:,} images: best {left[0].name}, FID {left[0].score(num_images)['fid']:.3f}")
-        finish_together(leases, (out_dir / RESULTS_FILE).exists, lambda: finish(config, settings, left[0], rounds))
-    Console().print(table_of(json.loads((out_dir / RESULTS_FILE).read_text())["settings"], config.model))
+        finish_together(
+            leases, (out_dir / RESULTS_FILE).exists, lambda: write_results(config, settings, left[0], rounds)
+        )
+    Console().print(sweep_table(json.loads((out_dir / RESULTS_FILE).read_text())["settings"], config.model))
     print(f"best: {left[0].name}; see {out_dir / RECIPE_FILE}, {RESULTS_FILE} and {PICTURE_FILE}")
 
 
@@ -94,7 +98,8 @@ def list_settings(config: SweepConfig) -> list[Setting]:
         end = config.sample.guidance_interval[1] if guidance == 1 else end
         last = max(2, round(steps * share))
         name = f"{average}_guidance{guidance:g}_to{end:g}_steps{steps}" + (f"to{last}" if last != steps else "")
-        sample = dataclasses.replace(
+        sample = extend(
+            SampleConfig,
             config.sample,
             model=str(Path(config.out_dir) / MODELS / average),
             guidance=guidance,
@@ -127,11 +132,10 @@ def check_same_sweep(out_dir: Path, config: SweepConfig) -> None:
         UserError: if the folder holds another one.
     """
     file = out_dir / "config.json"
-    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    now = json.loads(json.dumps(decisive_settings(config)))
     if file.exists():
         before = json.loads(file.read_text())
-        free = ("device", "lease_s", "batch_size", "chunk_images")
-        changed = [key for key in now if key not in free and before.get(key) != now[key]]
+        changed = [key for key in now if before.get(key) != now[key]]
         if changed:
             raise UserError(
                 f"out_dir={out_dir} holds another sweep: {changed[0]} was {before.get(changed[0])}, now "
@@ -157,15 +161,26 @@ def keep_models(config: SweepConfig, leases: Leases) -> None:
                 time.sleep(WAIT_S)
                 continue
             if not target.exists() and name in stds:
-                make_average(AverageConfig(run_dir=config.model, out_dir=str(target), std=stds[name]))
+                save_average(Path(config.model), stds[name], None, target)
             elif not target.exists():
-                export(ExportConfig(model=config.model, out_dir=str(target), weights=name))
+                export_model(config.model, name, target)
             leases.release(name)
 
 
-def measure(settings: list[Setting], num_images: int, distance: Frechet, leases: Leases, config: SweepConfig) -> None:
-    """Draw and score all settings on so many images; returns when all scores are there, whoever made them."""
-    job: Job | None = None  # of one model at a time
+def measure_settings(
+    settings: list[Setting], num_images: int, extractor: Extractor, distance: Frechet, leases: Leases, num_groups: int
+) -> None:
+    """Draw and score all settings; returns when all scores are there, whichever process made them.
+
+    Args:
+        settings: that are compared in this round.
+        num_images: of each.
+        extractor: of the features.
+        distance: to the reference.
+        leases: claims on the scores.
+        num_groups: of images, for intervals; 0: no intervals.
+    """
+    job: SamplingJob | None = None  # of one model at a time
     while missing := [setting for setting in settings if not setting.score_file(num_images).exists()]:
         random.shuffle(missing)  # so that processes don't all draw the same setting
         if job is not None:
@@ -175,35 +190,29 @@ def measure(settings: list[Setting], num_images: int, distance: Frechet, leases:
             if job is None or job.config.model != setting.sample.model:
                 job = open_job(setting.sample)
             job = dataclasses.replace(job, config=dataclasses.replace(setting.sample, num_images=num_images))
-            if job.missing():
-                has_worked |= draw(job, describe_samples(job), wait=False)
+            sink = FeatureSink(job, extractor)
+            if sink.missing_chunks():
+                has_worked |= draw_missing(job, sink, wait=False)
             elif leases.claim(f"score_{setting.name}_{num_images}"):
                 if not setting.score_file(num_images).exists():
-                    score(setting, job, num_images, distance, config.interval_groups)
+                    score(setting, job, sink.folder, distance, num_groups)
                 has_worked = True
         if not has_worked:
             time.sleep(WAIT_S)
 
 
-def score(setting: Setting, job: Job, num_images: int, distance: Frechet, interval_groups: int) -> None:
+def score(setting: Setting, job: SamplingJob, features_folder: Path, distance: Frechet, num_groups: int) -> None:
     """Write a setting's FID, its 95% interval, and what one image costs."""
-    features = read_features(job.store, num_images, ["features"])
-    group = groups(features.labels, interval_groups) if interval_groups else None
+    num_images = job.config.num_images
+    features = read_features(features_folder, num_images, ["features"])
+    group = groups(features.labels, num_groups) if num_groups else None
     fid = frechet_metric("fid", features.layers["features"].to(distance.mu.device), distance, group)
-    sample, model = setting.sample, job.model.config
-    flops = count_sampling_flops(
-        model,
-        time_grid=make_time_grids(sample, len(model.scales)),
-        guidance=sample.guidance,
-        guidance_interval=sample.guidance_interval,
-        guidance_schedule=sample.guidance_schedule,
-        solver=sample.solver,
-    )
+    flops = family_of(job.model.config).sampling_flops(job.model.config, setting.sample)
     record = {"fid": fid.value, "interval": fid.interval, "gflops": flops / 1e9, "num_images": num_images}
     write_text(setting.score_file(num_images), json.dumps(record) + "\n")
 
 
-def finish(config: SweepConfig, settings: list[Setting], winner: Setting, rounds: list[tuple[int, int]]) -> None:
+def write_results(config: SweepConfig, settings: list[Setting], winner: Setting, rounds: list[tuple[int, int]]) -> None:
     """Write pareto.png, the winner as a recipe for `flowar sample`, and sweep.json, which says that all is done."""
     out_dir = Path(config.out_dir)
     rows = []
@@ -224,16 +233,19 @@ def finish(config: SweepConfig, settings: list[Setting], winner: Setting, rounds
         marked={row["name"] for row in rows if row["pareto"]},
     )
     best = winner.score(most)
+    weights = winner.sample.vae.weights
+    given = f" vae.weights={weights}" if weights else ""
     header = (
         f"# The best of {len(settings)} settings of `flowar sweep`: FID {best['fid']:.3f} on {most:,} images against\n"
-        f"# {config.reference}\n# flowar sample {out_dir / RECIPE_FILE} model={winner.sample.model} out_dir=OUT_DIR\n"
+        f"# {config.reference}\n"
+        f"# flowar sample {out_dir / RECIPE_FILE} model={winner.sample.model} out_dir=OUT_DIR{given}\n"
     )
     plain = SampleConfig(model=winner.sample.model, out_dir=winner.sample.out_dir)
-    write_text(out_dir / RECIPE_FILE, header + describe_changes(plain, winner.sample, without=CARRIED_OUT))
+    write_text(out_dir / RECIPE_FILE, header + describe_changes(plain, winner.sample))
     write_text(out_dir / RESULTS_FILE, json.dumps({"winner": winner.name, "settings": rows}, indent=2) + "\n")
 
 
-def table_of(rows: list[dict[str, object]], model: str) -> Table:
+def sweep_table(rows: list[dict[str, object]], model: str) -> Table:
     """Return the table of a sweep."""
     table = Table("setting", "images", "FID", "95% interval", "GFLOPs an image", "Pareto", title=f"sweep of {model}")
     for row in rows:
@@ -241,9 +253,3 @@ def table_of(rows: list[dict[str, object]], model: str) -> Table:
         cells = (f"{row['num_images']:,}", f"{row['fid']:.3f}", ends, f"{row['gflops']:,.1f}", "*" * row["pareto"])
         table.add_row(row["name"], *cells)
     return table
-
-
-if __name__ == "__main__":
-    from flowar.cli import run_verb
-
-    run_verb("sweep")

@@ -1,5 +1,6 @@
 """Tiny real objects that the tests share: a model, images of two classes, their shards, the authors' vectors."""
 
+import json
 import os
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # these tests are about a CPU: bits, and processes without a GPU each
@@ -13,16 +14,10 @@ import torch
 from PIL import Image
 from safetensors import safe_open
 
-from data_prep.schema import read_passport
-from flowar.config import (
-    DataConfig,
-    EMAConfig,
-    ModelConfig,
-    OptimConfig,
-    PreviewConfig,
-    TrainConfig,
-    VAEConfig,
-)
+from flowar.config.data import DataConfig, VAEConfig
+from flowar.config.models import FlowARConfig
+from flowar.config.training import EMAConfig, OptimConfig, PreviewConfig, TrainConfig
+from flowar.latents.schema import read_passport
 
 DATA = Path(__file__).parent / "data"
 # One more case of what another case tests already: `FLOWAR_TEST_ALL=1 make test` runs these too.
@@ -40,7 +35,7 @@ def released_state(vectors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name.removeprefix("state."): tensor for name, tensor in vectors.items() if name.startswith("state.")}
 
 
-def tiny_config(**changes: object) -> ModelConfig:
+def tiny_config(**changes: object) -> FlowARConfig:
     """Return a model small enough for any test."""
     settings = {
         "variant": "custom",
@@ -56,7 +51,7 @@ def tiny_config(**changes: object) -> ModelConfig:
         "flow_block": "attn_mlp",
         "dropout": 0.0,
     }
-    return ModelConfig(**(settings | changes))
+    return FlowARConfig(**(settings | changes))
 
 
 def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -107,7 +102,7 @@ def image_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def shards(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path:
     """A dataset prepared from `image_folder` with the demo VAE: 24 images x 2 views in three shards."""
     from data_prep import encode
-    from flowar.config import PrepareConfig
+    from flowar.config.data import PrepareConfig
 
     out_dir = tmp_path_factory.mktemp("data") / "shards"
     encode.main(
@@ -149,6 +144,11 @@ def upload(bucket: object, folder: Path, prefix: str) -> str:
         if file.is_file():
             bucket.upload_file(str(file), "data", f"{prefix}/{file.relative_to(folder)}")
     return f"s3://data/{prefix}"
+
+
+def read_evaluations(run_dir: Path) -> list[dict[str, object]]:
+    """Return all metrics of a run's checkpoints, by step."""
+    return [json.loads(file.read_text()) for file in sorted((run_dir / "evaluations").glob("step_*.json"))]
 
 
 def flip_bit(file: Path, place: int) -> None:

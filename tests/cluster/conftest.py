@@ -13,12 +13,12 @@ import pytest
 import torch
 
 from cluster import local_slurm
+from cluster.commands import submit_command as submit
 from cluster.job import Job
 from cluster.status import newest_job
-from cluster.submit import main as submit
-from flowar.config import describe_config
-from flowar.errors import UserError
-from flowar.run_folder import find_latest
+from flowar.base.errors import UserError
+from flowar.base.run_folder import find_latest
+from flowar.config.load import describe_config
 
 # Two nodes like those of configs/cluster/h100.yaml, as far as Slurm can tell.
 H100 = """SlurmdParameters=config_overrides
@@ -141,7 +141,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> object:
 
 def assert_same_weights(run_dir: Path, needed: Path, names: tuple[str, ...] = ("raw", "decay_0.9")) -> None:
     """Check that two runs ended with the same bits."""
-    from flowar.weights import load_model
+    from flowar.models.folders import load_model
 
     for weights in names:
         found, expected = load_model(run_dir, weights).state_dict(), load_model(needed, weights).state_dict()

@@ -1,7 +1,9 @@
 from pathlib import Path
 
 from cluster.submit import plan_pipeline
-from flowar.config import FollowConfig, SweepConfig, load_config
+from flowar.config.jobs import FollowConfig
+from flowar.config.load import load_config
+from flowar.config.measuring import SweepConfig
 from flowar.sweep import list_settings, plan_rounds
 
 ROOT = Path(__file__).parents[2]

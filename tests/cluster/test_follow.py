@@ -9,16 +9,19 @@ import torch
 from PIL import Image
 
 from cluster import follow
+from cluster.commands import submit_command as submit
 from cluster.status import find_jobs
-from cluster.submit import main as submit
 from flowar import train
-from flowar.config import EvaluateConfig, ExtractorConfig, FollowConfig, SampleConfig, VAEConfig, describe_config
-from flowar.digits import DigitClassifier, save_classifier
-from flowar.errors import UserError
-from flowar.features import DEMO_EXTRACTOR
-from flowar.report import read_evaluations
-from flowar.weights import hash_weights, load_model
-from tests.conftest import training
+from flowar.base.errors import UserError
+from flowar.base.hashes import hash_weights
+from flowar.config.data import ExtractorConfig, VAEConfig
+from flowar.config.drawing import SamplingConfig
+from flowar.config.jobs import FollowConfig, FollowedConfig
+from flowar.config.load import describe_config
+from flowar.evaluation.digits import DigitClassifier, save_classifier
+from flowar.evaluation.extractors import DEMO_EXTRACTOR
+from flowar.models.folders import load_model
+from tests.conftest import read_evaluations, training
 
 
 @pytest.fixture
@@ -33,15 +36,11 @@ def followed(tmp_path, shards):
     save_classifier(DigitClassifier().eval(), tmp_path / "judge.safetensors")
     run = dataclasses.replace(training(shards, tmp_path / "run"), keep_checkpoints=3)
     train.main(run)
-    drawing = SampleConfig(
-        model="x", out_dir="x", vae=VAEConfig(name="demo"), batch_size=8, chunk_batches=1, num_steps=2,
-        features_only=True,
-    )  # fmt: skip
     judge = ExtractorConfig(name=DEMO_EXTRACTOR, weights=str(tmp_path / "judge.safetensors"))
-    drawing = dataclasses.replace(drawing, extractor=judge)
-    evaluation = EvaluateConfig(
-        samples="x", reference=str(tmp_path / "real"), sample=drawing, extractor=judge, interval_groups=0
+    drawing = SamplingConfig(
+        vae=VAEConfig(name="demo"), batch_size=8, chunk_batches=1, num_steps=2, features_only=True, extractor=judge
     )
+    evaluation = FollowedConfig(reference=str(tmp_path / "real"), sample=drawing, extractor=judge, interval_groups=0)
     config = FollowConfig(
         evaluate=evaluation, num_images=20, milestone_every_steps=14, milestone_images=24, every_steps=10, poll_s=1
     )

@@ -8,28 +8,25 @@ import pytest
 import torch
 from PIL import Image
 
+from cluster.commands import submit_command as submit
 from cluster.status import find_jobs
-from cluster.submit import main as submit
 from cluster.submit import plan_pipeline
 from data_prep import encode
-from flowar import evaluate, sample
-from flowar.config import (
-    EvaluateConfig,
-    ExtractorConfig,
-    ParallelConfig,
-    PipelineConfig,
-    PrepareConfig,
-    SampleConfig,
-    VAEConfig,
-    describe_config,
-)
-from flowar.digits import DigitClassifier, save_classifier
-from flowar.errors import UserError
-from flowar.features import DEMO_EXTRACTOR
-from flowar.report import read_metrics
+from flowar import evaluate
+from flowar.base.errors import UserError
+from flowar.config.data import PrepareConfig, VAEConfig
+from flowar.config.drawing import SampleConfig
+from flowar.config.jobs import PipelineConfig
+from flowar.config.load import describe_config
+from flowar.config.measuring import EvaluateConfig, ExtractorConfig
+from flowar.config.training import ParallelConfig
+from flowar.evaluation.digits import DigitClassifier, save_classifier
+from flowar.evaluation.extractors import DEMO_EXTRACTOR
+from flowar.sampling import worker as sample
+from flowar.training.report import read_metrics
 from tests.conftest import training
 from tests.flowar.ranks import run_ranks
-from tests.flowar.test_parallel import LOSS_TOLERANCE
+from tests.flowar.training.test_engines import LOSS_TOLERANCE
 
 NUM_IMAGES = 64
 

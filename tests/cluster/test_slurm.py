@@ -9,16 +9,18 @@ import signal
 import pytest
 
 from cluster import local_slurm
+from cluster.commands import resume_command
 from cluster.status import attempt_count, cancel, logs, newest_job, status
-from cluster.submit import resume
-from flowar.config import DoctorConfig, ParallelConfig, PrepareConfig, VAEConfig
-from flowar.errors import UserError
-from flowar.report import read_metrics
-from flowar.run_folder import find_latest
+from flowar.base.errors import UserError
+from flowar.base.run_folder import find_latest
+from flowar.config.data import PrepareConfig, VAEConfig
+from flowar.config.jobs import DoctorConfig
+from flowar.config.training import ParallelConfig
+from flowar.training.report import read_metrics
 from tests.cluster.conftest import assert_same_weights, processes_of, read_logs, run, steps_printed
 from tests.conftest import MORE, training
 from tests.flowar.ranks import run_ranks
-from tests.flowar.test_parallel import LOSS_TOLERANCE
+from tests.flowar.training.test_engines import LOSS_TOLERANCE
 
 pytestmark = pytest.mark.slow
 STEPS, FEW_STEPS = 120, 40
@@ -145,13 +147,13 @@ def test_four_nodes_then_two(slurm, shards, short, tmp_path, capsys, monkeypatch
     monkeypatch.chdir("/")
     slurm.wait_for_checkpoint(run_dir, first)
     with pytest.raises(UserError, match=rf"is in use by job {first.ids[0]} \(train\); wait for it, or end it with"):
-        resume([str(run_dir), "nodes=2"])
+        resume_command([str(run_dir), "nodes=2"])
     capsys.readouterr()
     status([str(run_dir)])
     assert f" {first.ids[0]} " in (shown := capsys.readouterr().out) and "RUNNING" in shown and "n[1-4]" in shown
     cancel([str(run_dir)])
     slurm.wait_for(lambda: not run("squeue", "-h", "-j", first.ids[0]), "the end of the first job")
-    resume([str(run_dir), "nodes=2"])
+    resume_command([str(run_dir), "nodes=2"])
     second = newest_job(run_dir)
     assert second.ids != first.ids and second.code == first.code
     slurm.wait_until_finished(second)

@@ -11,15 +11,15 @@ from pathlib import Path
 import psutil
 import pytest
 
-from cluster.environment import Place, check_resources, parse_duration
+from cluster.commands import submit_command as submit
+from cluster.environment import TaskEnvironment, check_resources, parse_duration
 from cluster.job import Job
 from cluster.status import cancel, find_jobs, logs, newest_job, status
 from cluster.submit import PlannedJob, check
-from cluster.submit import main as submit
-from flowar.config import ClusterConfig
-from flowar.errors import UserError
-from flowar.report import read_metrics
-from flowar.run_folder import find_latest
+from flowar.base.errors import UserError
+from flowar.base.run_folder import find_latest
+from flowar.config.jobs import ClusterConfig
+from flowar.training.report import read_metrics
 from tests.conftest import training
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ CLUSTERS = ROOT / "configs" / "cluster"
 
 def train_words(shards, run_dir, *words):
     """The command line of a small training run."""
-    from flowar.config import describe_config
+    from flowar.config.load import describe_config
 
     file = run_dir.with_suffix(".yaml")
     file.write_text(describe_config(training(shards, run_dir)))
@@ -89,9 +89,9 @@ def test_the_h100_example_is_accepted_by_sbatch_and_is_what_the_readme_shows(
 
 
 def test_a_task_that_got_less_than_was_asked_for_says_so():
-    from flowar.config import ClusterConfig
+    from flowar.config.jobs import ClusterConfig
 
-    task = Place("7", restarts=0, rank=0, num_tasks=1, hosts=("n1",), cpus_asked=10_000)
+    task = TaskEnvironment("7", restarts=0, rank=0, num_tasks=1, hosts=("n1",), cpus_asked=10_000)
     with pytest.raises(UserError, match=r"cpus_per_task=10000 was asked for, but this task may use \d+ CPUs on node"):
         check_resources(task, ClusterConfig())
     with pytest.raises(UserError, match=r"gpus_per_node=99 was asked for, but torch sees \d+ on node"):
@@ -100,7 +100,8 @@ def test_a_task_that_got_less_than_was_asked_for_says_so():
 
 @pytest.mark.parametrize("name", [file.name for file in sorted(CLUSTERS.glob("*.yaml"))])
 def test_every_example_of_a_cluster_loads(name):
-    from flowar.config import ClusterConfig, load_config
+    from flowar.config.jobs import ClusterConfig
+    from flowar.config.load import load_config
 
     load_config(ClusterConfig, CLUSTERS / name)
 

@@ -7,8 +7,8 @@ from PIL import Image
 
 from data_prep.check import main
 from data_prep.encode import main as prepare
-from flowar.config import CheckConfig, VAEConfig
-from flowar.errors import UserError
+from flowar.base.errors import UserError
+from flowar.config.data import CheckConfig, VAEConfig
 from tests.conftest import flip_bit, upload
 from tests.data_prep.test_encode import preparing
 
@@ -105,7 +105,7 @@ def test_a_source_that_is_gone_is_said_and_can_be_left_out(image_folder, tmp_pat
 
 
 def test_another_vae_is_refused(copied, tmp_path):
-    from flowar.vae import load_vae
+    from flowar.latents.vae import load_vae
 
     vae = load_vae("demo")
     next(vae.autoencoder.parameters()).view(-1)[0] += 1

@@ -7,8 +7,8 @@ from PIL import Image
 from torchvision.transforms import v2
 
 from data_prep.crops import centre_crop, decode_image, make_views, num_views, resize_side
-from flowar.config import PrepareConfig
-from flowar.errors import UserError
+from flowar.base.errors import UserError
+from flowar.config.data import PrepareConfig
 
 
 def cropping(**settings):

@@ -19,12 +19,12 @@ from torch.utils.data import DataLoader
 from data_prep.chunks import ChunkWriter
 from data_prep.crops import decode_image, make_views
 from data_prep.encode import main
-from data_prep.schema import read_passport
 from data_prep.sources import Source, open_source
-from flowar.config import DataConfig, PrepareConfig, VAEConfig
-from flowar.errors import UserError
-from flowar.shards import LatentShards
-from flowar.vae import from_uint8, load_vae
+from flowar.base.errors import UserError
+from flowar.config.data import DataConfig, PrepareConfig, VAEConfig
+from flowar.latents.schema import read_passport
+from flowar.latents.shards import LatentShards
+from flowar.latents.vae import from_uint8, load_vae
 from tests.data_prep.test_sources import images_of, write_parquet, write_tars
 
 PRELOADED = ["data_prep.encode", "streaming", "diffusers", "tests.data_prep.test_encode"]  # for processes to fork from

@@ -7,7 +7,7 @@ import pyarrow.parquet
 import pytest
 
 from data_prep.sources import Source, open_source
-from flowar.errors import UserError
+from flowar.base.errors import UserError
 
 
 def images_of(folder):

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from flowar import train
-from flowar.config import TrainConfig
+from flowar.config.training import TrainConfig
 
 PRELOADED = ["deepspeed", "streaming", "diffusers", "flowar.parallel", "tests.flowar.ranks"]
 

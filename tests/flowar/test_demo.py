@@ -41,8 +41,8 @@ def test_the_demo_ends_in_a_report_and_runs_again_in_place(tmp_path):
 
 
 def test_the_demo_model_is_small():
-    from flowar.config import MODEL_VARIANTS
-    from flowar.model import FlowAR
+    from flowar.config.models import MODEL_VARIANTS
+    from flowar.models.flowar.model import FlowAR
 
     with torch.device("meta"):
         parameters = sum(p.numel() for p in FlowAR(MODEL_VARIANTS["flowar-demo"]).parameters())

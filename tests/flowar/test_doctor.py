@@ -7,9 +7,9 @@ import shutil
 
 import pytest
 
-from flowar.config import DoctorConfig
+from flowar.base.errors import UserError
+from flowar.config.jobs import DoctorConfig
 from flowar.doctor import find_problems, main, report
-from flowar.errors import UserError
 from tests.conftest import flip_bit
 
 GPU = {"name": "H100", "total_gib": 80.0, "used_gib": 1.0, "ecc_errors": 0, "driver": "570"}

@@ -11,9 +11,13 @@ from PIL import Image, ImageFilter
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics
 
-from flowar import evaluate, references
-from flowar.config import EvaluateConfig, ExtractorConfig, ReferenceConfig, SampleConfig, VAEConfig
-from flowar.digits import (
+from flowar import evaluate
+from flowar.base.errors import UserError
+from flowar.config.data import VAEConfig
+from flowar.config.drawing import SampleConfig
+from flowar.config.measuring import EvaluateConfig, ExtractorConfig, ReferenceConfig
+from flowar.evaluation import references
+from flowar.evaluation.digits import (
     DigitClassifier,
     load_classifier,
     load_splits,
@@ -21,11 +25,12 @@ from flowar.digits import (
     to_model_range,
     write_image_folders,
 )
-from flowar.errors import UserError
-from flowar.features import DEMO_EXTRACTOR, list_shards, read_features
-from flowar.packing import pack
+from flowar.evaluation.extractors import DEMO_EXTRACTOR
+from flowar.evaluation.store import list_shards, read_features
+from flowar.models.build import create_model
+from flowar.models.folders import save_model
 from flowar.sample import main as sample
-from flowar.weights import create_model, save_model
+from flowar.sampling.packing import pack_images
 from tests.conftest import randomise
 
 
@@ -386,7 +391,7 @@ def test_features_alone_give_the_same_numbers_as_images(digits, drawn, tmp_path)
 @pytest.mark.parametrize("kind", ["npz", "tar", "mds"])
 def test_packed_samples_give_the_same_distance(digits, drawn, tmp_path, kind):
     files = sorted((drawn / "a_images" / "images").glob("*.png"))
-    packed = pack(kind, files, [number % 10 for number in range(60)], tmp_path)
+    packed = pack_images(kind, files, [number % 10 for number in range(60)], tmp_path)
     found = values(measure(digits, tmp_path / "out", samples=packed))
     assert found["fid"] == pytest.approx(values(measure(digits, tmp_path / "b", samples=drawn / "a_images"))["fid"])
 

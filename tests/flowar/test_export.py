@@ -1,12 +1,13 @@
 import pytest
 import torch
 
-from flowar import export, posthoc_ema
-from flowar.config import AverageConfig, EMAConfig, ExportConfig
-from flowar.errors import UserError
-from flowar.run_folder import find_latest
+from flowar import export
+from flowar import export as posthoc_ema
+from flowar.base.errors import UserError
+from flowar.base.run_folder import find_latest
+from flowar.config.training import AverageConfig, EMAConfig, ExportConfig
+from flowar.models.folders import load_model
 from flowar.train import main
-from flowar.weights import load_model
 from tests.conftest import training
 
 

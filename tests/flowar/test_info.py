@@ -1,12 +1,14 @@
 import dataclasses
 
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from flowar.generate import sample_latents
-from flowar.info import count_parameters, count_sampling_flops, count_training_flops
-from flowar.model import FlowAR
-from flowar.solvers import released_time_grid
+from flowar.config.drawing import DrawConfig
+from flowar.models.costs import count_parameters, count_training_flops
+from flowar.models.flowar import family
+from flowar.models.flowar.generate import make_time_grids, sample_latents
+from flowar.models.flowar.model import FlowAR
 from tests.conftest import tiny_config
 
 
@@ -33,32 +35,32 @@ def test_training_flops_are_three_forward_passes_but_for_the_inputs():
     assert found == 3 * forward - 2 * no_gradient
 
 
-def test_sampling_flops_equal_a_count_of_the_whole_run():
+@pytest.mark.parametrize(
+    "how",
+    [
+        DrawConfig(num_steps=9, guidance=2.0, guidance_interval=(0.2, 0.8)),
+        DrawConfig(num_steps=9, guidance=1.0),
+        DrawConfig(
+            num_steps=8, last_scale_steps=4, solver="heun", guidance=2.0, guidance_interval=(0.2, 0.8),
+            guidance_schedule="constant",
+        ),
+    ],
+    ids=["guided", "unguided", "heun-annealed-constant"],
+)  # fmt: skip
+def test_sampling_flops_equal_a_count_of_the_whole_run(how):
     config = tiny_config()
-    settings = {"time_grid": released_time_grid(9), "guidance": 2.0, "guidance_interval": (0.2, 0.8)}
     with torch.device("meta"):
         model = FlowAR(config).eval()
         label = torch.zeros(1, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
-        sample_latents(model, label, **settings)
-    assert count_sampling_flops(config, **settings) == counter.get_total_flops()
-    assert count_sampling_flops(config, **(settings | {"guidance": 1.0})) < counter.get_total_flops()
+        sample_latents(
+            model, label, time_grid=make_time_grids(how, 3), guidance=how.guidance,
+            guidance_interval=how.guidance_interval, guidance_schedule=how.guidance_schedule, solver=how.solver,
+        )  # fmt: skip
+    assert family.sampling_flops(config, how) == counter.get_total_flops()
 
 
 def test_parts_add_up_to_the_model():
     config = dataclasses.replace(tiny_config(), flow_block="attn_cross_mlp")
     counts = count_parameters(config)
     assert counts.pop("total") == sum(counts.values()) == sum(p.numel() for p in FlowAR(config).parameters())
-
-
-def test_sampling_flops_follow_solver_annealing_and_schedule():
-    config = tiny_config()
-    grids = [released_time_grid(steps) for steps in (8, 6, 4)]
-    settings = {"time_grid": grids, "guidance": 2.0, "guidance_interval": (0.2, 0.8), "guidance_schedule": "constant"}
-    settings["solver"] = "heun"
-    with torch.device("meta"):
-        model = FlowAR(config).eval()
-        label = torch.zeros(1, dtype=torch.int64)
-    with FlopCounterMode(display=False) as counter:
-        sample_latents(model, label, **settings)
-    assert count_sampling_flops(config, **settings) == counter.get_total_flops()

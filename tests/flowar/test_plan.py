@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from flowar import plan
-from flowar.config import EMAConfig, ParallelConfig, PlanConfig, variant_config
-from flowar.errors import UserError
+from flowar.base.errors import UserError
+from flowar.config.models import variant_config
+from flowar.config.training import EMAConfig, ParallelConfig, PlanConfig
 from tests.conftest import tiny_config
 from tests.flowar.ranks import PRELOADED, free_port
 
@@ -18,13 +19,13 @@ def tiny_plan(**changes):
 
 def measure_rank(config, rank, port, answers):
     """What one real rank of FSDP2 holds after a step, in bytes."""
-    from flowar.distributed import start, stop
-    from flowar.ema import EMA
-    from flowar.parallel import make_engine
-    from flowar.weights import create_model
+    from flowar.base.distributed import start_world, stop_world
+    from flowar.models.build import create_model
+    from flowar.training.averages import EMA
+    from flowar.training.setup import make_engine
 
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    world = start(torch.device("cpu"), with_group=True)
+    world = start_world(torch.device("cpu"), with_group=True)
     engine = make_engine(config, create_model(config.model), world, 1)
     ema = EMA(config.ema, engine.local_weights())
     for parameter in engine.parameters.values():
@@ -37,7 +38,7 @@ def measure_rank(config, rank, port, answers):
     states = [engine.optimizer.state[p][key] for p in parameters for key in ("exp_avg", "exp_avg_sq")]
     averages = [tensor for average in ema.averages.values() for tensor in average.values()]
     answers.put((rank, size(parameters), size(p.grad for p in parameters), size(states), size(averages)))
-    stop()
+    stop_world()
 
 
 @pytest.mark.slow

@@ -12,14 +12,17 @@ import torch
 import xxhash
 from PIL import Image
 
-from flowar.config import SampleConfig, VAEConfig
-from flowar.errors import UserError
-from flowar.generate import draw_noise, find_guided_times, sample_latents, sample_token_maps, scale_guidance
-from flowar.model import FlowAR
+from flowar.base.errors import UserError
+from flowar.base.seeding import draw_image_noise
+from flowar.config.data import VAEConfig
+from flowar.config.drawing import SampleConfig
+from flowar.latents.vae import DEMO_VAE
+from flowar.models.build import create_model
+from flowar.models.flowar.generate import Guidance, annealed_steps, sample_latents, sample_token_maps
+from flowar.models.flowar.model import FlowAR
+from flowar.models.folders import save_model
+from flowar.models.solvers import released_time_grid, uniform_time_grid
 from flowar.sample import main
-from flowar.solvers import released_time_grid, uniform_time_grid
-from flowar.vae import DEMO_VAE
-from flowar.weights import create_model, save_model
 from tests.conftest import randomise, tiny_config
 
 
@@ -76,14 +79,19 @@ def test_guidance_follows_its_formula():
 
 
 def test_guidance_grows_linearly_over_the_scales():
-    assert [scale_guidance(3.0, k, 5) for k in range(5)] == [1.0, 1.5, 2.0, 2.5, 3.0]
-    assert scale_guidance(3.0, 0, 1) == 3.0
+    assert [Guidance(3.0).at_scale(k, 5) for k in range(5)] == [1.0, 1.5, 2.0, 2.5, 3.0]
+    assert Guidance(3.0).at_scale(0, 1) == Guidance(3.0, schedule="constant").at_scale(0, 5) == 3.0
 
 
 def test_ends_of_the_guidance_interval_belong_to_it():
-    grid = uniform_time_grid(10)
-    assert len(find_guided_times(grid, (0.3, 0.7))) == 5
-    assert len(find_guided_times(grid, (0.0, 1.0))) == 10  # no step starts at 0
+    starts = uniform_time_grid(10).tolist()[:-1]
+    assert sum(Guidance(3.0, (0.3, 0.7)).acts_at(time) for time in starts) == 5
+    assert sum(Guidance(3.0, (0.0, 1.0)).acts_at(time) for time in starts) == 10
+
+
+def test_steps_may_fall_from_scale_to_scale():
+    assert annealed_steps(50, 10, 5) == (50, 40, 30, 20, 10)
+    assert annealed_steps(25, 25, 3) == (25, 25, 25) and annealed_steps(50, 10, 1) == (10,)
 
 
 @pytest.mark.parametrize("changes", [{"num_classes": 1}, {"patch_size": 2}, {"scales": (4,)}, {"scales": (1, 4)}])
@@ -97,10 +105,11 @@ def test_other_shapes_sample(changes):
 
 def test_the_last_map_is_the_sample_and_maps_grow():
     model = make()
-    settings = {"time_grid": uniform_time_grid(2), "noise": torch.randn(1, 21, 3)}
-    maps = sample_token_maps(model, torch.tensor([1]), **settings)
+    noise, grid = torch.randn(1, 21, 3), uniform_time_grid(2)
+    more = {"guidance": Guidance(), "solver": "euler", "draw_noise": None}
+    maps = sample_token_maps(model, torch.tensor([1]), noise=noise, time_grids=[grid] * 3, **more)
     assert [own.shape[-1] for own in maps] == [1, 2, 4]
-    assert torch.equal(maps[-1], sample_latents(model, torch.tensor([1]), **settings))
+    assert torch.equal(maps[-1], sample_latents(model, torch.tensor([1]), time_grid=grid, noise=noise))
 
 
 def test_noise_comes_from_the_generator():
@@ -121,9 +130,8 @@ def test_bad_arguments_are_refused():
 
 
 def test_noise_of_an_image_does_not_depend_on_the_others():
-    config = tiny_config()
-    assert torch.equal(draw_noise(config, [0, 7, 3], seed=1)[1], draw_noise(config, [7], seed=1)[0])
-    assert not torch.equal(draw_noise(config, [7], seed=1), draw_noise(config, [7], seed=2))
+    assert torch.equal(draw_image_noise((21, 3), [0, 7, 3], seed=1)[1], draw_image_noise((21, 3), [7], seed=1)[0])
+    assert not torch.equal(draw_image_noise((21, 3), [7], seed=1), draw_image_noise((21, 3), [7], seed=2))
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +252,7 @@ def test_classes_come_from_a_file_or_there_is_none(demo_shaped, tmp_path):
     main(sampling(demo_shaped, tmp_path / "b", unconditional=True, guidance=1.0, num_images=2))
     assert [name[-8:-4] for name in read(tmp_path / "b")] == ["0010", "0010"]
     file.write_text("3\nthree\n")
-    with pytest.raises(UserError, match="label_file=.*labels.txt is no file of one class number per line"):
+    with pytest.raises(UserError, match="label_file=.*labels.txt must hold one class number per line"):
         main(sampling(demo_shaped, tmp_path / "c", label_file=str(file)))
     with pytest.raises(UserError, match="guidance=2.4 needs classes"):
         sampling(demo_shaped, tmp_path / "c", unconditional=True)

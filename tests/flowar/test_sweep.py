@@ -7,11 +7,16 @@ import torch
 from PIL import Image
 
 from flowar import sweep
-from flowar.config import ExtractorConfig, SampleConfig, SweepConfig, VAEConfig, load_config
-from flowar.digits import DigitClassifier, save_classifier, write_image_folders
-from flowar.errors import UserError
-from flowar.features import DEMO_EXTRACTOR, read_features
-from flowar.weights import create_model, save_model
+from flowar.base.errors import UserError
+from flowar.config.data import VAEConfig
+from flowar.config.drawing import SampleConfig
+from flowar.config.load import load_config
+from flowar.config.measuring import ExtractorConfig, SweepConfig
+from flowar.evaluation.digits import DigitClassifier, save_classifier, write_image_folders
+from flowar.evaluation.extractors import DEMO_EXTRACTOR
+from flowar.evaluation.store import read_features
+from flowar.models.build import create_model
+from flowar.models.folders import save_model
 from tests.conftest import randomise
 
 

@@ -10,26 +10,20 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from flowar.checkpoint import load_state
-from flowar.config import (
-    DataConfig,
-    OptimConfig,
-    ParallelConfig,
-    PreviewConfig,
-    TrainConfig,
-    VAEConfig,
-    WandbConfig,
-    describe_config,
-)
-from flowar.data import Batch
-from flowar.distributed import World
-from flowar.errors import UserError
-from flowar.parallel import make_engine
-from flowar.report import read_metrics
-from flowar.run_folder import find_latest, list_checkpoints
-from flowar.step import accumulate, draw
-from flowar.train import main, split_batch
-from flowar.weights import create_model
+from flowar.base.distributed import World
+from flowar.base.errors import UserError
+from flowar.base.run_folder import find_latest, list_checkpoints
+from flowar.config.data import DataConfig, VAEConfig
+from flowar.config.load import describe_config
+from flowar.config.training import OptimConfig, ParallelConfig, PreviewConfig, TrainConfig, WandbConfig
+from flowar.latents.batches import Batch
+from flowar.models.build import create_model
+from flowar.models.folders import load_state
+from flowar.train import main
+from flowar.training.engine import EngineSettings
+from flowar.training.report import read_metrics
+from flowar.training.setup import make_engine, split_batch
+from flowar.training.step import StepSettings, accumulate, draw_training_inputs
 from tests.conftest import tiny_config, training, upload
 
 
@@ -171,14 +165,13 @@ def test_an_unwritable_run_folder_is_one_clear_error(shards, tmp_path):
         main(training(shards, tmp_path / "file" / "run"))
 
 
-def test_batches_that_processes_cannot_share_are_refused_with_a_suggestion(shards, tmp_path):
-    config = training(shards, tmp_path, batch_size=48, micro_batch_size=6)
-    assert (split_batch(config, 1), split_batch(config, 4), split_batch(training(shards, tmp_path), 4)) == (6, 6, 2)
+def test_batches_that_processes_cannot_share_are_refused_with_a_suggestion():
+    assert (split_batch(48, 6, 1), split_batch(48, 6, 4), split_batch(8, None, 4)) == (6, 6, 2)
     with pytest.raises(UserError, match="batch_size=48 is not a multiple of 5 processes; try batch_size=50"):
-        split_batch(config, 5)
+        split_batch(48, 6, 5)
     message = r"batch_size=48 is not a multiple of micro_batch_size=6 x 3 processes = 18; try micro_batch_size=4"
     with pytest.raises(UserError, match=message):
-        split_batch(config, 3)
+        split_batch(48, 6, 3)
 
 
 def plain_config(tmp_path, **changes):
@@ -190,8 +183,9 @@ def one_step(config, batch, number=1):
     """The gradients of one step on one process: engine, losses, gradient norm."""
     torch.manual_seed(0)
     micro = config.micro_batch_size or len(batch.labels)
-    engine = make_engine(config, create_model(config.model).train(), World(0, 1, torch.device("cpu"), None), micro)
-    losses, _ = accumulate(engine, batch, number, config, micro_batch_size=micro, latent_multiplier=1.0)
+    settings = EngineSettings(config.parallel, config.optim, config.precision, micro, len(batch.labels) // micro)
+    engine = make_engine(settings, create_model(config.model).train(), World(0, 1, torch.device("cpu"), None))
+    losses, _ = accumulate(engine, batch, number, StepSettings.of(config, micro, 1.0))
     return engine, losses, engine.grad_norm()
 
 
@@ -202,16 +196,20 @@ def random_batch(size):
 def test_labels_are_dropped_at_the_asked_rate_and_draws_follow_from_the_place_in_the_batch(tmp_path):
     config = plain_config(tmp_path)
     batch = Batch(torch.zeros(4000, 6, 4, 4), torch.zeros(4000, dtype=torch.int64), torch.arange(4000))
-    latents, labels, at, noise = draw(batch, range(4000), 5, config, 1.0)
-    assert (labels == config.model.num_classes).float().mean().item() == pytest.approx(0.1, abs=0.02)
-    assert (labels == 0).sum() + (labels == config.model.num_classes).sum() == 4000
-    assert latents.std().item() == pytest.approx(1, abs=0.02)  # log-variance 0
+    settings = StepSettings.of(config, 1, 1.0)
+    whole = draw_training_inputs(batch, range(4000), 5, settings)
+    at, noise = whole.draws["time"], whole.draws["noise"]
+    assert (whole.labels == config.model.num_classes).float().mean().item() == pytest.approx(0.1, abs=0.02)
+    assert (whole.labels == 0).sum() + (whole.labels == config.model.num_classes).sum() == 4000
+    assert whole.latents.std().item() == pytest.approx(1, abs=0.02)  # log-variance 0
     assert at.shape == (4000, 3) and at.min() >= 0 and at.max() < 1
     assert noise.shape == (4000, 21, 3) and noise.std().item() == pytest.approx(1, abs=0.02)
     part = Batch(*(tensor[1000:1010] for tensor in batch))
-    for whole, own in zip((latents, labels, at, noise), draw(part, range(1000, 1010), 5, config, 1.0), strict=True):
-        assert torch.equal(whole[1000:1010], own)
-    assert not torch.equal(draw(part, range(1000, 1010), 6, config, 1.0)[3], noise[1000:1010])
+    again = draw_training_inputs(part, range(1000, 1010), 5, settings)
+    latents, labels, draws = whole.part(slice(1000, 1010), torch.device("cpu"))
+    assert torch.equal(latents, again.latents) and torch.equal(labels, again.labels)
+    assert all(torch.equal(draws[name], again.draws[name]) for name in draws)
+    assert not torch.equal(draw_training_inputs(part, range(1000, 1010), 6, settings).draws["noise"], draws["noise"])
 
 
 def test_gradients_are_clipped_to_the_recipes_norm(tmp_path):

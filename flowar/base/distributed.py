@@ -1,0 +1,156 @@
+"""Which of the processes that a launcher started this is, and how they agree. Everyone else asks this file.
+
+Read next: parallel.py, train.py.
+"""
+
+import os
+import re
+import signal
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from flowar.base.errors import STOP_SIGNALS, UserError
+
+BACKGROUND_TIMEOUT = timedelta(minutes=30)
+
+SETUP_TIMEOUT = timedelta(minutes=15)  # imports from a slow file system, images of containers, removing old files
+
+LOST_RANKS = re.compile(
+    r"gloo|nccl|timed out|timeout|connection (closed|reset|was)|failed to (recv|listen|connect)|broken pipe|"
+    r"address already in use",
+    re.IGNORECASE,
+)
+
+
+class World(NamedTuple):
+    """The processes of one job, and this one's place among them."""
+
+    rank: int
+    size: int
+    device: torch.device
+    control: dist.ProcessGroup | None  # gloo, to read and write checkpoints while the training waits
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def world_size() -> int:
+    """Return how many processes the launcher started, as torchrun gives it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def refuse_many_processes(verb: str) -> None:
+    """Stop where a launcher started several processes: each would do the whole work and write the same files."""
+    if world_size() > 1:
+        raise UserError(
+            f"`flowar {verb}` runs in one process in this version, but WORLD_SIZE={world_size()}; start it once"
+        )
+
+
+def start_world(device: torch.device, *, with_group: bool) -> World:
+    """Return the world; start its process groups where there are several processes or `with_group` asks for it.
+
+    Ranks wait long for each other, until `limit_waiting`.
+
+    Args:
+        device: of this process.
+        with_group: also for one process.
+    """
+    if world_size() == 1 and not with_group:
+        return World(0, 1, device, None)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    settings = {"backend": backend, "timeout": SETUP_TIMEOUT}
+    if "RANK" in os.environ:
+        dist.init_process_group(**settings)
+    else:
+        dist.init_process_group(**settings, store=dist.HashStore(), rank=0, world_size=1)
+    control = dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT)
+    return World(dist.get_rank(), dist.get_world_size(), device, control)
+
+
+def limit_waiting(timeout_s: float) -> None:
+    """From now on have a rank that waits for others for so long end with an error; not in background groups."""
+    if dist.is_initialized():
+        for group in list(dist.distributed_c10d._world.pg_map):
+            if group not in _background_groups:
+                dist.set_timeout(timedelta(seconds=timeout_s), group)
+
+
+_background_groups: list[dist.ProcessGroup] = []
+
+
+def background_group() -> dist.ProcessGroup | None:
+    """Return a gloo group of its own for what happens beside the training; all ranks call it alike.
+
+    Groups must not be shared by two things that happen at once. A disk may be slow: it waits for half an hour.
+    """
+    if not dist.is_initialized():
+        return None
+    group = dist.new_group(backend="gloo", timeout=BACKGROUND_TIMEOUT)
+    _background_groups.append(group)
+    return group
+
+
+def has_lost_ranks(error: BaseException) -> bool:
+    """Return whether an error says that other ranks died, or kept this one waiting for too long."""
+    return world_size() > 1 and (isinstance(error, dist.DistError) or LOST_RANKS.search(str(error)) is not None)
+
+
+def stop_world() -> None:
+    """End the process groups, if there are any."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        _background_groups.clear()
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Return the sum of all ranks' `values`, the same on all of them; in place."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def broadcast_object(value: object) -> object:
+    """Return rank 0's `value`, any picklable object, on all ranks."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def gather_objects(value: object) -> list[object]:
+    """Return every rank's `value`, any picklable object, on all ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def wait_for_all() -> None:
+    """Wait until all ranks are here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+class StopSignals:
+    """Notes which signal asked this process to stop. A context; it acts at the end of a step, when all ranks agree."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def __enter__(self) -> "StopSignals":
+        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: object) -> None:
+        self.asked = number

@@ -1,0 +1,46 @@
+"""Files that are there whole or not at all, whenever the process dies."""
+
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+MIB, GIB = 2**20, 2**30  # bytes
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Have `write` fill a hidden file beside `path`; give it its name when it is on the disk."""
+    unique = f"{os.getpid()}.{secrets.token_hex(4)}"  # other machines have the same numbers
+    hidden = path.with_name(f".{path.name}.{unique}")
+    try:
+        write(hidden)
+        _sync(hidden)
+        hidden.replace(path)
+    finally:
+        hidden.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    write_whole(path, lambda hidden: hidden.write_text(text))
+
+
+def publish_folder(hidden: Path, folder: Path) -> None:
+    """Give a filled folder its name, after all in it is on the disk: not even a power cut leaves half of it.
+
+    Raises:
+        OSError: if it can't be written, or `folder` is there already.
+    """
+    for path in (*hidden.rglob("*"), hidden):
+        _sync(path)
+    hidden.rename(folder)
+    _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    """Have the system write a file or a folder's list of names to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,99 @@
+"""Settings of datasets: the VAE, `flowar prepare`, `flowar check`, and how shards are read."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from omegaconf import MISSING
+
+from flowar.base.errors import UserError
+from flowar.config.load import free
+
+
+@dataclass(frozen=True, kw_only=True)
+class VAEConfig:
+    """Which tokenizer, and where its weights are."""
+
+    # mar, sd-vae-ft-ema, sd-vae-ft-mse, dc-ae-f32c32, demo, or diffusers' AutoencoderKL or -DC: a folder or a hub id
+    name: str = "mar"
+    weights: str | None = free(None)  # mar: the file kl16.ckpt; its hash is what counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractorConfig:
+    """Which network gives the features that images are measured by, and where its weights are."""
+
+    name: str = "inception-v3-compat"  # any of torch-fidelity's, or demo-classifier
+    weights: str | None = None  # None: in torch hub's folder (below TORCH_HOME), or fetched
+    other_weights: bool = False  # accept others than the published ones; the numbers then compare with nothing else
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """Images -> moments in MDS shards."""
+
+    images: str = MISSING  # folder with a sub-folder per class, folder or pattern of *.tar or *.parquet
+    out_dir: str = free(MISSING)  # the dataset to write
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    image_size: int = 256  # side of the views, pixels
+    crop: Literal["center", "random", "ten_crop"] = "center"  # FlowAR: random; MAR: center
+    flip: bool = True  # center: store the mirror image too; random: mirror every other view; ten_crop: always
+    views: int = 10  # stored of each image with crop=random; an epoch uses one of them
+    resize: int | None = None  # short side before the crop; None: random 9/8 and ten_crop 1.1 of image_size
+    seed: int = 0  # of random crops
+    image_column: str = free("image")  # parquet only; the hash of the listing tells what came of these two
+    label_column: str = free("label")
+    skip_unreadable: bool = False  # leave damaged images out, with a list, instead of stopping
+    moments_dtype: Literal["float16", "float32"] = "float16"  # the rounding error is measured and recorded
+    batch_size: int = 32  # views encoded at once
+    chunk_images: int = 1024  # the piece of work that one worker claims
+    shard_size_mib: int = 256
+    precision: Literal["fp32", "tf32"] = "fp32"  # of the VAE on a GPU
+    num_workers: int = free(2)  # processes that decode images; 0 decodes in the main one
+    lease_s: float = free(60)  # a worker without a sign of life for this long is taken for dead
+    device: str = free("auto")
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "views", "batch_size", "chunk_images", "shard_size_mib"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.lease_s <= 0 or self.num_workers < 0 or self.seed < 0:
+            raise UserError(
+                f"lease_s={self.lease_s} must be above 0, num_workers={self.num_workers} and seed={self.seed} not below"
+            )
+        if self.crop == "center" and self.resize is not None:
+            raise UserError(
+                f"resize={self.resize} is for crop=random and crop=ten_crop; crop=center resizes to image_size"
+            )
+        if self.resize is not None and self.resize < self.image_size:
+            raise UserError(f"resize={self.resize} is below image_size={self.image_size}; a crop can't be larger")
+        if self.crop == "ten_crop" and not self.flip:
+            raise UserError(
+                "crop=ten_crop holds mirror images by definition; leave flip=true, or use crop=center flip=false"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckConfig:
+    """Whether a dataset is what its passport says."""
+
+    path: str = MISSING  # folder that `flowar prepare` wrote, or a remote one
+    cache: str | None = None  # as data.cache
+    images: str | None = None  # the source, to encode a sample of it again; None: where the passport says it was
+    image_column: str = "image"  # of a parquet source
+    label_column: str = "label"
+    vae: VAEConfig | None = None  # None: the one that the passport names
+    num_images: int = 64  # images encoded again and shown; 0 only checks the files
+    picture: str | None = None  # contact sheet; None: PATH.check.png
+    seed: int = 0  # which images
+    max_error: float = 0.05  # accepted between stored and new means, in std of the latents
+    device: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Which shards, and how they are read."""
+
+    # folder that `flowar prepare` wrote, or its copy at s3://, gs://, oci://, ... (mosaicml-streaming)
+    path: str = free(MISSING)
+    cache: str | None = free(None)  # folder for the shards of a remote path; None: flowar-USER below TMPDIR
+    num_workers: int = free(2)  # processes that read ahead; 0 reads in the main one

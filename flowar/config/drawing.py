@@ -1,0 +1,105 @@
+"""How images are drawn, declared once, and which: the settings of `flowar sample` and `flowar info`."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from omegaconf import MISSING
+
+from flowar.base.errors import UserError
+from flowar.config.data import ExtractorConfig, VAEConfig
+from flowar.config.load import free
+from flowar.config.models import FlowARConfig, ModelConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrawConfig:
+    """How one image is drawn from a model. Schemas that draw images inherit these settings."""
+
+    prefix: ClassVar[str] = ""  # of the settings' names in messages
+
+    num_steps: int = 25
+    last_scale_steps: int | None = None  # of the finest scale, linear from num_steps at the coarsest (DiSA); None: same
+    time_grid: Literal["released", "uniform", "shifted"] = "released"
+    shift: float = 1.0  # of time_grid=shifted: above 1 more steps near the noise
+    solver: Literal["euler", "heun", "midpoint", "adams-bashforth", "euler-maruyama"] = "euler"  # released: euler
+    guidance: float = 2.4  # paper: S 4.3, L 2.4, H 2.4
+    guidance_schedule: Literal["linear", "constant"] = "linear"  # over scales; released: from 1 to guidance
+    guidance_interval: tuple[float, float] = (0.0, 0.9)  # paper: S and L 0.9, H 0.7 (with 50 steps)
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # on a GPU; changes the last bits of an image, bf16 more
+
+    def __post_init__(self) -> None:
+        least = 2 if self.time_grid == "released" else 1
+        if self.num_steps < least:
+            raise UserError(f"{self.prefix}num_steps={self.num_steps} must be at least {least}")
+        if self.last_scale_steps is not None and self.last_scale_steps < least:
+            raise UserError(f"{self.prefix}last_scale_steps={self.last_scale_steps} must be at least {least}")
+        if self.shift <= 0:
+            raise UserError(f"{self.prefix}shift={self.shift} must be above 0")
+        if self.guidance < 1:
+            raise UserError(f"{self.prefix}guidance={self.guidance} is below 1; use 1 (no guidance) or more")
+        low, high = self.guidance_interval
+        if not 0 <= low <= high <= 1:
+            raise UserError(
+                f"{self.prefix}guidance_interval=[{low}, {high}] must be [low, high] with 0 <= low <= high <= 1"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig(DrawConfig):
+    """Which images are drawn, and in what pieces; of whatever model, into whatever folder."""
+
+    weights: str = "ema"  # which weights of a run_dir: ema (its first average), raw, or an average such as decay_0.9999
+    vae: VAEConfig = field(default_factory=VAEConfig)
+    num_images: int = free(64)  # classes in turn: image i shows class i modulo num_classes
+    classes: tuple[int, ...] | None = None  # only these, in turn
+    label_file: str | None = None  # or image i shows the class in line i of this file, which starts anew at its end
+    unconditional: bool = False  # or of no class
+    seed: int = 0
+    features_only: bool = free(False)  # keep no image, but what `flowar evaluate` needs of it
+    extractor: ExtractorConfig = free(factory=ExtractorConfig)  # of features_only
+    batch_size: int = free(64)
+    decode_batch_size: int | None = free(None)  # images that the VAE decodes at once; None: batch_size
+    chunk_batches: int = free(2)  # that one worker claims at once
+    lease_s: float = free(60)  # a worker without a sign of life for this long is taken for dead
+    device: str = free("auto")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_images < 1:
+            raise UserError(f"num_images={self.num_images} must be at least 1")
+        chosen = [name for name in ("classes", "label_file", "unconditional") if getattr(self, name)]
+        if len(chosen) > 1:
+            raise UserError(f"{' and '.join(chosen)} are both given; give one of them")
+        if self.unconditional and self.guidance > 1:
+            raise UserError(f"guidance={self.guidance} needs classes; set guidance=1 with unconditional=true")
+        if self.decode_batch_size is not None and self.decode_batch_size < 1:
+            raise UserError(f"decode_batch_size={self.decode_batch_size} must be at least 1")
+        if self.batch_size < 1 or self.chunk_batches < 1 or self.lease_s <= 0:
+            raise UserError(
+                f"batch_size={self.batch_size} and chunk_batches={self.chunk_batches} must be at least 1, "
+                f"lease_s={self.lease_s} above 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(SamplingConfig):
+    """Images from a model."""
+
+    # exported model folder, hub id, or the run_dir of a training run (its newest checkpoint); its weights' hash counts
+    model: str = free(MISSING)
+    out_dir: str = free(MISSING)  # the images; running again with the same settings draws only what is missing
+    preview: bool = free(False)  # only pictures of what would be drawn, in OUT_DIR/preview; also written --preview
+    # more forms beside the PNG files: ADM's, WebDataset's, MDS
+    also: tuple[Literal["npz", "tar", "mds"], ...] = free(())
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.features_only and self.also:
+            raise UserError(f"also={list(self.also)} packs images, but features_only=true keeps none; give one of them")
+
+
+@dataclass(frozen=True, kw_only=True)
+class InfoConfig(DrawConfig):
+    """What a model costs: parameters, tokens, FLOPs; of an image drawn like this."""
+
+    model: ModelConfig = field(default_factory=FlowARConfig)

@@ -1,0 +1,149 @@
+"""Settings of jobs on a cluster, of chains of them, of the doctor and of the demo."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from omegaconf import MISSING
+
+from flowar.base.errors import UserError
+from flowar.config.data import PrepareConfig, VAEConfig
+from flowar.config.drawing import DrawConfig, SampleConfig, SamplingConfig
+from flowar.config.measuring import EvaluateConfig, MeasureConfig
+from flowar.config.models import MODEL_VARIANTS
+from flowar.config.training import EMAConfig, OptimConfig, PreviewConfig, RecipeConfig, TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class FollowedConfig(MeasureConfig):
+    """How the samples of one checkpoint are drawn and measured."""
+
+    sample: SamplingConfig = field(default_factory=lambda: SamplingConfig(features_only=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class FollowConfig:
+    """How `flowar submit evaluate --follow RUN_DIR` measures each checkpoint of a training run."""
+
+    evaluate: FollowedConfig = field(default_factory=FollowedConfig)
+    num_images: int = 10_000
+    every_steps: int = 0  # checkpoints at multiples of this; 0: all that are seen
+    milestone_every_steps: int = 0  # those at multiples of this are measured with more images; 0: none
+    milestone_images: int = 50_000
+    poll_s: float = 60  # between two looks at the run
+
+    def __post_init__(self) -> None:
+        if min(self.num_images, self.milestone_images) < 10 or self.poll_s <= 0:
+            raise UserError(
+                f"num_images={self.num_images} and milestone_images={self.milestone_images} must be at least 10, "
+                f"poll_s={self.poll_s} above 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterConfig:
+    """What a job asks the scheduler for, `flowar submit ... --cluster FILE`."""
+
+    scheduler: Literal["slurm", "local"] = "slurm"  # local: processes on this machine, in the background
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None  # nodes, as `flowar doctor` names them
+    nodes: int = 1
+    gpus_per_node: int = 0
+    tasks_per_node: int | None = None  # None: one for each GPU, or one
+    cpus_per_task: int = 1
+    mem_gb: float | None = None  # of a node; 0: all of it
+    time_min: int = 60
+    exclusive: bool = False
+    array: int = 1  # jobs of this shape that share the work: prepare, sample, evaluate, make-reference, sweep
+    stop_before_end_s: int = 180  # save and stop so long before the time is over; the job goes on in a new one
+    max_restarts: int = 5  # after a task or a node died; stops on purpose, as for preemption, don't count
+    sbatch: dict[str, str] = field(default_factory=dict)  # any other options of sbatch, by their long names
+    srun: tuple[str, ...] = ()  # more arguments of srun, for example --container-image=...
+    setup: tuple[str, ...] = ()  # lines of the batch script before the tasks start, for example module load cuda
+    environment: dict[str, str] = field(default_factory=dict)
+    python: str | None = None  # that runs the tasks; None: the one that submits
+
+    def __post_init__(self) -> None:
+        for name in ("nodes", "cpus_per_task", "time_min", "array"):
+            if getattr(self, name) < 1:
+                raise UserError(f"cluster.{name}={getattr(self, name)} must be at least 1")
+        if self.tasks_per_node is not None and self.tasks_per_node < 1:
+            raise UserError(f"cluster.tasks_per_node={self.tasks_per_node} must be at least 1")
+        if self.gpus_per_node < 0 or self.max_restarts < 0 or self.stop_before_end_s < 0:
+            raise UserError(
+                f"cluster.gpus_per_node={self.gpus_per_node}, cluster.max_restarts={self.max_restarts} and "
+                f"cluster.stop_before_end_s={self.stop_before_end_s} must not be below 0"
+            )
+        if self.stop_before_end_s >= 60 * self.time_min:
+            raise UserError(
+                f"cluster.stop_before_end_s={self.stop_before_end_s} is not less than cluster.time_min={self.time_min} "
+                "minutes: the job would stop before its first step"
+            )
+
+    @property
+    def tasks(self) -> int:
+        """Tasks on one node."""
+        return self.tasks_per_node or max(1, self.gpus_per_node)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """A chain of jobs: each starts when the one before has finished. A step that is left out is not run."""
+
+    run_dir: str = MISSING  # of the chain itself: which jobs there are, what they print
+    prepare: PrepareConfig | None = None
+    train: TrainConfig | None = None
+    sample: SampleConfig | None = None
+    evaluate: EvaluateConfig | None = None
+    # By step, what differs from --cluster FILE; for example {sample: {array: 16, nodes: 1}}
+    cluster: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorConfig:
+    """What is looked at on every node of an allocation."""
+
+    run_dir: str = "runs/doctor"  # on the file system that is measured; where the report goes
+    data: str | None = None  # folder of a dataset: some of its shards are read and compared with their hashes
+    num_shards: int = 4  # read by each process
+    write_mib: int = 256  # written by each process
+    message_mib: int = 64  # of the all-reduce between two nodes
+    min_share: float = 0.5  # of the median speed; what is slower is an outlier
+    min_shm_gib: float = 1.0  # free in /dev/shm, for readers
+    min_open_files: int = 4096
+    timeout_s: float = 60
+    device: str = "auto"
+
+
+def _demo_training() -> RecipeConfig:
+    """Return the demo's training: digits, 32 px, small enough for two CPU cores and a few minutes."""
+    return RecipeConfig(
+        model=MODEL_VARIANTS["flowar-demo"],
+        vae=VAEConfig(name="demo"),
+        optim=OptimConfig(lr=3e-3, min_lr=1e-4, warmup_epochs=5),
+        epochs=56,
+        batch_size=64,
+        ema=EMAConfig(decays=(0.995,)),
+        precision="fp32",
+        log_every_steps=20,
+        save_every_steps=200,
+        preview=PreviewConfig(every_steps=400, num_images=40, num_steps=16, guidance=1.1),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoConfig:
+    """Handwritten digits from scratch to a report, in minutes."""
+
+    run_dir: str = "runs/demo"
+    train: RecipeConfig = field(default_factory=_demo_training)
+    num_samples: int = 1440  # as many as training images, so that both Frechet distances have the same bias
+    draw: DrawConfig = field(
+        default_factory=lambda: DrawConfig(num_steps=40, guidance=1.1, guidance_interval=(0.0, 0.7))
+    )
+
+    def __post_init__(self) -> None:
+        if self.num_samples < 1:
+            raise UserError(f"num_samples={self.num_samples} must be at least 1")

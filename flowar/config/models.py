@@ -1,0 +1,139 @@
+"""The shape of a model: what all families have in common, each family's own settings, and the table of known models."""
+
+import abc
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from flowar.base.errors import UserError
+from flowar.config.load import did_you_mean
+
+CUSTOM_VARIANT = "custom"  # a model that is no row of MODEL_VARIANTS
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(abc.ABC):
+    """What the rest of the program knows of any model's shape."""
+
+    family: str = "flowar"  # the kind of model: a row of FAMILIES; its code is flowar/models/FAMILY
+    variant: str = "flowar-l"  # the row of MODEL_VARIANTS that the other settings start from, or "custom"
+    latent_channels: int = 16
+    num_classes: int = 1000
+
+    @property
+    @abc.abstractmethod
+    def latent_size(self) -> int:
+        """Side of the latents, in latent pixels."""
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the latents."""
+        return (self.latent_channels, self.latent_size, self.latent_size)
+
+    @property
+    def size_settings(self) -> str:
+        """The settings that `latent_size` follows from, for messages."""
+        return "model.latent_channels"
+
+    @classmethod
+    def start_from(cls, given: Mapping[str, Any]) -> "ModelConfig | None":
+        """Return the model that given settings start from: the named row, or the family's default; None: no wish.
+
+        Raises:
+            UserError: if there is no such variant or family; names the nearest one.
+        """
+        variant, family = given.get("variant"), given.get("family")
+        if variant not in (None, CUSTOM_VARIANT):
+            return variant_config(str(variant))
+        if family is not None and family not in FAMILIES:
+            raise UserError(f"model.family={family} is unknown{did_you_mean(str(family), FAMILIES)}")
+        if family is not None or cls is ModelConfig:
+            return FAMILIES[family or ModelConfig.family]()
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlowARConfig(ModelConfig):
+    """Shape of one FlowAR. The defaults are FlowAR-L as released; MODEL_VARIANTS holds the others."""
+
+    scales: tuple[int, ...] = (1, 2, 4, 8, 16)  # side lengths of the token maps, coarse to fine
+    patch_size: int = 1  # 1 for VAEs of stride 16, 2 for stride 8
+    ar_depth: int = 16
+    ar_width: int = 1024
+    ar_heads: int = 16
+    flow_depth: int = 12
+    flow_width: int = 1024
+    flow_heads: int = 16  # released: heads of 64 channels
+    flow_block: Literal["attn_mlp", "attn_cross_mlp"] = "attn_cross_mlp"  # the paper: attn_mlp
+    dropout: float = 0.1  # in the AR Transformer while training; none in the flow Transformer
+    zero_init: bool = False  # zero the last linear, as the authors meant to
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scales", tuple(self.scales))  # JSON and YAML give a list
+        if not self.scales or any(b <= a for a, b in zip(self.scales, self.scales[1:], strict=False)):
+            raise UserError(f"model.scales={list(self.scales)} must grow from coarse to fine, for example [1,2,4,8,16]")
+        for name in ("latent_channels", "patch_size", "num_classes", "ar_width", "flow_depth", "flow_width"):
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name}={getattr(self, name)} must be at least 1")
+        if self.ar_depth < 2 or self.ar_depth % 2:
+            raise UserError(f"model.ar_depth={self.ar_depth} must be even: half the blocks come before the middle norm")
+        for width, heads in (("ar_width", "ar_heads"), ("flow_width", "flow_heads")):
+            if getattr(self, heads) < 1 or getattr(self, width) % (4 * getattr(self, heads)):
+                raise UserError(
+                    f"model.{width}={getattr(self, width)} must be a multiple of 4 x model.{heads}="
+                    f"{getattr(self, heads)}: a head's channels turn in pairs, half with the row, half with the column"
+                )
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.dropout={self.dropout} must lie in [0, 1)")
+
+    @property
+    def token_width(self) -> int:
+        """Channels of one token: C p p."""
+        return self.latent_channels * self.patch_size**2
+
+    @property
+    def latent_size(self) -> int:
+        """Side of the latents, in latent pixels."""
+        return self.scales[-1] * self.patch_size
+
+    @property
+    def size_settings(self) -> str:
+        """The settings that `latent_size` follows from, for messages."""
+        return "model.latent_channels, model.scales and model.patch_size"
+
+
+FAMILIES: dict[str, type[ModelConfig]] = {"flowar": FlowARConfig}
+
+
+def _flowar(name: str, ar: tuple[int, int, int], flow: tuple[int, int, int], block: str, **others: Any) -> FlowARConfig:
+    return FlowARConfig(
+        variant=name, ar_depth=ar[0], ar_width=ar[1], ar_heads=ar[2],
+        flow_depth=flow[0], flow_width=flow[1], flow_heads=flow[2], flow_block=block, **others,  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+# The released models; a comment is what the paper reports for ImageNet at 256 px (parameters, FID, IS).
+MODEL_VARIANTS: dict[str, ModelConfig] = {
+    config.variant: config
+    for config in (
+        #                          AR: depth, width, heads   flow: depth, width, heads
+        _flowar("flowar-s",       (12,  768, 12),           ( 2, 1024, 16), "attn_mlp"),        # 170 M, 3.61, 234.1
+        _flowar("flowar-b",       (16,  768, 12),           ( 6, 1024, 16), "attn_mlp"),        # 300 M, 2.90, 272.5
+        _flowar("flowar-l",       (16, 1024, 16),           (12, 1024, 16), "attn_cross_mlp"),  # 589 M, 1.90, 281.4
+        _flowar("flowar-h",       (30, 1536, 16),           (12, 1536, 24), "attn_cross_mlp"),  # 1.9 B, 1.65, 296.5
+        _flowar("flowar-h-paper", (30, 1536, 16),           (18, 1536, 24), "attn_mlp"),        # as in its table 8
+        _flowar("flowar-demo",    ( 4,  128,  4),           ( 2,  128,  4), "attn_mlp",         # digits on a laptop
+                 scales=(1, 2, 4), latent_channels=1, patch_size=2, num_classes=10, dropout=0.0, zero_init=True),
+    )
+}  # fmt: skip
+
+
+def variant_config(name: str) -> ModelConfig:
+    """Return a row of MODEL_VARIANTS.
+
+    Raises:
+        UserError: if there is no such row; names the nearest one.
+    """
+    if name not in MODEL_VARIANTS:
+        raise UserError(f"no model is called {name!r}{did_you_mean(name, MODEL_VARIANTS)}")
+    return MODEL_VARIANTS[name]

@@ -1,0 +1,248 @@
+"""Settings of a training run, and of what is done with one: plan, replay, export, average, convert."""
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from omegaconf import MISSING
+
+from flowar.base.errors import UserError
+from flowar.config.data import DataConfig, VAEConfig
+from flowar.config.drawing import DrawConfig
+from flowar.config.load import free
+from flowar.config.models import FlowARConfig, ModelConfig
+
+MAX_EMA_STD = 0.28  # 0.2887 = 1 / sqrt(12) is the plain mean of all steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule; the defaults are the authors' recipe."""
+
+    lr: float = free(4e-4)  # authors: 5e-5 x batch_size / 256
+    min_lr: float = free(1e-5)  # where the cosine ends
+    warmup_epochs: float = 100  # linear from 0
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.02  # on matrices and tables; none on biases and norm weights
+    decay_flow: bool = True  # on the flow Transformer too; the authors meant not to, but do: a name didn't match
+    max_grad_norm: float = free(3.0)
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "min_lr", "max_grad_norm"):
+            if getattr(self, name) <= 0:
+                raise UserError(f"optim.{name}={getattr(self, name)} must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreviewConfig(DrawConfig):
+    """Sample grids while training, drawn with the averaged weights; off with every_steps=0."""
+
+    prefix: ClassVar[str] = "preview."
+
+    every_steps: int = 5000
+    num_images: int = 64
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_images < 1:
+            raise UserError(f"preview.num_images={self.num_images} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class WandbConfig:
+    """Weights & Biases; metrics.jsonl is written in any case."""
+
+    mode: Literal["disabled", "online", "offline"] = "disabled"
+    project: str = "flowar"
+    entity: str | None = None
+    name: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """How one model is trained by many processes; none of it changes what is computed."""
+
+    engine: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = "auto"  # auto: single, or ddp for several processes
+    replicas: int = 1  # fsdp: groups of processes that share one copy of the weights each (HSDP)
+    zero_stage: int = 2  # deepspeed: 1, 2 or 3
+    zero_offload: bool = False  # deepspeed: the optimizer lives in the memory of the CPU
+    zero_files: bool = True  # deepspeed: save its own files too, for zero_to_fp32.py; training waits for these
+    checkpoint_every_blocks: int = 0  # recompute every n-th block in the backward pass instead of keeping it; 0: none
+    compile: bool = False  # torch.compile, block by block
+    timeout_s: float = 60  # a rank that keeps the others waiting for so long ends the job
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (1, 2, 3):
+            raise UserError(f"parallel.zero_stage={self.zero_stage} must be 1, 2 or 3")
+        if self.replicas < 1 or self.checkpoint_every_blocks < 0 or self.timeout_s <= 0:
+            raise UserError(
+                f"parallel.replicas={self.replicas} must be at least 1, parallel.checkpoint_every_blocks="
+                f"{self.checkpoint_every_blocks} at least 0, parallel.timeout_s={self.timeout_s} above 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What to do about steps whose loss or gradient is not finite, or whose loss jumps: they are skipped and kept."""
+
+    spike_factor: float = 0  # skip a loss of more than so many times the usual one; 0: only what isn't finite
+    skips_before_rollback: int = 3  # so many in a row: back to the newest checkpoint, and past these batches
+    max_rollbacks: int = 1  # then the run stops
+    max_kept: int = 3  # skipped steps that are kept for `flowar replay`; each holds the weights
+
+    def __post_init__(self) -> None:
+        if self.skips_before_rollback < 1 or self.max_rollbacks < 0 or self.spike_factor < 0:
+            raise UserError(
+                f"guard.skips_before_rollback={self.skips_before_rollback} must be at least 1, guard.max_rollbacks="
+                f"{self.max_rollbacks} and guard.spike_factor={self.spike_factor} at least 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EMAConfig:
+    """Averages of the weights; samples are drawn with the first one."""
+
+    decays: tuple[float, ...] = (0.9999,)  # constant decays
+    stds: tuple[float, ...] = ()  # EDM2's power functions, by relative std; [0.05,0.1] for `flowar ema`
+    keep_every_steps: int = 0  # keep EDM2's averages of these steps, for `flowar ema`; 0: none
+
+    def __post_init__(self) -> None:
+        if not self.decays and not self.stds:
+            raise UserError(
+                "ema.decays and ema.stds are both empty; give at least one, for example ema.decays=[0.9999]"
+            )
+        if not all(0 <= decay < 1 for decay in self.decays):
+            raise UserError(f"ema.decays={list(self.decays)} must lie in [0, 1)")
+        if self.keep_every_steps and not self.stds:
+            raise UserError(
+                f"ema.keep_every_steps={self.keep_every_steps} keeps EDM2's averages: set ema.stds=[0.05,0.1]"
+            )
+        if not all(0 < std < MAX_EMA_STD for std in self.stds):
+            raise UserError(f"ema.stds={list(self.stds)} must lie in (0, {MAX_EMA_STD})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeConfig:
+    """How a model is trained, wherever; the defaults are the authors' recipe for ImageNet at 256 px."""
+
+    model: ModelConfig = field(default_factory=FlowARConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)  # must be the one that made the shards
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    epochs: float = 400
+    batch_size: int = 2048  # global
+    micro_batch_size: int | None = free(
+        None
+    )  # samples of one process at once, whose gradients add up; None: all of them
+    label_dropout: float = 0.1  # share of labels replaced by "no class", for guidance
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    # authors: tf32; bf16 keeps weights, norms and loss in float32
+    precision: Literal["fp32", "tf32", "bf16"] = free("tf32")
+    attention: Literal["sdpa", "flash"] = free("sdpa")  # flash: the flash-attn package, on CUDA, with precision=bf16
+    seed: int = 0
+    log_every_steps: int = free(50)
+    save_every_steps: int = free(1000)
+    keep_checkpoints: int = free(2)  # the newest ones
+    keep_every_steps: int = free(0)  # and, for good, those at multiples of this; 0: none
+    parallel: ParallelConfig = free(factory=ParallelConfig)
+    guard: GuardConfig = free(factory=GuardConfig)
+    preview: PreviewConfig = free(factory=PreviewConfig)
+    wandb: WandbConfig = free(factory=WandbConfig)
+    tensorboard: bool = free(False)  # event files in RUN_DIR/tensorboard
+    profile_steps: tuple[int, int] | None = free(None)  # first and last step of a trace of rank 0, RUN_DIR/profile
+    peak_tflops: float | None = free(
+        None
+    )  # of one process's device, for the MFU; None: known GPUs, or measured on a CPU
+    device: str = free("auto")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "log_every_steps", "save_every_steps", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.micro_batch_size is not None and self.micro_batch_size < 1:
+            raise UserError(f"micro_batch_size={self.micro_batch_size} must be at least 1")
+        if self.epochs <= 0:
+            raise UserError(f"epochs={self.epochs} must be above 0")
+        if not 0 <= self.label_dropout < 1:
+            raise UserError(f"label_dropout={self.label_dropout} must lie in [0, 1)")
+        if self.attention == "flash" and self.precision != "bf16":
+            raise UserError(f"attention=flash needs precision=bf16, got precision={self.precision}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RecipeConfig):
+    """One training run."""
+
+    run_dir: str = free(MISSING)  # everything the run writes; running again with the same one resumes
+    data: DataConfig = field(default_factory=DataConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedDataConfig:
+    """A dataset that may not be there yet."""
+
+    path: str | None = None
+    cache: str | None = None
+    num_workers: int = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(RecipeConfig):
+    """A training run's settings, and machines to imagine it on."""
+
+    run_dir: str | None = None  # so that the YAML of a run can be given as it stands
+    data: PlannedDataConfig = field(default_factory=PlannedDataConfig)
+    nodes: int = 1
+    gpus_per_node: int = 8
+    gpu: str = "H100"  # a name in the table of flowar/base/devices.py
+    memory_gib: float = 80  # of one GPU
+    num_images: int = 1_281_167  # of the dataset; ImageNet's
+    assumed_mfu: float = 0.4  # share of the peak rate that training reaches
+    assumed_gb_per_s: float = 40  # that one GPU sends to other nodes (400 Gbit/s give 50 at most)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("nodes", "gpus_per_node", "num_images"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be at least 1")
+        if min(self.memory_gib, self.assumed_mfu, self.assumed_gb_per_s) <= 0:
+            raise UserError("memory_gib, assumed_mfu and assumed_gb_per_s must be above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
+    """One skipped step again, on one process."""
+
+    bundle: str = MISSING  # a folder of RUN_DIR/anomalies
+    micro_batch_size: int | None = None  # samples at once; None: as in training
+    device: str = "auto"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """Weights of a training run -> model.safetensors and config.json."""
+
+    model: str = MISSING  # run_dir (its newest checkpoint) or one checkpoint
+    out_dir: str = MISSING
+    weights: str = "ema"  # ema (the first average), raw, or an average such as decay_0.9999
+
+
+@dataclass(frozen=True, kw_only=True)
+class AverageConfig:
+    """A power-function average of any length, put together from those that a run kept (EDM2)."""
+
+    run_dir: str = MISSING  # of a run with ema.stds and ema.keep_every_steps
+    out_dir: str = MISSING
+    std: float = MISSING  # relative std of the averaging profile, for example 0.08
+    step: int | None = None  # at which it ends; None: the last one that was kept
+
+    def __post_init__(self) -> None:
+        if not 0 < self.std < MAX_EMA_STD:
+            raise UserError(f"std={self.std} must lie in (0, {MAX_EMA_STD})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertConfig:
+    """The authors' checkpoint -> model.safetensors and config.json."""
+
+    checkpoint: str = MISSING  # FlowAR-S.pth, FlowAR-L.pth, FlowAR-H.pth, or a checkpoint of the authors' trainer
+    out_dir: str = MISSING
+    ar_heads: int | None = None  # of the AR Transformer; None: read from the checkpoint

@@ -1,0 +1,148 @@
+"""Networks that give features of images; torch-fidelity's, and where their weights are. Read next: store.py."""
+
+import hashlib
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
+from torch_fidelity.utils import create_feature_extractor
+
+from flowar.base.devices import convolution_precision
+from flowar.base.errors import UserError
+from flowar.base.hashes import hash_weights
+from flowar.config.measuring import ExtractorConfig
+
+DEMO_EXTRACTOR = "demo-classifier"
+INCEPTION, DINOV2, VGG = "inception-v3-compat", "dinov2-vit-l-14", "vgg16"
+
+# file name in torch hub's folder of checkpoints, first digits of its sha256, where it is fetched from
+PUBLISHED_WEIGHTS = {
+    INCEPTION: (
+        "weights-inception-2015-12-05-6726825d.pth",
+        "6726825d",
+        "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
+    ),
+    VGG: ("vgg16-397923af.pth", "397923af", "https://download.pytorch.org/models/vgg16-397923af.pth"),
+}
+
+DINOV2_FILES = ("facebookresearch_dinov2_main", "checkpoints/dinov2_vitl14_pretrain.pth")  # below torch hub's folder
+
+SPATIAL_MODULE, SPATIAL_CHANNELS = "Mixed_6d.branch1x1", 7  # ADM's mixed_6/conv:0, of which sFID takes 7 channels
+
+
+class Extractor:
+    """A network that gives features: layers "features", and where it has them "logits" and "spatial"."""
+
+    def __init__(self, config: ExtractorConfig, device: torch.device) -> None:
+        """Load the network.
+
+        Raises:
+            UserError: if there is no such network, or its weights are not here or not the published ones.
+        """
+        self.name = config.name
+        self.device = device
+        if config.name == DEMO_EXTRACTOR and DEMO_EXTRACTOR not in FEATURE_EXTRACTORS_REGISTRY:
+            from flowar.evaluation.digits import DigitFeatures
+
+            register_feature_extractor(DEMO_EXTRACTOR, DigitFeatures)
+        if config.name not in FEATURE_EXTRACTORS_REGISTRY:
+            known = ", ".join(FEATURE_EXTRACTORS_REGISTRY)
+            raise UserError(f"extractor.name={config.name} is unknown; there are: {known}, {DEMO_EXTRACTOR}")
+        check_weights(config)
+        kind = FEATURE_EXTRACTORS_REGISTRY[config.name]
+        layers = {"features": kind.get_default_feature_layer_for_metric("prc" if config.name == VGG else "fid")}
+        if config.name in (INCEPTION, DEMO_EXTRACTOR):
+            layers["logits"] = kind.get_default_feature_layer_for_metric("isc")
+        provided = [layer for layer in kind.get_provided_features_list() if layer in layers.values()]
+        try:
+            self.network = create_feature_extractor(
+                config.name,
+                provided,
+                cuda=False,
+                feature_extractor_weights_path=config.weights,
+                verbose=False,
+            ).to(device)
+        except OSError as error:  # urllib's URLError is one
+            given = ", or give the file as extractor.weights=" if config.name in PUBLISHED_WEIGHTS else ""
+            raise UserError(f"{missing_weights(config.name)}{given} (fetching failed: {error})") from error
+        except (RuntimeError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
+            given = config.weights or Path(torch.hub.get_dir())
+            raise UserError(f"the weights of {config.name} in {given} can't be used: {error!r}"[:400]) from error
+        check_hub_weights(config)
+        self._order = [next(name for name, layer in layers.items() if layer == own) for own in provided]
+        self._spatial: Tensor | None = None
+        if config.name == INCEPTION:
+            self.network.get_submodule(SPATIAL_MODULE).register_forward_hook(self._keep_spatial)
+        self.weights_sha256 = hash_weights(self.network.state_dict())
+
+    def _keep_spatial(self, module: object, arguments: object, output: Tensor) -> None:
+        self._spatial = output[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)  # (N, 17 x 17 x 7), ADM's order
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> dict[str, Tensor]:
+        """Return the layers of uint8 images (N, 3, H, W), float32 on the CPU."""
+        with convolution_precision("fp32"):
+            outputs = dict(zip(self._order, self.network(images.to(self.device)), strict=True))
+        if self._spatial is not None:
+            outputs["spatial"] = self._spatial
+        return {name: output.float().cpu() for name, output in outputs.items()}
+
+
+def check_weights(config: ExtractorConfig) -> None:
+    """Raise a UserError if the given weights are not there, or are not the published ones."""
+    if config.weights is None:
+        if config.name == DEMO_EXTRACTOR:
+            raise UserError(f"extractor.name={DEMO_EXTRACTOR} needs extractor.weights=RUN_DIR/classifier.safetensors")
+        return
+    if config.name.startswith("dinov2"):
+        raise UserError(
+            f"extractor.weights={config.weights}: {config.name} is read from torch hub's folder; set TORCH_HOME, or "
+            "leave it out"
+        )
+    file = Path(config.weights)
+    if not file.is_file():
+        raise UserError(f"extractor.weights={file} does not exist")
+    if config.name in PUBLISHED_WEIGHTS and not config.other_weights:
+        _check_hash(config.name, file)
+
+
+def check_hub_weights(config: ExtractorConfig) -> None:
+    """Raise a UserError if the weights that torch hub's folder has are not the published ones."""
+    if config.weights is None and config.name in PUBLISHED_WEIGHTS:
+        _check_hash(config.name, Path(torch.hub.get_dir()) / "checkpoints" / PUBLISHED_WEIGHTS[config.name][0])
+
+
+def _check_hash(name: str, file: Path) -> None:
+    with file.open("rb") as opened:
+        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    published, expected, url = PUBLISHED_WEIGHTS[name]
+    if not found.startswith(expected):
+        raise UserError(
+            f"the weights {file} have sha256 {found[:8]}..., but {published} has {expected}...; fetch it from {url}, "
+            "or set extractor.other_weights=true for numbers that compare with no published ones"
+        )
+
+
+def has_weights(name: str) -> bool:
+    """Return whether a network's weights are in torch hub's folder."""
+    folder = Path(torch.hub.get_dir())
+    files = DINOV2_FILES if name == DINOV2 else (f"checkpoints/{PUBLISHED_WEIGHTS[name][0]}",)
+    return all((folder / file).exists() for file in files)
+
+
+def missing_weights(name: str) -> str:
+    """Return which file is missing, and where it goes."""
+    folder = Path(torch.hub.get_dir())
+    if name == DINOV2:
+        return (
+            f"the weights of {name} are not here: on a machine with a network run "
+            f'"python -c \'import torch; torch.hub.load(\\"facebookresearch/dinov2\\", \\"dinov2_vitl14\\")\'" and '
+            f"copy {' and '.join(DINOV2_FILES)} from its ~/.cache/torch/hub to {folder}"
+        )
+    if name in PUBLISHED_WEIGHTS:
+        file, _, url = PUBLISHED_WEIGHTS[name]
+        return f"the weights of {name} are not here: fetch {url} to {folder / 'checkpoints' / file}"
+    return f"the weights of {name} are not here; torch-fidelity fetches them on a machine with a network"

@@ -1,0 +1,255 @@
+"""Images to be measured: a folder, what `flowar sample` wrote, an .npz, tars, MDS. Never resizes or crops.
+
+Read next: features.py.
+"""
+
+import io
+import json
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from PIL import Image
+
+from flowar.base.errors import UserError
+from flowar.base.tars import list_tar_images, read_bytes_at
+from flowar.latents.schema import INDEX_FILE
+from flowar.sampling.folder import (
+    HASHES_FILE,
+    IMAGES_FOLDER,
+    SAMPLE_NAME,
+    SAMPLES_FILE,
+    hash_json,
+    identify,
+    read_hashes,
+)
+
+MEASURED_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+NO_LABEL = -1
+MEASURABLE = "a folder of images, what `flowar sample` wrote, an .npz with arr_0, a folder of *.tar, or MDS"
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images by place. `numbers` tell which images they are: those of `flowar sample`, else the places."""
+
+    root: Path
+    kind: str  # folder, samples, npz, tar or mds
+    numbers: list[int]
+    labels: list[int]  # NO_LABEL where there is none
+    identity: str  # a hash that changes if other images are put there
+    read: Callable[[int], np.ndarray] = field(repr=False)  # place -> uint8 (H, W, 3)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def read_many(self, places: range, mapped: Callable = map) -> np.ndarray:
+        """Return images as uint8 (N, 3, H, W).
+
+        Args:
+            places: which.
+            mapped: `map`, or that of a pool.
+
+        Raises:
+            UserError: if one can't be read, is damaged, or they have different sizes.
+        """
+        images = list(mapped(self._read_checked, places))
+        sizes = {image.shape for image in images}
+        if len(sizes) > 1:
+            (first, *_, last) = sorted(sizes)
+            raise UserError(
+                f"{self.root} holds images of several sizes, {first[1]} x {first[0]} and {last[1]} x {last[0]} pixels; "
+                "resize and crop them to one size first"
+            )
+        return np.stack(images).transpose(0, 3, 1, 2)
+
+    def _read_checked(self, place: int) -> np.ndarray:
+        try:
+            return self.read(place)
+        except UserError:
+            raise
+        except (OSError, ValueError, SyntaxError, IndexError, zipfile.BadZipFile) as error:
+            raise UserError(f"{self.root}: image {self.numbers[place]} can't be read: {error}") from error
+
+
+def open_images(path: str | Path, setting: str) -> ImageSet:
+    """Return the images at a path.
+
+    Args:
+        path: see `NEEDED`.
+        setting: whose value it is, for messages.
+
+    Raises:
+        UserError: if there are none, or drawing them is not finished.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"{setting}={path} does not exist; give {MEASURABLE}")
+    if path.suffix == ".npz":
+        return _open_npz(path, setting)
+    if path.is_dir() and (path / SAMPLES_FILE).is_file():
+        return _open_samples(path, setting)
+    if path.is_dir() and (path / INDEX_FILE).is_file():
+        return _open_mds(path)
+    if path.suffix == ".tar" or (path.is_dir() and any(path.glob("*.tar"))):
+        return _open_tars(path)
+    if not path.is_dir():
+        raise UserError(f"{setting}={path} holds no images; give {MEASURABLE}")
+    return _open_folder(path, setting)
+
+
+def _listed(files: list[Path]) -> list[tuple[str, int, int]]:
+    """Return names, sizes and times of files, which change when they do."""
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+
+
+def read_rgb(content: bytes) -> np.ndarray:
+    """Return an encoded image as uint8 (H, W, 3)."""
+    with Image.open(io.BytesIO(content)) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def _open_samples(path: Path, setting: str) -> ImageSet:
+    """Return what `flowar sample` wrote, each image checked against its hash."""
+    record = json.loads((path / SAMPLES_FILE).read_text())
+    if not (path / IMAGES_FOLDER).is_dir():
+        kept = ", ".join(sorted(store.name.removeprefix("features-") for store in path.glob("features-*"))) or "nothing"
+        raise UserError(
+            f"{setting}={path} was drawn with features_only=true and has no images; features of {kept} are there: set "
+            "extractor.name, or draw images"
+        )
+    found = sorted(
+        (int(match[1]), int(match[2]), file)
+        for file in (path / IMAGES_FOLDER).iterdir()
+        if (match := SAMPLE_NAME.fullmatch(file.name)) and int(match[1]) < record["num_images"]
+    )
+    hashes = read_hashes(path)
+    if len(found) != record["num_images"] or len(hashes) < len(found):
+        raise UserError(
+            f"{setting}={path} holds {len(found):,} images, {len(hashes):,} of them hashed, but "
+            f"{record['num_images']:,} were asked for; run the same `flowar sample` again to draw the rest"
+        )
+
+    def read(place: int) -> np.ndarray:
+        file = found[place][2]
+        content = file.read_bytes()
+        if xxhash.xxh64(content).hexdigest() != hashes.get(f"{IMAGES_FOLDER}/{file.name}"):
+            raise UserError(
+                f"{file} does not have the hash in {path / HASHES_FILE}; delete it and run `flowar sample` again"
+            )
+        return read_rgb(content)
+
+    numbers, labels = [number for number, _, _ in found], [label for _, label, _ in found]
+    return ImageSet(path, "samples", numbers, labels, identify(record), read)
+
+
+def _open_folder(path: Path, setting: str) -> ImageSet:
+    files = [
+        file for file in path.rglob("*") if file.suffix.lower() in MEASURED_SUFFIXES and not _is_hidden(file, path)
+    ]
+    files.sort(key=str)  # torch-fidelity's order
+    if not files:
+        raise UserError(f"{setting}={path} holds no images ({', '.join(MEASURED_SUFFIXES)}); give {MEASURABLE}")
+    folders = sorted({file.relative_to(path).parts[0] for file in files if file.parent != path})
+    by_folder = {name: label for label, name in enumerate(folders)}
+    labels = [by_folder.get(file.relative_to(path).parts[0], NO_LABEL) for file in files]
+    return ImageSet(
+        path,
+        "folder",
+        list(range(len(files))),
+        labels,
+        hash_json(_listed(files)),
+        lambda place: read_rgb(files[place].read_bytes()),
+    )
+
+
+def _is_hidden(file: Path, root: Path) -> bool:
+    return any(part.startswith(".") for part in file.relative_to(root).parts)
+
+
+def _open_npz(path: Path, setting: str) -> ImageSet:
+    """Return the images of ADM's format: arr_0 uint8 (N, H, W, 3), arr_1 labels if there."""
+    try:
+        with np.load(path) as content:
+            names = content.files
+            labels = content["arr_1"] if "arr_1" in names else None
+        if "arr_0" not in names:
+            raise ValueError(f"it holds {', '.join(names)}")
+        images = _map_member(path, "arr_0.npy")
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{setting}={path} is not an .npz with images in arr_0: {error}") from error
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise UserError(
+            f"{setting}={path}: arr_0 is {images.dtype} {images.shape}; uint8 images (N, height, width, 3) are needed"
+        )
+    if labels is not None and labels.shape != (len(images),):
+        raise UserError(f"{setting}={path}: arr_1 has shape {labels.shape}; one label for each image is needed")
+    given = [NO_LABEL] * len(images) if labels is None else [int(label) for label in labels]
+    places = list(range(len(images)))
+    return ImageSet(path, "npz", places, given, hash_json(_listed([path])), lambda place: np.asarray(images[place]))
+
+
+def _map_member(path: Path, member: str) -> np.ndarray:
+    """Return an array of an .npz, mapped into memory where it is stored plainly, else read."""
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(member)
+        if info.compress_type != zipfile.ZIP_STORED:
+            with archive.open(member) as file:
+                return np.lib.format.read_array(file)
+        with archive.open(member) as file:
+            version = np.lib.format.read_magic(file)
+            reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, is_fortran, dtype = reader(file)
+            header_bytes = file.tell()
+    with path.open("rb") as raw:
+        raw.seek(info.header_offset)
+        local = raw.read(30)  # the local header: its name and extra field may differ from the directory's
+    start = info.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
+    order = "F" if is_fortran else "C"
+    return np.memmap(path, dtype=dtype, mode="r", offset=start + header_bytes, shape=shape, order=order)
+
+
+def _open_tars(path: Path) -> ImageSet:
+    files = sorted(path.glob("*.tar")) if path.is_dir() else [path]
+    images = list_tar_images(map(str, files))
+    numbers = _numbers([int(image.key) if image.key.isdigit() else None for image in images])
+
+    def read(place: int) -> np.ndarray:
+        image = images[place]
+        return read_rgb(read_bytes_at(image.file, image.offset, image.size))
+
+    return ImageSet(path, "tar", numbers, [image.label for image in images], hash_json(_listed(files)), read)
+
+
+def _open_mds(path: Path) -> ImageSet:
+    """Return the column "image" of an MDS dataset, with "label" and "number" if there."""
+    from streaming.base.format import reader_from_json
+
+    try:
+        index = json.loads((path / INDEX_FILE).read_text())
+        readers = [reader_from_json(str(path), None, shard) for shard in index["shards"]]
+        files = [path / shard["raw_data"]["basename"] for shard in index["shards"]]
+        times = _listed(files)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a readable MDS dataset: {error!r}; uncompressed shards are needed") from error
+    if not readers or "image" not in readers[0].column_names:
+        raise UserError(f"{path} is MDS without a column image; moments of `flowar prepare` are not images")
+    rows = [(reader, row) for reader in readers for row in range(reader.size)]
+    columns = readers[0].column_names
+
+    def read(place: int) -> np.ndarray:
+        reader, row = rows[place]
+        return np.asarray(reader[row]["image"].convert("RGB"))
+
+    labels = [int(reader[row]["label"]) for reader, row in rows] if "label" in columns else [NO_LABEL] * len(rows)
+    numbers = _numbers([int(reader[row]["number"]) if "number" in columns else None for reader, row in rows])
+    return ImageSet(path, "mds", numbers, labels, hash_json(times), read)
+
+
+def _numbers(given: list[int | None]) -> list[int]:
+    """Return the numbers that images come with, or their places where these don't tell them apart."""
+    return given if None not in given and len(set(given)) == len(given) else list(range(len(given)))

@@ -1,0 +1,168 @@
+"""The page of `flowar evaluate`: numbers beside the paper's, samples, nearest real images, precision and recall."""
+
+import json
+from html import escape
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from flowar.base.errors import UserError
+from flowar.base.pages import REPORT_FILE, embed, html_table, write_page
+from flowar.base.pictures import SMALLEST_SHOWN, save_curve, save_grid
+from flowar.evaluation.image_sets import ImageSet, open_images
+from flowar.evaluation.metrics import precision_recall
+from flowar.evaluation.references import Reference
+from flowar.evaluation.store import Features
+
+# FID and Inception score in the paper (arXiv:2412.15205, table 1): ImageNet at 256 px, 50,000 images, ADM's reference.
+PAPER = {
+    "flowar-s": (3.61, 234.1),
+    "flowar-b": (2.90, 272.5),
+    "flowar-l": (1.90, 281.4),
+    "flowar-h": (1.65, 296.5),
+}
+
+# What an evaluation leaves; the first one is written last.
+EVALUATION_FILE, BY_CLASS_FILE = "metrics.json", "metrics_by_class.json"
+SHEET_IMAGES, SHEET_COLUMNS = 100, 10
+NEIGHBOUR_ROWS, NEIGHBOURS = 8, 7
+CURVE_NEIGHBOURHOODS = (1, 2, 3, 5, 10)
+
+CURVE_IMAGES = 5_000  # of each side: distances grow with the square
+CLASSES_SHOWN = 10  # worst and best
+
+
+def write_evaluation_page(
+    out_dir: Path,
+    record: dict[str, object],
+    by_class: dict[str, dict[str, float]],
+    found: Features,
+    reference: Reference,
+    samples: Path,
+) -> None:
+    """Write report.html, with its pictures beside it and inside.
+
+    Args:
+        out_dir: of the evaluation.
+        record: what metrics.json says.
+        by_class: what metrics_by_class.json says.
+        found, reference: features.
+        samples: where the samples are; features may be all there is.
+    """
+    parts = [
+        f"<h1>{escape(record['samples'])}</h1>",
+        f'<p class="note">{record["num_samples"]:,} samples against {escape(record["reference"])}; protocol '
+        f"{record['protocol']}, features by {escape(record['extractor']['name'])} (weights "
+        f"{record['extractor']['weights_sha256'][:12]}); flowar {record['flowar']}, torch {record['torch']}.</p>",
+        "<h2>Numbers</h2>",
+        _numbers(record),
+    ]
+    parts += [f'<p class="note">{escape(note)}</p>' for note in record["notes"]]
+    images = _open_if_there(samples)
+    if images is not None:
+        save_grid(_take(images, range(min(SHEET_IMAGES, len(images)))), out_dir / "samples.png", columns=SHEET_COLUMNS)
+        parts += ["<h2>The first samples</h2>", embed(out_dir / "samples.png")]
+    real = _open_if_there(reference.images) if reference.features is not None else None
+    if real is not None and real.identity != reference.features.record["identity"]:
+        real = None  # the images have changed since
+    if images is not None and real is not None:
+        save_neighbours(images, real, found, reference.features, out_dir / "neighbours.png")
+        parts += [
+            "<h2>Nearest real images</h2>",
+            '<p class="note">Left a sample, then the real images nearest to it in feature space, nearest first. Copies '
+            "would show here.</p>",
+            embed(out_dir / "neighbours.png"),
+        ]
+    if reference.features is not None:
+        save_precision_recall(found, reference.features, out_dir / "precision_recall.png")
+        parts += ["<h2>Precision and recall</h2>", embed(out_dir / "precision_recall.png", "curve")]
+    if by_class:
+        parts += ["<h2>FID by class</h2>", _classes(by_class)]
+    settings = {"settings": record["settings"], "sampling": record["sampling"]}
+    parts += ["<h2>Settings</h2>", f"<pre>{escape(json.dumps(settings, indent=2))}</pre>"]
+    write_page(out_dir / REPORT_FILE, f"{record['samples']}: evaluation", "\n".join(parts))
+
+
+def _numbers(record: dict[str, object]) -> str:
+    variant = (record["sampling"] or {}).get("variant")
+    paper = dict(zip(("fid", "inception_score"), PAPER.get(variant, ()), strict=False))
+    rows = []
+    for name, metric in record["metrics"].items():
+        interval = f"{metric['low']:.4g} to {metric['high']:.4g}" if "low" in metric else ""
+        published = f"{paper[name]:g}" if name in paper else ""
+        value = "not a number" if metric["value"] is None else f"{metric['value']:.4f}"
+        rows.append([name.replace("_", " "), value, interval, published, metric.get("note", "")])
+    table = html_table(["metric", "value", "95% interval", f"paper, {variant}" if paper else "paper", ""], rows)
+    return (
+        table + '<p class="note">Intervals of FID, sFID, FD and score: of the mean over seeds, for as many images and '
+        "this reference, by leaving out groups of samples in turn. Of precision and recall: of shares of so many "
+        "images. FID is larger for fewer images. The paper has 50,000 samples, and ADM's reference of ImageNet.</p>"
+    )
+
+
+def _classes(by_class: dict[str, dict[str, float]]) -> str:
+    items = list(by_class.items())
+    shown = items if len(items) <= 2 * CLASSES_SHOWN else items[:CLASSES_SHOWN] + items[-CLASSES_SHOWN:]
+    rows = [[label, f"{own['fid']:.2f}", f"{own['samples']:,}", f"{own['reference']:,}"] for label, own in shown]
+    count = f"The {CLASSES_SHOWN} worst and best of {len(items)} classes. " if len(shown) < len(items) else ""
+    return f'<p class="note">{count}Larger for fewer images: compare runs with as many.</p>' + html_table(
+        ["class", "FID", "samples", "real images"], rows
+    )
+
+
+def _open_if_there(path: Path | None) -> ImageSet | None:
+    """Return images for pictures, or None where only features are left, or the images have moved."""
+    if path is None:
+        return None
+    try:
+        return open_images(path, "images")
+    except UserError:
+        return None
+
+
+def _take(images: ImageSet, places: range) -> Tensor:
+    taken = torch.from_numpy(images.read_many(places).copy())
+    return taken.repeat_interleave(_enlarge(taken), 2).repeat_interleave(_enlarge(taken), 3)
+
+
+def _enlarge(images: Tensor) -> int:
+    return max(1, SMALLEST_SHOWN // images.shape[-1])
+
+
+def save_neighbours(images: ImageSet, real: ImageSet, found: Features, reference: Features, path: Path) -> None:
+    """Write samples, each with the real images nearest to it in feature space."""
+    places = torch.linspace(0, len(found) - 1, min(NEIGHBOUR_ROWS, len(found))).round().long()
+    distances = torch.cdist(found.layers["features"][places], reference.layers["features"])
+    nearest = distances.topk(min(NEIGHBOURS, len(reference)), largest=False).indices
+    of_number = {number: place for place, number in enumerate(real.numbers)}
+    rows = []
+    drawn = {number: place for place, number in enumerate(images.numbers)}
+    for number, own in zip(found.numbers[places].tolist(), nearest.tolist(), strict=True):
+        rows.append(_take(images, range(drawn[number], drawn[number] + 1)))
+        there = [of_number[number] for number in reference.numbers[own].tolist()]
+        rows += [_take(real, range(other, other + 1)) for other in there]
+    side = rows[0].shape[-2:]
+    resized = [own if own.shape[-2:] == side else torch.nn.functional.interpolate(own, size=side) for own in rows]
+    save_grid(torch.cat(resized), path, columns=1 + nearest.shape[1])
+
+
+def save_precision_recall(found: Features, reference: Features, path: Path) -> None:
+    """Write precision over recall for several sizes of the neighbourhood, of at most 5,000 images of each side."""
+    both = [_some(own.layers["features"]) for own in (found, reference)]
+    most = min(len(own) for own in both) - 1
+    sizes = [k for k in CURVE_NEIGHBOURHOODS if k <= most]
+    points = [precision_recall(*both, k) for k in sizes]
+    save_curve(
+        [recall for _, recall in points],
+        [precision for precision, _ in points],
+        path,
+        labels=[f"k = {k}" for k in sizes],
+        axes=("recall", "precision"),
+        title=f"{len(both[0]):,} samples, {len(both[1]):,} real images",
+    )
+
+
+def _some(features: Tensor) -> Tensor:
+    places = torch.linspace(0, len(features) - 1, min(CURVE_IMAGES, len(features))).round().long()
+    return features[places]

@@ -1,0 +1,197 @@
+"""What samples are compared with: statistics and features of real images.
+
+Forms: images of any kind, an .npz with mu and sigma (ADM's VIRTUAL_*.npz has images too), or what make-reference wrote:
+    OUT_DIR/features-NETWORK/          complete as soon as it has this name
+        statistics.npz                 mu, sigma (and mu_s, sigma_s: sFID's) of all images
+        features.json, features_*      features of some of them, evenly spaced; features.py
+    OUT_DIR/partial-NETWORK/           features of all, while they are computed
+Read next: evaluate.py.
+"""
+
+import json
+import secrets
+import shutil
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from flowar.base.errors import UserError
+from flowar.base.files import publish_folder, write_text
+from flowar.config.measuring import MeasureConfig, ReferenceConfig, SweepConfig
+from flowar.evaluation.extractors import INCEPTION, Extractor
+from flowar.evaluation.image_sets import ImageSet, open_images
+from flowar.evaluation.metrics import Statistics, statistics
+from flowar.evaluation.store import STORE_FILE, Features, FeatureStore, extract, read_features, write_shard
+from flowar.sampling.folder import SAMPLES_FILE
+
+STATISTICS_FILE = "statistics.npz"
+KEYS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # ADM's names, by layer
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Real images: statistics of all, features of some."""
+
+    path: Path
+    statistics: dict[str, Statistics]  # by layer
+    features: Features | None
+    images: Path | None  # where the images of these features are
+
+
+class ReferenceSource(NamedTuple):
+    """Where a reference comes from, with all features computed."""
+
+    path: Path
+    statistics: Path | None  # an .npz with those of all images; None: made of the features
+    store: FeatureStore | None
+
+    def read(self) -> Reference:
+        """Return the reference."""
+        features = self.store.read() if self.store is not None else None
+        made = read_statistics(self.statistics) if self.statistics is not None else make_statistics(features)
+        return Reference(self.path, made, features, self.store.images if self.store is not None else None)
+
+
+def prepare_features(
+    path: Path, setting: str, extractor: Extractor, folder: Path, config: MeasureConfig | SweepConfig
+) -> FeatureStore:
+    """Have the features of images computed that are not there, with whoever else was asked to.
+
+    Args:
+        path: images, or what `flowar sample features_only=true` wrote.
+        setting: whose value `path` is, for messages.
+        extractor: the network.
+        folder: below which features are kept, of whatever images and networks.
+        config: how.
+
+    Raises:
+        UserError: if there are no images, or the features are by other weights.
+    """
+    drawn = path / f"features-{extractor.name}"
+    if (drawn / STORE_FILE).is_file() and (path / SAMPLES_FILE).is_file():
+        check_network(drawn, extractor, f"{setting}={path}")
+        return FeatureStore(drawn, json.loads((path / SAMPLES_FILE).read_text())["num_images"], path)
+    images = open_images(path, setting)
+    name = f"{extractor.name}-{extractor.weights_sha256[:8]}-{images.identity}"
+    extract(images, extractor, folder / "features" / name, config)
+    return FeatureStore(folder / "features" / name, len(images), path)
+
+
+def check_network(store: Path, extractor: Extractor, what: str) -> dict[str, object]:
+    """Return a store's record, if it is of this network with these weights.
+
+    Raises:
+        UserError: if it is not.
+    """
+    record = json.loads((store / STORE_FILE).read_text())
+    found = record["weights_sha256"]
+    if found != extractor.weights_sha256:
+        raise UserError(
+            f"{what} holds features by weights {found[:12]} of {extractor.name}, but those used here are "
+            f"{extractor.weights_sha256[:12]}; use the same weights for both, or make them again"
+        )
+    return record
+
+
+def check_reference(path: Path, extractor: Extractor) -> None:
+    """Raise a UserError unless `path` is a reference that fits this network; before anything is computed."""
+    if not path.exists():
+        raise UserError(f"reference={path} does not exist; give images, an .npz with mu and sigma, or a made reference")
+    store = path / f"features-{extractor.name}"
+    if (store / STATISTICS_FILE).exists():
+        check_network(store, extractor, f"reference={path}")
+    elif any(path.glob(f"features-*/{STATISTICS_FILE}")):
+        there = ", ".join(sorted(found.name.removeprefix("features-") for found in path.glob("features-*")))
+        raise UserError(
+            f"reference={path} has features of {there}, not of {extractor.name}; add them with `flowar evaluate "
+            f"make-reference images=... out_dir={path} extractor.name={extractor.name}`"
+        )
+    elif path.suffix == ".npz":
+        read_statistics(path)
+    else:
+        open_images(path, "reference")
+
+
+def prepare_reference(config: MeasureConfig | SweepConfig, extractor: Extractor, folder: Path) -> ReferenceSource:
+    """Return where the reference for a network comes from; features that are not there are computed below `folder`.
+
+    Raises:
+        UserError: if it can't be read or doesn't fit the network.
+    """
+    path = Path(config.reference)
+    check_reference(path, extractor)
+    store = path / f"features-{extractor.name}"
+    if (store / STATISTICS_FILE).exists():
+        record = json.loads((store / STORE_FILE).read_text())
+        return ReferenceSource(
+            path, store / STATISTICS_FILE, FeatureStore(store, record["num_images"], Path(record["root"]))
+        )
+    given = path if path.suffix == ".npz" and read_statistics(path) else None
+    if given is not None and not has_images(path):
+        return ReferenceSource(path, given, None)
+    return ReferenceSource(path, given, prepare_features(path, "reference", extractor, folder, config))
+
+
+def has_images(path: Path) -> bool:
+    """Return whether an .npz has images beside its statistics."""
+    with zipfile.ZipFile(path) as archive:
+        return "arr_0.npy" in archive.namelist()
+
+
+def make_statistics(features: Features) -> dict[str, Statistics]:
+    """Return the statistics of features, by layer."""
+    return {layer: statistics(features.layers[layer]) for layer in KEYS if layer in features.layers}
+
+
+def read_statistics(file: Path) -> dict[str, Statistics]:
+    """Return the statistics of an .npz by layer; nothing if it has images alone.
+
+    Raises:
+        UserError: if it has neither.
+    """
+    try:
+        with np.load(file) as content:
+            found = {
+                layer: Statistics(*(np.asarray(content[key], dtype=np.float64) for key in keys))
+                for layer, keys in KEYS.items()
+                if set(keys) <= set(content.files)
+            }
+            names = content.files
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{file} is no readable .npz: {error}") from error
+    if not found and "arr_0" not in names:
+        raise UserError(f"{file} holds {', '.join(names)}; mu and sigma (statistics) or images in arr_0 are needed")
+    for layer, (mu, sigma) in found.items():
+        fits = mu.ndim == 1 and sigma.shape == (len(mu), len(mu))
+        if not fits or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+            raise UserError(
+                f"{file}: {KEYS[layer][0]} has shape {mu.shape} and {KEYS[layer][1]} {sigma.shape}; (D,) and (D, D), "
+                "all finite, are needed"
+            )
+    return found
+
+
+def publish_reference(config: ReferenceConfig, images: ImageSet, partial: Path, target: Path) -> None:
+    """Publish the statistics of all images with the features of some, and only then delete the others."""
+    features = read_features(partial, len(images), KEYS)
+    given = read_statistics(Path(config.images)) if images.kind == "npz" else {}
+    if features.record["extractor"] != INCEPTION:
+        given = {}  # files with mu and sigma are Inception's
+    arrays = {}
+    for layer, own in (given or make_statistics(features)).items():
+        arrays |= dict(zip(KEYS[layer], own, strict=True))
+    kept = min(config.keep_images or len(images), len(images))
+    some = features.at(torch.linspace(0, len(images) - 1, kept).round().long())
+    hidden = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
+    hidden.mkdir()
+    write_text(
+        hidden / STORE_FILE, json.dumps(features.record | {"num_images": kept, "of": len(images)}, indent=2) + "\n"
+    )
+    write_shard(hidden, some.numbers.tolist(), some.labels.tolist(), some.layers)
+    np.savez(hidden / STATISTICS_FILE, **arrays, num_images=np.int64(len(images)))
+    publish_folder(hidden, target)
+    shutil.rmtree(partial, ignore_errors=True)

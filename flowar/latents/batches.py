@@ -1,0 +1,178 @@
+"""Shards -> batches of (moments, labels), in an order that is a function of (seed, step) alone.
+
+Read next: shards.py for how rows are read, train.py for who reads batches.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from flowar.base.errors import UserError
+from flowar.base.seeding import Stream, derive_seed
+from flowar.config.data import DataConfig
+from flowar.config.models import ModelConfig
+from flowar.latents.schema import Passport
+from flowar.latents.shards import LatentShards
+from flowar.latents.vae import VAE
+from flowar.latents.workers import BATCHES_AHEAD, WORKER_TIMEOUT_S, check_shared_memory, from_workers
+
+
+class Batch(NamedTuple):
+    """This rank's samples of one step."""
+
+    moments: Tensor  # (B, 2 C, h, w), as stored
+    labels: Tensor  # (B,) int64
+    samples: Tensor  # (B,) int64, numbers of the rows in the dataset
+
+
+class StepOrder(Sampler):
+    """The rows of each of `steps` that one rank reads: its part, in rank order, of the batch of all ranks.
+
+    The sequence of images is one random permutation of all of them after the other; a batch may span two of them, so
+    that every epoch visits every image once, in one of its views. It follows from (seed, step, batch size) alone.
+    """
+
+    def __init__(
+        self,
+        num_images: int,
+        views: int,
+        *,
+        batch_size: int,
+        seed: int,
+        steps: range,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        if batch_size % world_size:
+            raise UserError(
+                f"batch_size={batch_size} can't be shared evenly by {world_size} ranks; use a multiple of {world_size}"
+            )
+        self.num_images = num_images
+        self.views = views
+        self.batch_size = batch_size
+        self.seed = seed
+        self.steps = steps
+        self.part = range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epochs: dict[int, np.ndarray] = {}
+        for step in self.steps:
+            places = step * self.batch_size + np.arange(self.part.start, self.part.stop)
+            needed = range(places[0] // self.num_images, places[-1] // self.num_images + 1)
+            epochs = {epoch: epochs[epoch] if epoch in epochs else self._rows_of_epoch(epoch) for epoch in needed}
+            rows = [epochs[place // self.num_images][place % self.num_images] for place in places]
+            yield np.array(rows).tolist()
+
+    def _rows_of_epoch(self, epoch: int) -> np.ndarray:
+        """Return one row of each image, in the epoch's order."""
+        order = np.random.default_rng(derive_seed(self.seed, Stream.ORDER, epoch)).permutation(self.num_images)
+        view = np.random.default_rng(derive_seed(self.seed, Stream.VIEW, epoch)).integers(self.views, size=len(order))
+        return order * self.views + view
+
+
+class _Batches(Dataset):
+    """Lists of rows -> batches, or the error as a value: so it leaves a worker without a traceback."""
+
+    def __init__(self, shards: LatentShards) -> None:
+        self.shards = shards
+
+    def __getitems__(self, rows: list[int]) -> Batch | UserError:
+        try:
+            found = self.shards.read(rows)
+        except UserError as error:
+            return error
+        moments = torch.from_numpy(np.ascontiguousarray(found["moments"]))
+        return Batch(moments, torch.from_numpy(found["label"].copy()), torch.tensor(rows))
+
+
+def read_batches(
+    shards: LatentShards,
+    config: DataConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    steps: range,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Batch]:
+    """Yield this rank's Batch of each of `steps`: the same rows whatever the number of workers.
+
+    Args:
+        shards: where the rows are.
+        config: how many workers read ahead.
+        batch_size: of all ranks together.
+        seed: of the order.
+        steps: numbers of the steps, from 0.
+        rank: which part of each batch, of `world_size` equal ones.
+        world_size: number of ranks.
+
+    Raises:
+        UserError: if a row can't be read, with the name of the shard, or the workers give nothing for a minute.
+    """
+    passport, workers = shards.passport, config.num_workers
+    order = StepOrder(
+        passport.num_images,
+        passport.views,
+        batch_size=batch_size,
+        seed=seed,
+        steps=steps,
+        rank=rank,
+        world_size=world_size,
+    )
+    if shards.is_remote:
+        shards.fetch_all()
+    check_shared_memory(workers, len(order.part) * shards.dtype.itemsize, "data.num_workers")
+    loader = DataLoader(
+        _Batches(shards),
+        batch_sampler=order,
+        num_workers=workers,
+        collate_fn=_as_it_is,
+        prefetch_factor=BATCHES_AHEAD if workers else None,
+        timeout=WORKER_TIMEOUT_S if workers else 0,
+        multiprocessing_context="fork" if workers else None,
+    )
+    for batch in from_workers(loader, f"data.path={shards.path}", "data.num_workers"):
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
+
+
+def check_fits(passport: Passport, model: ModelConfig, path: str) -> None:
+    """Raise a UserError where the shards don't hold the latents and classes that the model is made for."""
+    if passport.latent_channels != model.latent_channels or passport.latent_size != model.latent_size:
+        raise UserError(
+            f"data.path={path} holds latents of {passport.latent_channels} channels and side {passport.latent_size} "
+            f"(VAE {passport.vae_name}, {passport.image_size} px), but the model is made for {model.latent_channels} "
+            f"channels and side {model.latent_size}; set {model.size_settings}, or use other shards"
+        )
+    if len(passport.class_names) != model.num_classes:
+        raise UserError(
+            f"data.path={path} has {len(passport.class_names)} classes, but model.num_classes={model.num_classes}; set "
+            f"model.num_classes={len(passport.class_names)}"
+        )
+
+
+def check_same_vae(passport: Passport, vae: VAE, path: str) -> None:
+    """Raise a UserError if the shards were made with another VAE than the one at hand, naming both."""
+    if passport.vae_sha256 != vae.weights_sha256:
+        raise UserError(
+            f"data.path={path} was made with VAE {passport.vae_name} (weights {passport.vae_sha256[:12]}), but "
+            f"vae.name={vae.name} has weights {vae.weights_sha256[:12]}; use that VAE, or prepare the shards anew"
+        )
+    for name in ("latent_multiplier", "latent_shift"):
+        if getattr(passport, name) != getattr(vae, name):
+            raise UserError(
+                f"data.path={path} was made with {name}={getattr(passport, name)}, but vae.name={vae.name} has "
+                f"{getattr(vae, name)}; mend scaling_factor or shift_factor in the VAE's config.json"
+            )
+
+
+def _as_it_is(batch: Batch | UserError) -> Batch | UserError:
+    return batch

@@ -1,0 +1,39 @@
+"""Processes that read ahead of the main one (torch's DataLoader), and their ends. Read next: batches.py."""
+
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from flowar.base.errors import UserError
+from flowar.base.files import MIB
+
+WORKER_TIMEOUT_S = 60  # a reader that gives nothing for so long has died or hangs
+BATCHES_AHEAD = 2  # per worker
+SHARED_MEMORY = Path("/dev/shm")  # where workers leave batches for the main process
+
+
+def from_workers(loader: Iterable, source: str, setting: str) -> Iterator:
+    """Yield what a DataLoader gives; one whose workers are killed, or give nothing in time, is a UserError."""
+    batches = iter(loader)
+    while True:
+        try:
+            batch = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            raise UserError(
+                f"nothing comes from {source}: {' '.join(str(error).split())}; is its storage alive, and is there "
+                f"memory enough? {setting}=0 reads without workers"
+            ) from error
+        yield batch
+
+
+def check_shared_memory(workers: int, batch_bytes: int, setting: str) -> None:
+    """Raise a UserError where the batches that workers hold ready don't fit: it would end in a bus error."""
+    needed = workers * BATCHES_AHEAD * batch_bytes
+    free = shutil.disk_usage(SHARED_MEMORY).free if SHARED_MEMORY.is_dir() else needed
+    if needed > free:
+        raise UserError(
+            f"{setting}={workers} need {needed / MIB:,.0f} MiB of {SHARED_MEMORY}, which has {free / MIB:,.0f} MiB "
+            "free; use fewer workers (0 needs none), or give the container more (docker run --shm-size)"
+        )

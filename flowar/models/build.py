@@ -1,0 +1,60 @@
+"""Models from names and configs: the one place that knows which families there are. Read next: folders.py."""
+
+import dataclasses
+import json
+from typing import Any
+
+from torch import Tensor, nn
+
+from flowar.config.load import load_config
+from flowar.config.models import ModelConfig, variant_config
+from flowar.models.family import Family
+from flowar.models.flowar import family as flowar_family
+from flowar.models.state_dicts import load_strictly
+
+FAMILIES: dict[str, Family[Any, Any]] = {"flowar": flowar_family}
+
+
+def family_of(config: ModelConfig) -> Family[Any, Any]:
+    """Return the module that answers for the family of a model."""
+    return FAMILIES[config.family]
+
+
+def create_model(name_or_config: str | ModelConfig, **overrides: object) -> nn.Module:
+    """Return a freshly initialised model in evaluation mode.
+
+    Args:
+        name_or_config: a row of `flowar.config.models.MODEL_VARIANTS`, for example "flowar-l", or a config.
+        overrides: settings of the config to change, for example num_classes=10.
+
+    Raises:
+        UserError: if the name or an override is unknown (names the nearest one) or settings don't fit together.
+    """
+    config = variant_config(name_or_config) if isinstance(name_or_config, str) else name_or_config
+    if overrides:
+        config = config_from_dict(dataclasses.asdict(config) | overrides)
+    model: nn.Module = family_of(config).create(config)
+    return model
+
+
+def config_from_dict(settings: dict[str, Any]) -> ModelConfig:
+    """Return the model's shape from `settings`, checked like a config file; without "family" it is a FlowAR's."""
+    words = tuple(f"{key}={json.dumps(value)}" for key, value in settings.items())
+    return load_config(ModelConfig, overrides=words)
+
+
+def convert_released(state_dict: dict[str, Tensor], ar_heads: int | None = None) -> nn.Module:
+    """Return a model with the authors' weights, in evaluation mode; its shape is read from the tensors.
+
+    Args:
+        state_dict: a released state dict, or a checkpoint of the authors' trainer with "model_ema" (preferred) or
+            "model" in it.
+        ar_heads: heads of the AR Transformer; read from its rotary frequencies if None.
+
+    Raises:
+        UserError: if keys are missing or unknown (named), or the heads can't be told.
+    """
+    config, weights = flowar_family.convert(state_dict, ar_heads)
+    model = create_model(config)
+    load_strictly(model, weights, "the checkpoint")
+    return model

@@ -1,0 +1,92 @@
+"""The surface of a family of models: all that trainer, sampler and tools ask of a kind of model.
+
+A family is a folder flowar/models/NAME whose file family.py has these functions. Outside of that folder only build.py
+names it. Read next: flowar/family.py, build.py.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from flowar.config.drawing import DrawConfig
+from flowar.config.models import ModelConfig
+from flowar.config.training import OptimConfig
+
+Config = TypeVar("Config", bound=ModelConfig)
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Family(Protocol[Config, Model]):
+    """What a family's module answers. Shapes: B batch, C latent channels, h and w sides of the latents."""
+
+    def create(self, config: Config) -> Model:
+        """Return a model with fresh weights from torch's global generator, in evaluation mode, with `.config`."""
+
+    def blocks(self, model: Model) -> list[nn.Module]:
+        """Return the blocks that are recomputed, compiled, sharded and watched one by one."""
+
+    def part_of(self, name: str) -> str:
+        """Return to which part of the model a parameter belongs, for the table of `flowar info`."""
+
+    def token_rows(self, config: Config) -> list[tuple[str, int, str]]:
+        """Return what one image's tokens are: what, how many, and what they attend to; for `flowar info`."""
+
+    def is_decayed(self, name: str, parameter: nn.Parameter, optim: OptimConfig) -> bool:
+        """Return whether weight decay acts on a parameter."""
+
+    def loss_terms(self, config: Config) -> dict[str, float]:
+        """Return the terms of the loss and their weights, in the order of `losses`; logged as loss/NAME."""
+
+    def draw(self, config: Config, generator: torch.Generator) -> dict[str, Tensor]:
+        """Return one sample's random numbers for training, by name; on the generator's device."""
+
+    def losses(
+        self, forward: Callable[..., Any], config: Config, latents: Tensor, labels: Tensor, draws: dict[str, Tensor]
+    ) -> Tensor:
+        """Return the terms of the loss, (terms,) float32, means over the batch.
+
+        Args:
+            forward: the model, or what an engine has wrapped around it.
+            config: of the model.
+            latents: (B, C, h, w), about unit std.
+            labels: (B,) int64, num_classes where the label was dropped.
+            draws: what `draw` gave for each sample, stacked.
+        """
+
+    def noise_shape(self, config: Config) -> tuple[int, ...]:
+        """Return the shape of the noise that one image is drawn from."""
+
+    def generate(
+        self,
+        model: Model,
+        labels: Tensor,
+        noise: Tensor,
+        how: DrawConfig,
+        step_noise: Callable[[tuple[int, ...]], Tensor],
+    ) -> list[Tensor]:
+        """Return the latents stage by stage, (B, C, side, side) each; the last are the images'.
+
+        Args:
+            model: in evaluation mode.
+            labels: (B,) int64, on the model's device; num_classes draws from all classes.
+            noise: (B, *noise_shape), standard normal, on the model's device.
+            how: solver, time grid, guidance.
+            step_noise: shape -> (B, *shape) standard normal; for stochastic solvers.
+        """
+
+    def sampling_flops(self, config: Config, how: DrawConfig) -> int:
+        """Return the FLOPs of generating the latents of one image, without the VAE."""
+
+    def convert(self, state_dict: dict[str, Tensor], ar_heads: int | None) -> tuple[Config, dict[str, Tensor]]:
+        """Return shape and weights of the authors' state dict.
+
+        Raises:
+            UserError: if keys are missing or unknown (named), or the shape can't be told.
+        """
+
+
+def weigh(losses: Tensor, weights: Iterable[float]) -> Tensor:
+    """Return the training loss, a scalar: the sum of the loss's terms (terms,), each times its weight."""
+    return (losses * losses.new_tensor(tuple(weights))).sum()

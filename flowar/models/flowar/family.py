@@ -1,0 +1,153 @@
+"""What the rest of the program asks of FlowAR: see ../family.py. Read next: scales, model, loss, generate."""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from flowar.config.drawing import DrawConfig
+from flowar.config.models import FlowARConfig
+from flowar.config.training import OptimConfig
+from flowar.models.flowar.generate import Guidance, make_time_grids, sample_latents, sample_token_maps
+from flowar.models.flowar.loss import sample_time, scale_losses, scale_weights
+from flowar.models.flowar.model import FlowAR
+from flowar.models.flowar.released import convert
+from flowar.models.flowar.scales import num_tokens
+from flowar.models.solvers import evaluation_times
+
+__all__ = [
+    "blocks", "convert", "create", "draw", "generate", "is_decayed", "loss_terms", "losses", "noise_shape", "part_of",
+    "sampling_flops", "token_rows",
+]  # fmt: skip
+
+PARTS = (  # of `flowar info`: the first whose prefix a parameter's name has
+    ("ar.class_embedding.", "AR: label table"),
+    ("ar.lower_blocks.", "AR: blocks"),
+    ("ar.upper_blocks.", "AR: blocks"),
+    ("ar.", "AR: rest"),
+    ("flow.blocks.", "flow: blocks"),
+    ("flow.", "flow: rest"),
+)
+
+
+class HubFlowAR(
+    FlowAR,
+    PyTorchModelHubMixin,
+    library_name="flowar",
+    license="apache-2.0",
+    paper_url="https://arxiv.org/abs/2412.15205",
+    tags=["image-generation", "flow-matching", "autoregressive"],
+):
+    """FlowAR with `save_pretrained`, `from_pretrained` and `push_to_hub` of huggingface_hub."""
+
+    def __init__(self, config: FlowARConfig) -> None:
+        super().__init__(config)
+
+
+def create(config: FlowARConfig) -> HubFlowAR:
+    """Return a FlowAR with fresh weights, in evaluation mode."""
+    return HubFlowAR(config).eval()
+
+
+def blocks(model: FlowAR) -> list[nn.Module]:
+    """Return the blocks of both Transformers."""
+    return [*model.ar.lower_blocks, *model.ar.upper_blocks, *model.flow.blocks]
+
+
+def part_of(name: str) -> str:
+    """Return to which part of the model a parameter belongs."""
+    return next(part for prefix, part in PARTS if name.startswith(prefix))
+
+
+def token_rows(config: FlowARConfig) -> list[tuple[str, int, str]]:
+    """Return each scale, its tokens, and how many these attend to."""
+    rows, seen = [], 0
+    for side in config.scales:
+        seen += side * side
+        rows.append((f"{side} x {side}", side * side, f"{seen} (AR), {side * side} (flow)"))
+    return rows
+
+
+def is_decayed(name: str, parameter: nn.Parameter, optim: OptimConfig) -> bool:
+    """Return whether weight decay acts: on matrices and tables, not on biases and norm weights, as the authors do."""
+    return parameter.ndim > 1 and (optim.decay_flow or not name.startswith("flow."))
+
+
+def loss_terms(config: FlowARConfig) -> dict[str, float]:
+    """Return a term for each scale, weighted by its share of the finest scale's tokens."""
+    weights = scale_weights(config.scales)
+    return {f"scale_{side}": weight for side, weight in zip(config.scales, weights, strict=True)}
+
+
+def draw(config: FlowARConfig, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return one sample's time (K,) and noise (L, C p p)."""
+    time = sample_time(1, len(config.scales), generator)[0]
+    return {"time": time, "noise": torch.randn(noise_shape(config), generator=generator)}
+
+
+def losses(
+    forward: Callable[..., Any], config: FlowARConfig, latents: Tensor, labels: Tensor, draws: dict[str, Tensor]
+) -> Tensor:
+    """Return the mean squared velocity error of each scale, (K,) float32."""
+    return scale_losses(forward, config, latents, labels, time=draws["time"], noise=draws["noise"])
+
+
+def noise_shape(config: FlowARConfig) -> tuple[int, ...]:
+    """Return (L, C p p): the tokens of all scales."""
+    return (num_tokens(config.scales), config.token_width)
+
+
+def generate(
+    model: FlowAR,
+    labels: Tensor,
+    noise: Tensor,
+    how: DrawConfig,
+    step_noise: Callable[[tuple[int, ...]], Tensor],
+) -> list[Tensor]:
+    """Return the map of every scale, (B, C, side p, side p) coarse to fine; the last are the latents."""
+    return sample_token_maps(
+        model,
+        labels,
+        noise=noise,
+        time_grids=make_time_grids(how, len(model.config.scales)),
+        guidance=_guidance(how),
+        solver=how.solver,
+        draw_noise=step_noise,
+    )
+
+
+def sampling_flops(config: FlowARConfig, how: DrawConfig) -> int:
+    """Return the FLOPs of generating the latents of one image. Where guidance acts everything runs twice."""
+    grids, guidance = make_time_grids(how, len(config.scales)), _guidance(how)
+    ar, flow = count_generating_flops(config)
+    total = 2 * ar if guidance.acts_in(how.solver, grids) else ar
+    for index, grid in enumerate(grids):
+        is_guided = guidance.at_scale(index, len(grids)) > 1
+        for time in evaluation_times(how.solver, grid):
+            total += flow[index] * (2 if is_guided and guidance.acts_at(time) else 1)
+    return total
+
+
+@lru_cache
+def count_generating_flops(config: FlowARConfig) -> tuple[int, tuple[int, ...]]:
+    """Return the FLOPs of the AR Transformer for one image, and of one evaluation of the flow Transformer by scale."""
+    with torch.device("meta"):
+        model = FlowAR(config).eval()
+        label = torch.zeros(1, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        sample_latents(model, label, time_grid=torch.tensor([1.0]))  # no step
+    ar, flow = counter.get_total_flops(), []
+    for index, side in enumerate(config.scales):
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            tokens, semantics = (torch.empty(1, side * side, width) for width in (config.token_width, config.ar_width))
+            model.flow(tokens, torch.empty(1, 1), semantics, range(index, index + 1))
+        flow.append(counter.get_total_flops())
+    return ar, tuple(flow)
+
+
+def _guidance(how: DrawConfig) -> Guidance:
+    return Guidance(how.guidance, how.guidance_interval, how.guidance_schedule)

@@ -1,0 +1,141 @@
+"""The authors' checkpoints: their names, and how they become ours. The only place where the released names appear."""
+
+import dataclasses
+import re
+
+import torch
+from torch import Tensor
+
+from flowar.base.errors import UserError
+from flowar.config.models import CUSTOM_VARIANT, MODEL_VARIANTS, FlowARConfig
+from flowar.models.flowar.model import FlowAR
+from flowar.models.flowar.scales import num_tokens
+from flowar.models.state_dicts import name_some, report_keys
+
+# Our name -> the released one, replaced in this order in every parameter name.
+RELEASED_NAMES = (
+    ("ar.class_embedding.", "class_emb."),
+    ("ar.lower_position", "encoder_pos_embed_learned"),
+    ("ar.upper_position", "decoder_pos_embed_learned"),
+    ("ar.output_position", "diffusion_pos_embed_learned"),
+    ("ar.input_projection.", "z_proj."),
+    ("ar.input_norm.", "z_proj_ln."),
+    ("ar.middle_norm.", "encoder_norm."),
+    ("ar.middle_projection.", "decoder_embed."),
+    ("ar.output_norm.", "decoder_norm."),
+    ("ar.lower_blocks.", "encoder_blocks."),
+    ("ar.upper_blocks.", "decoder_blocks."),
+    ("flow.input_projection.", "flownet.input_proj."),
+    ("flow.time_embedding.hidden.", "flownet.time_embed.mlp.0."),
+    ("flow.time_embedding.output.", "flownet.time_embed.mlp.2."),
+    ("flow.condition_projection.", "flownet.cond_embed."),
+    ("flow.output_modulation.", "flownet.final_layer.adaLN_modulation.1."),
+    ("flow.output_projection.", "flownet.final_layer.linear."),
+    ("flow.blocks.", "flownet.res_blocks."),
+    (".attention_modulation.", ".ada_lin_attn."),
+    (".mlp_modulation.", ".ada_lin_mlp."),
+    (".query_norm.", ".norm2_1."),
+    (".semantics_norm.", ".norm2_2."),
+    (".cross_attention.query.", ".crossattn.q."),
+    (".cross_attention.key_value.", ".crossattn.kv."),
+    (".cross_attention.output.", ".crossattn.proj."),
+    (".attention.qkv.", ".attn.qkv."),
+    (".attention.output.", ".attn.proj."),
+    (".mlp.gate.", ".mlp.fc1_g."),
+    (".mlp.value.", ".mlp.fc1_x."),
+    (".mlp.output.", ".mlp.fc2."),
+)
+
+RELEASED_DERIVED = re.compile(r"mask|.*\.rope\.freqs")  # follow from the shape, so they are dropped
+
+RELEASED_FLOW_HEAD_WIDTH = 64
+RELEASED_SCALES = (1, 2, 4, 8, 16)
+
+
+def convert(state_dict: dict[str, Tensor], ar_heads: int | None = None) -> tuple[FlowARConfig, dict[str, Tensor]]:
+    """Return shape and weights of the authors' FlowAR; the shape is read from the tensors.
+
+    Args:
+        state_dict: a released state dict, or a checkpoint of the authors' trainer with "model_ema" (preferred) or
+            "model" in it.
+        ar_heads: heads of the AR Transformer; read from its rotary frequencies if None.
+
+    Raises:
+        UserError: if keys are missing or unknown (named), or the heads can't be told.
+    """
+    for wrapper in ("model_ema", "model"):
+        if isinstance(state_dict.get(wrapper), dict):
+            state_dict = state_dict[wrapper]
+            break
+    config = _released_config(state_dict, ar_heads)
+    with torch.device("meta"):
+        released_names = {released_name(ours): ours for ours in FlowAR(config).state_dict()}
+    missing = sorted(released_names.keys() - state_dict.keys())
+    unknown = sorted(name for name in state_dict.keys() - released_names.keys() if not RELEASED_DERIVED.fullmatch(name))
+    if missing or unknown:
+        raise UserError(f"the checkpoint is not a released FlowAR: {report_keys(missing, unknown)}")
+    weights = {
+        ours: state_dict[theirs].squeeze(0) if theirs.endswith("_pos_embed_learned") else state_dict[theirs]
+        for theirs, ours in released_names.items()
+    }  # their position tables are (1, L, D)
+    return config, weights
+
+
+def released_name(ours: str) -> str:
+    """Return the released name of one of our parameters."""
+    name = ours if ours.startswith("flow.") else ours.replace(".modulation.", ".ada_lin.1.")
+    name = name.replace(".modulation.", ".ada_lin.")
+    for own, theirs in RELEASED_NAMES:
+        name = name.replace(own, theirs)
+    return name
+
+
+def _released_config(state_dict: dict[str, Tensor], ar_heads: int | None) -> FlowARConfig:
+    """Return the shape of a released checkpoint, read off its tensors."""
+
+    def shape(name: str) -> torch.Size:
+        if name not in state_dict:
+            raise UserError(
+                f"the checkpoint is not a released FlowAR: missing {name}; its keys are {name_some(sorted(state_dict))}"
+            )
+        return state_dict[name].shape
+
+    def depth(prefix: str) -> int:
+        found = [int(m[1]) for name in state_dict if (m := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name))]
+        if not found:
+            raise UserError(f"the checkpoint is not a released FlowAR: missing {prefix}.0")
+        return max(found) + 1
+
+    tokens = shape("encoder_pos_embed_learned")[1]
+    if tokens != num_tokens(RELEASED_SCALES):
+        raise UserError(
+            f"encoder_pos_embed_learned holds {tokens} tokens, but the released models have "
+            f"{num_tokens(RELEASED_SCALES)} (scales {RELEASED_SCALES})"
+        )
+    rows, ar_width = shape("class_emb.weight")
+    flow_width, latent_channels = shape("flownet.input_proj.weight")
+    if ar_heads is None:
+        frequencies = "encoder_blocks.0.attn.rope.freqs"
+        if frequencies not in state_dict:
+            raise UserError(
+                f"the checkpoint has no {frequencies} to tell the AR Transformer's heads by; give ar_heads=... "
+                "(12 for -S and -B, 16 for -L and -H)"
+            )
+        ar_heads = ar_width // (4 * len(state_dict[frequencies]))  # a quarter of a head's width
+    config = FlowARConfig(
+        variant=CUSTOM_VARIANT,
+        scales=RELEASED_SCALES,
+        latent_channels=latent_channels,
+        num_classes=rows - 1,
+        ar_depth=2 * max(depth("encoder_blocks"), depth("decoder_blocks")),
+        ar_width=ar_width,
+        ar_heads=ar_heads,
+        flow_depth=depth("flownet.res_blocks"),
+        flow_width=flow_width,
+        flow_heads=flow_width // RELEASED_FLOW_HEAD_WIDTH,
+        flow_block="attn_cross_mlp" if any(".crossattn." in name for name in state_dict) else "attn_mlp",
+    )
+    for known in MODEL_VARIANTS.values():
+        if dataclasses.replace(config, variant=known.variant) == known:
+            return known
+    return config

@@ -1,0 +1,149 @@
+"""Where trained models are: model folders (.safetensors, config.json), checkpoints, the hub. Read next: build.py."""
+
+import dataclasses
+import functools
+import json
+import shutil
+from pathlib import Path
+
+import torch.distributed.checkpoint as dcp
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.checkpoint import CheckpointException
+
+from flowar.base.distributed import has_lost_ranks
+from flowar.base.errors import UserError
+from flowar.base.run_folder import (
+    CHECKPOINTS,
+    average_key,
+    find_latest,
+    is_checkpoint,
+    read_progress,
+    weight_key,
+)
+from flowar.config.models import ModelConfig
+from flowar.latents.schema import PASSPORT_FILE
+from flowar.models.build import config_from_dict, create_model
+from flowar.models.state_dicts import load_strictly
+
+# The layout of huggingface_hub's PyTorchModelHubMixin.
+WEIGHTS_FILE, MODEL_CONFIG_FILE = "model.safetensors", "config.json"
+
+
+def load_state(state: dict[str, Tensor], folder: Path, group: ProcessGroup | None = None) -> None:
+    """Fill tensors from a checkpoint, whoever wrote it; with the ranks of `group`, or alone.
+
+    Raises:
+        UserError: if one of them is not in it, or of another shape.
+    """
+    try:
+        dcp.load(state, checkpoint_id=folder, process_group=group, no_dist=group is None)
+    except (RuntimeError, ValueError, KeyError, OSError, CheckpointException) as error:
+        if has_lost_ranks(error):
+            raise
+        raise UserError(f"checkpoint {folder} can't be read: {' '.join(str(error).split())[:300]}") from error
+
+
+def load_model(path: str | Path, weights: str = "ema") -> nn.Module:
+    """Return the model stored at `path`, in evaluation mode, float32 on the CPU.
+
+    Args:
+        path: a folder with model.safetensors and config.json, the run_dir of a training run (its newest complete
+            checkpoint), one checkpoint of it, or a Hugging Face hub id.
+        weights: of a checkpoint: "ema" (the first average), "raw", or the name of an average, such as decay_0.9999.
+
+    Raises:
+        UserError: if there is no model, or its weights don't fit its config (names what is missing or unknown).
+    """
+    folder = find_model_folder(path)
+    if is_checkpoint(folder):
+        return _load_from_checkpoint(folder, weights)
+    missing = [name for name in (MODEL_CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).is_file()]
+    if missing:
+        raise UserError(
+            f"{folder} is not a model: it has no {' and no '.join(missing)}; write one with `flowar convert`, or give "
+            "the run_dir of a training run"
+        )
+    try:
+        config = config_from_dict(json.loads((folder / MODEL_CONFIG_FILE).read_text()))
+        state = load_file(folder / WEIGHTS_FILE)
+    except (json.JSONDecodeError, SafetensorError) as error:
+        raise UserError(f"{folder} is damaged: {error}") from error
+    model = create_model(config)
+    load_strictly(model, state, str(folder / WEIGHTS_FILE))
+    return model
+
+
+def _load_from_checkpoint(folder: Path, weights: str) -> nn.Module:
+    averages = read_progress(folder).averages
+    name = averages[0] if weights == "ema" else weights
+    if name not in ("raw", *averages):
+        raise UserError(f"checkpoint {folder} has no weights={weights}; it has raw, {', '.join(averages)}")
+    key = weight_key if name == "raw" else functools.partial(average_key, name)
+    model = create_model(config_from_dict(json.loads((folder / MODEL_CONFIG_FILE).read_text())))
+    load_state({key(parameter): tensor.detach() for parameter, tensor in model.named_parameters()}, folder)
+    return model
+
+
+def find_model_folder(path: str | Path) -> Path:
+    """Return the model folder or the checkpoint that `path` means; errors as `load_model`."""
+    folder = Path(path)
+    if (folder / CHECKPOINTS).is_dir():
+        latest = find_latest(folder)
+        if latest is None:
+            raise UserError(f"{folder} has no complete checkpoint yet; let `flowar train` run until it saves one")
+        return latest
+    return folder if folder.exists() else _download(str(path))
+
+
+def save_model(config: ModelConfig, state: dict[str, Tensor], folder: str | Path) -> None:
+    """Write model.safetensors and config.json into `folder`, which `load_model` reads back bit for bit."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS_FILE)
+    (folder / MODEL_CONFIG_FILE).write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+
+
+def save_model_whole(
+    config: ModelConfig, state: dict[str, Tensor], folder: Path, *, passport_of: Path | None = None
+) -> None:
+    """Write a model folder that isn't there yet, whole or not at all.
+
+    Args:
+        config, state: the model.
+        folder: where to.
+        passport_of: checkpoint whose dataset's passport goes along, so that sampling refuses another VAE.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
+    save_model(config, state, partial)
+    if passport_of is not None and (passport_of / PASSPORT_FILE).is_file():
+        shutil.copy(passport_of / PASSPORT_FILE, partial / PASSPORT_FILE)
+    partial.rename(folder)
+
+
+def export_model(source: str | Path, weights: str, folder: Path) -> nn.Module:
+    """Write the weights of a run or checkpoint as a model folder, whole or not at all; return the model.
+
+    Raises:
+        UserError: as `load_model`.
+    """
+    found = find_model_folder(source)
+    model = load_model(found, weights)
+    save_model_whole(model.config, model.state_dict(), folder, passport_of=found)
+    return model
+
+
+def _download(hub_id: str) -> Path:
+    """Return the local folder of a model on the Hugging Face hub."""
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=[MODEL_CONFIG_FILE, WEIGHTS_FILE]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
+        raise UserError(
+            f"there is no folder {hub_id}, and the Hugging Face hub gave no model of that name: "
+            f"{str(error).splitlines()[0]}"
+        ) from error

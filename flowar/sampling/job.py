@@ -1,0 +1,143 @@
+"""What is drawn, with what, and where it goes; checked before anything is computed. Read next: worker.py."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flowar import __version__
+from flowar.base.devices import pick_device
+from flowar.base.errors import UserError
+from flowar.base.hashes import hash_weights
+from flowar.base.run_folder import checkpoint_step, is_checkpoint
+from flowar.base.seeding import Stream
+from flowar.config.drawing import SampleConfig
+from flowar.config.models import ModelConfig
+from flowar.latents.batches import check_same_vae
+from flowar.latents.schema import PASSPORT_FILE, read_passport
+from flowar.latents.vae import VAE, load_vae
+from flowar.models.folders import find_model_folder, load_model
+from flowar.sampling.folder import SAMPLES_FILE, settings_of_images
+
+
+def open_job(config: SampleConfig) -> "SamplingJob":
+    """Return what the settings ask for, with all networks loaded.
+
+    Raises:
+        UserError: if something is missing or does not fit.
+    """
+    device = pick_device(config.device)
+    folder = find_model_folder(config.model)
+    model = load_model(folder, config.weights).to(device)
+    vae = load_vae(config.vae.name, config.vae.weights).to(device)
+    check_decodable(folder, model.config, vae)
+    weights_sha256 = hash_weights(model.state_dict())
+    return SamplingJob(config, model, vae, device, choose_classes(config, model.config), folder, weights_sha256)
+
+
+def choose_classes(config: SampleConfig, model: ModelConfig) -> tuple[int, ...]:
+    """Return the classes that the images show in turn.
+
+    Raises:
+        UserError: if the label file can't be read, or one is not a class of the model.
+    """
+    if config.unconditional:
+        return (model.num_classes,)  # stands for "no class"
+    classes, source = config.classes, "classes"
+    if config.label_file is not None:
+        source = f"label_file={config.label_file}"
+        try:
+            classes = tuple(int(line) for line in Path(config.label_file).read_text().split())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{source} must hold one class number per line: {error}") from error
+    if classes is None:
+        return tuple(range(model.num_classes))
+    wrong = [label for label in classes if not 0 <= label < model.num_classes]
+    if wrong or not classes:
+        found = f"holds {wrong[0]}" if wrong else "is empty"
+        raise UserError(f"{source} {found}; classes lie in 0 to {model.num_classes - 1}, as the model has them")
+    return classes
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingJob:
+    """What is drawn, with what, and where it goes."""
+
+    config: SampleConfig
+    model: nn.Module
+    vae: VAE
+    device: torch.device
+    classes: tuple[int, ...]
+    folder: Path  # of the model
+    weights_sha256: str
+
+    @property
+    def out_dir(self) -> Path:
+        """The folder of samples."""
+        return Path(self.config.out_dir)
+
+    @property
+    def chunk_images(self) -> int:
+        """Images of a chunk, the piece of work that one process claims."""
+        return self.config.chunk_batches * self.config.batch_size
+
+    @property
+    def chunks(self) -> range:
+        """The numbers of the chunks."""
+        return range(-(-self.config.num_images // self.chunk_images))
+
+    def chunk(self, number: int) -> range:
+        """Return the images of a chunk."""
+        start = number * self.chunk_images
+        return range(start, min(start + self.chunk_images, self.config.num_images))
+
+    def label(self, number: int) -> int:
+        """Return the class of an image."""
+        return self.classes[number % len(self.classes)]
+
+
+def check_decodable(folder: Path, model: ModelConfig, vae: VAE) -> None:
+    """Raise a UserError if the model's latents are not those of the VAE, naming both sides."""
+    if model.latent_channels != vae.latent_channels:
+        raise UserError(
+            f"the model in {folder} makes latents of {model.latent_channels} channels, but VAE {vae.name} decodes "
+            f"{vae.latent_channels}; set vae.name to the VAE that the model was trained with"
+        )
+    if (folder / PASSPORT_FILE).is_file():
+        check_same_vae(read_passport(folder), vae, str(folder))
+
+
+def check_finite(job: SamplingJob, decoded: Tensor, numbers: range) -> None:
+    """Raise a UserError if images are not finite."""
+    if not decoded.isfinite().all():
+        raise UserError(
+            f"images {numbers[0]} to {numbers[-1]} are not finite; the weights of {job.config.model} are broken"
+        )
+
+
+def describe_samples(job: SamplingJob) -> dict[str, Any]:
+    """Return all that the images depend on, for samples.json."""
+    settings = dataclasses.asdict(job.config)
+    for key in ("out_dir", "model", "vae"):
+        settings.pop(key)
+    model = {"model": str(job.folder.absolute()), "variant": job.model.config.variant}
+    if is_checkpoint(job.folder):
+        model["step"] = checkpoint_step(job.folder)
+    identity = {"weights_sha256": job.weights_sha256, "vae_sha256": job.vae.weights_sha256, "vae_name": job.vae.name}
+    # Stochastic solvers drew with other seeds in 0.1; nothing else needs to tell the two apart.
+    stream = {"noise_stream": int(Stream.STEP_NOISE)} if job.config.solver == "euler-maruyama" else {}
+    return {**model, "flowar": __version__, "torch": torch.__version__, **identity, **settings, **stream}
+
+
+def check_same_samples(out_dir: Path, record: dict[str, Any]) -> None:
+    """Raise a UserError if `out_dir` holds images of other settings, naming what differs."""
+    file = out_dir / SAMPLES_FILE
+    if not file.exists():
+        return
+    before, now = json.loads(file.read_text()), settings_of_images(record)
+    changed = [f"{key} was {before.get(key)}, now {now[key]}" for key in now if before.get(key) != now[key]]
+    if changed:
+        raise UserError(f"out_dir={out_dir} holds images of other settings: {'; '.join(changed)}; give another out_dir")

@@ -1,0 +1,183 @@
+"""Who draws what: any number of processes share a job by claims. Read next: images.py for where images go.
+
+The other place where drawn images go is evaluation/store.py: features of them alone.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from flowar.base.devices import decoding_precision, drawing_precision
+from flowar.base.errors import UserError
+from flowar.base.files import write_text
+from flowar.base.leases import CLAIMS_FOLDER, Leases, claim_name, claimed_chunks, finish_together
+from flowar.base.seeding import StepNoise, draw_image_noise
+from flowar.config.drawing import SampleConfig
+from flowar.models.build import family_of
+from flowar.sampling.folder import SAMPLES_FILE
+from flowar.sampling.job import SamplingJob, check_same_samples, describe_samples, open_job
+
+WRITER_THREADS = 4
+
+
+class Sink(Protocol):
+    """Where drawn images go. `str()` says where, for messages."""
+
+    def start(self) -> None:
+        """Make the folder."""
+
+    def missing_chunks(self) -> list[int]:
+        """Return the chunks that are not complete."""
+
+    def needs(self, numbers: range) -> bool:
+        """Return whether any of these images, one batch of a chunk, is missing."""
+
+    def add(self, decoded: Tensor, numbers: range, pool: ThreadPoolExecutor) -> list[Future[None]]:
+        """Take images (B, 3, H, W) in [-1, 1] of one chunk; what is written in the background is returned.
+
+        Raises:
+            UserError: if they are not finite; maybe later, by what is returned.
+        """
+
+    def end_chunk(self, numbers: range, pool: ThreadPoolExecutor) -> list[Future[None]]:
+        """Write what is left of the chunk whose images were added."""
+
+    def is_finished(self) -> bool:
+        """Return whether all is there, also what one process makes of all images in the end."""
+
+    def finish(self) -> None:
+        """Make that."""
+
+
+def draw_samples(config: SampleConfig, make_sink: Callable[[SamplingJob], Sink], dry_run: bool = False) -> None:
+    """Draw the images that are not there yet, together with all others who were given the same settings.
+
+    Args:
+        config: the settings.
+        make_sink: job -> where its images go.
+        dry_run: only check, and say what would be done.
+
+    Raises:
+        UserError: if something is missing or does not fit, or the folder holds images of other settings.
+    """
+    job = open_job(config)
+    sink = make_sink(job)
+    record = describe_samples(job)
+    check_same_samples(job.out_dir, record)
+    missing = sum(len(job.chunk(chunk)) for chunk in sink.missing_chunks())
+    print(
+        f"{config.num_images:,} images, {len(set(job.classes)):,} classes from {job.folder}, {missing:,} still to draw"
+    )
+    if not dry_run:
+        draw_missing(job, sink)
+        print(f"{config.num_images:,} {sink}")
+
+
+def draw_missing(job: SamplingJob, sink: Sink, *, wait: bool = True) -> bool:
+    """Draw what is missing, with whoever else does, and finish; return whether this process drew anything.
+
+    Args:
+        job: what is drawn.
+        sink: where it goes.
+        wait: for what others are drawing, until all is there.
+
+    Raises:
+        UserError: if it can't be written.
+    """
+    try:
+        job.out_dir.mkdir(parents=True, exist_ok=True)
+        write_text(job.out_dir / SAMPLES_FILE, json.dumps(describe_samples(job), indent=2) + "\n")
+        sink.start()
+        with Leases(job.out_dir / CLAIMS_FOLDER, job.config.lease_s) as leases:
+            has_drawn = draw_chunks(job, sink, leases, wait=wait)
+            if wait:
+                finish_together(leases, sink.is_finished, sink.finish)
+                shutil.rmtree(leases.folder, ignore_errors=True)
+            return has_drawn
+    except OSError as error:
+        raise UserError(f"can't write to {job.out_dir}: {error}; fix that and run the same command again") from error
+
+
+def draw_chunks(job: SamplingJob, sink: Sink, leases: Leases, *, wait: bool) -> bool:
+    """Claim chunks and draw them until every image exists, whichever process drew it.
+
+    Returns whether this process drew any. It returns early, unless it is to wait for others. Threads check and write
+    the images of one chunk while the next is drawn.
+    """
+    total = job.config.num_images
+    writing: list[tuple[int, list[Future[None]]]] = []  # claimed chunks whose images are still being written
+    has_drawn = False
+
+    def settle(keep: int) -> bool:
+        """Wait until all but `keep` chunks are written and give up their claims; return whether there were any."""
+        has_settled = len(writing) > keep
+        while len(writing) > keep:
+            chunk, writes = writing.pop(0)
+            for write in writes:
+                write.result()
+            leases.release(claim_name(chunk))
+        return has_settled
+
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]:.1f} images/s"),
+        TimeRemainingColumn(),
+    )
+    bar = Progress(TextColumn("sampling, all workers"), *columns, disable=not wait)
+    with bar, ThreadPoolExecutor(WRITER_THREADS) as pool:
+        task = bar.add_task("sampling", total=total, speed=0.0)
+        began, first_completed = time.monotonic(), -1
+
+        def show(missing: list[int]) -> None:
+            nonlocal first_completed
+            completed = total - sum(len(job.chunk(chunk)) for chunk in missing)
+            first_completed = completed if first_completed < 0 else first_completed
+            speed = (completed - first_completed) / max(time.monotonic() - began, 1e-9)
+            bar.update(task, completed=completed, speed=speed)
+
+        for chunk in claimed_chunks(leases, sink.missing_chunks, look=show, idle=lambda: settle(keep=0), wait=wait):
+            has_drawn = True
+            writing.append((chunk, draw_chunk(job, sink, job.chunk(chunk), pool)))
+            settle(keep=1)
+        settle(keep=0)
+        show([])
+    return has_drawn
+
+
+def draw_chunk(job: SamplingJob, sink: Sink, numbers: range, pool: ThreadPoolExecutor) -> list[Future[None]]:
+    """Draw the images of one chunk that the sink needs, and hand them over."""
+    size, writes = job.config.batch_size, []
+    for first in range(0, len(numbers), size):
+        batch = numbers[first : first + size]
+        if sink.needs(batch):
+            for decoded, part in decode(job, draw_batch(job, batch), batch):
+                writes += sink.add(decoded, part, pool)
+    return writes + sink.end_chunk(numbers, pool)
+
+
+def draw_batch(job: SamplingJob, numbers: range) -> Tensor:
+    """Return the latents of one batch of images."""
+    config, shape = job.config, job.model.config
+    family = family_of(shape)
+    labels = torch.tensor([job.label(number) for number in numbers], device=job.device)
+    noise = draw_image_noise(family.noise_shape(shape), numbers, config.seed).to(job.device)
+    with drawing_precision(config.precision, job.device):
+        *_, latents = family.generate(job.model, labels, noise, config, StepNoise(numbers, config.seed, job.device))
+    return latents
+
+
+def decode(job: SamplingJob, latents: Tensor, numbers: range) -> Iterator[tuple[Tensor, range]]:
+    """Yield images in [-1, 1], decoded in batches of the VAE's own size, with their numbers."""
+    size = job.config.decode_batch_size or len(numbers)
+    for first in range(0, len(numbers), size):
+        with torch.inference_mode(), decoding_precision(job.config.precision, job.device):
+            images = job.vae.decode(latents[first : first + size].float())
+        yield images, numbers[first : first + size]

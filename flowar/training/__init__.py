@@ -1,0 +1,1 @@
+"""Training: set-up, the step, the engines, averages, checkpoints, reports."""

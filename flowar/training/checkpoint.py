@@ -1,0 +1,191 @@
+"""Save and resume, with torch.distributed.checkpoint: sharded, in the background, by any number of ranks.
+
+A checkpoint holds tensors by name, of the plain model's shapes, whatever engine wrote it; so any engine, and any number
+of ranks, reads it. Does not decide when to save. Read next: train.py; run_folder.py has the layout.
+"""
+
+import dataclasses
+import functools
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
+
+from flowar.base.distributed import World, background_group, has_lost_ranks
+from flowar.base.errors import UserError
+from flowar.base.files import publish_folder, write_text
+from flowar.base.run_folder import (
+    AVERAGES,
+    CHECKPOINTS,
+    STATE_FILE,
+    Progress,
+    average_key,
+    checkpoint_step,
+    list_checkpoints,
+    read_progress,
+    step_name,
+)
+from flowar.config.models import ModelConfig
+from flowar.latents.schema import Passport, write_passport
+from flowar.models.folders import MODEL_CONFIG_FILE
+from flowar.training.averages import EMA
+from flowar.training.engine import Engine
+from flowar.training.owner import Owner
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in one process it is meant to be
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointContents:
+    """What every checkpoint of a run says of itself."""
+
+    model: ModelConfig
+    passport: Passport
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """Which checkpoints are not deleted when newer ones are there."""
+
+    newest: int | None = None  # None: all
+    every_steps: int = 0  # and, for good, those at multiples of this; 0: none
+
+
+class Checkpoints:
+    """The checkpoints (or AVERAGES) that one run writes. All ranks call the same methods at the same steps."""
+
+    def __init__(
+        self, owner: Owner, world: World, contents: CheckpointContents, kind: str, kept: Kept | None = None
+    ) -> None:
+        self.owner = owner
+        self.run_dir = owner.run_dir
+        self.kind = kind
+        self.world = world
+        self.contents = contents
+        self.kept = kept or Kept()
+        self._group = background_group()
+        self._pending: tuple[Future[Any], Path, Path] | None = None
+
+    def save(
+        self,
+        state: dict[str, Tensor],
+        progress: Progress,
+        save_more: Callable[[Path], None] | None = None,
+    ) -> None:
+        """Begin to save; returns when the values are copied. An earlier save is finished first.
+
+        Args:
+            state: this rank's part of the tensors, `Engine.state` and the averages.
+            progress: how far the run is.
+            save_more: writes files of its own into the folder, before this returns.
+
+        Raises:
+            UserError: if it, or the one before, can't be written; the older checkpoints are then still there.
+        """
+        self.wait()
+        folder = self.run_dir / self.kind / step_name(progress.step)
+        if folder.exists():
+            return
+        hidden = folder.with_name(f".{folder.name}.{self.owner.token}")
+        record = progress.as_record() | {"world_size": self.world.size}
+        try:
+            if self.world.is_main:
+                shutil.rmtree(hidden, ignore_errors=True)
+                hidden.mkdir(parents=True, exist_ok=True)  # others may be quicker to make it
+                write_text(hidden / STATE_FILE, json.dumps(record, indent=2) + "\n")
+                write_text(
+                    hidden / MODEL_CONFIG_FILE, json.dumps(dataclasses.asdict(self.contents.model), indent=2) + "\n"
+                )
+                write_passport(self.contents.passport, hidden)
+            group = self._group
+            future = dcp.async_save(state, checkpoint_id=hidden, process_group=group, no_dist=group is None)
+            if save_more is not None:
+                save_more(hidden)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            raise self._failed(folder, error) from error
+        self._pending = (future, hidden, folder)
+
+    def finish_if_written(self) -> None:
+        """Give the last save its name if all ranks have written it; otherwise return at once. Errors as `save`."""
+        if self._pending is not None and self._pending[0].done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until the last save is on the disk and has its name. Errors as `save`."""
+        if self._pending is None:
+            return
+        future, hidden, folder = self._pending
+        self._pending = None
+        try:
+            future.result()
+            if self.world.is_main:
+                self.owner.check()
+                publish_folder(hidden, folder)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            raise self._failed(folder, error) from error
+        if self.world.is_main:
+            self._remove_old()
+
+    def _failed(self, folder: Path, error: BaseException) -> BaseException:
+        if has_lost_ranks(error):
+            return error  # not the disk's fault
+        failures = getattr(error, "failures", {})
+        problem = next((str(cause[0]) for cause in failures.values()), str(error))
+        return UserError(
+            f"can't save checkpoint {folder}: {problem}; older checkpoints are intact; free some space or fix the "
+            "folder's permissions, then run the same command again"
+        )
+
+    def _remove_old(self) -> None:
+        """Delete what is not to be kept."""
+        for old in list_checkpoints(self.run_dir, self.kind)[: -self.kept.newest if self.kept.newest else 0]:
+            if self.kept.every_steps and checkpoint_step(old) % self.kept.every_steps == 0:
+                continue
+            doomed = old.with_name("." + old.name)  # a name that no one takes for complete, before anything is deleted
+            old.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)  # somebody may be reading it; the next start removes the rest
+
+
+def whole_state(engine: Engine, ema: EMA) -> dict[str, Tensor]:
+    """Return all tensors that a run resumes with, this rank's part."""
+    return engine.state() | averages_state(engine, ema, ema.averages)
+
+
+def averages_state(engine: Engine, ema: EMA, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return some of the averages, this rank's part."""
+    state = {}
+    for average in names:
+        tensors = engine.to_state(ema.averages[average])
+        state |= {average_key(average, name): tensor for name, tensor in tensors.items()}
+    return state
+
+
+def restore(engine: Engine, ema: EMA, folder: Path) -> Progress:
+    """Load a checkpoint into engine and averages; return how far it was."""
+    engine.load(folder)
+    for average, tensors in ema.averages.items():
+        engine.load_local(tensors, functools.partial(average_key, average), folder)
+    progress = read_progress(folder)
+    engine.set_step(progress.updates)
+    return progress
+
+
+def remove_averages_after(run_dir: Path, step: int) -> None:
+    """Delete the averages that were kept after `step`: the run went back there."""
+    for folder in list_checkpoints(run_dir, AVERAGES):
+        if checkpoint_step(folder) > step:
+            shutil.rmtree(folder)
+
+
+def remove_unfinished(run_dir: Path) -> None:
+    """Delete what a process that died while saving or deleting has left."""
+    for kind in (CHECKPOINTS, AVERAGES):
+        for entry in (run_dir / kind).glob(".step_*"):
+            shutil.rmtree(entry)

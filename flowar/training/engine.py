@@ -1,0 +1,123 @@
+"""What the trainer asks of an engine, and what the engines share. Read next: torch_engine.py, zero_engine.py.
+
+All engines keep float32 weights under the names of the plain model, and their checkpoints have one form: a dictionary
+from names to tensors of the plain model's shapes, whole or as DTensors. So a run can resume with another engine, or
+with another number of processes. No hyper-parameter of its own.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from flowar.base.distributed import World
+from flowar.base.errors import UserError
+from flowar.config.training import OptimConfig, ParallelConfig
+
+OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")  # AdamW's
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """What an engine has to know of a run."""
+
+    parallel: ParallelConfig
+    optim: OptimConfig
+    precision: str
+    micro_batch_size: int
+    num_parts: int  # micro batches of one process in a step
+
+
+class GradientEngine(Protocol):
+    """What computing gradients takes: all that `accumulate` asks."""
+
+    world: World
+    forward: Callable[..., Any]  # the model, or what is wrapped around it
+
+    def part(self, is_last: bool) -> AbstractContextManager[None]:
+        """Return the context of one part's forward and backward pass."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of one part of the batch."""
+
+
+class Engine(GradientEngine, Protocol):
+    """A model in training on one or many processes. All ranks call the same methods at the same steps."""
+
+    model: nn.Module
+    parameters: dict[str, nn.Parameter]
+
+    def grad_norm(self) -> float:
+        """Return the norm of all gradients of all ranks, the same on every rank."""
+
+    def step(self, lr: float) -> None:
+        """Clip the gradients, whose `grad_norm` was taken, and move the weights."""
+
+    def skip(self) -> None:
+        """Drop the gradients and leave the weights as they are."""
+
+    def save_own_files(self, folder: Path) -> None:
+        """Write what else the engine's own tools need."""
+
+    def set_step(self, step: int) -> None:
+        """Tell the optimizer how many steps it has behind it."""
+
+    def local_weights(self) -> dict[str, Tensor]:
+        """Return this rank's share of the weights, what an average of them follows: each is on one rank only."""
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return this rank's share of the weights in the form of checkpoints."""
+
+    def state(self) -> dict[str, Tensor]:
+        """Return this rank's share of weights and optimizer in the form of checkpoints: the values themselves."""
+
+    def load(self, folder: Path) -> None:
+        """Take over weights and optimizer from a checkpoint."""
+
+    def to_state(self, local: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return tensors that lie like `local_weights` in the form of checkpoints."""
+
+    def load_local(self, local: dict[str, Tensor], key: Callable[[str], str], folder: Path) -> None:
+        """Fill tensors that lie like `local_weights` from a checkpoint, which has them under `key(name)`."""
+
+    def full(self, local: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield every name and whole tensor, on all ranks, of tensors that lie like `local_weights`."""
+
+
+def engine_name(name: str, num_ranks: int) -> str:
+    """Return which engine parallel.engine=`name` means: "auto" is single for one process and ddp for several.
+
+    Raises:
+        UserError: if it is for one process only.
+    """
+    if name == "auto":
+        return "single" if num_ranks == 1 else "ddp"
+    if name == "single" and num_ranks > 1:
+        raise UserError(f"parallel.engine=single, but {num_ranks} processes were started; use ddp, fsdp or deepspeed")
+    return name
+
+
+def prepare_blocks(blocks: Iterable[nn.Module], parallel: ParallelConfig) -> None:
+    """Set a model's blocks up for recomputation and compilation."""
+    every = parallel.checkpoint_every_blocks
+    for index, block in enumerate(blocks):
+        if parallel.compile:
+            block.forward = torch.compile(block.forward)  # inside of what is recomputed, or nothing is compiled
+        if every and index % every == 0:
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def share_out(sizes: dict[str, int], num_ranks: int) -> dict[str, int]:
+    """Return a rank for each name, so that all ranks have about as much: the largest first, each to the emptiest."""
+    loads, owners = [0] * num_ranks, {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        rank = loads.index(min(loads))
+        owners[name] = rank
+        loads[rank] += sizes[name]
+    return owners

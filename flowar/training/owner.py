@@ -1,0 +1,61 @@
+"""Who writes in a run folder: one job at a time, and the last one to begin. Read next: train.py.
+
+A node whose daemon died may go on with a job that the scheduler has started again elsewhere. The newer start wins: the
+older one finds another token in owner.json before it would publish anything, and stops.
+"""
+
+import json
+import os
+import secrets
+from pathlib import Path
+from typing import NamedTuple
+
+from flowar.base.errors import UserError
+from flowar.base.files import write_text
+from flowar.base.leases import describe_process, is_of_this_machine, process_is_gone
+
+OWNER_FILE = "owner.json"
+
+
+class Owner(NamedTuple):
+    """A start of a run: its folder and its token."""
+
+    run_dir: Path
+    token: str
+
+    def check(self) -> None:
+        """Raise a UserError if another process has taken over the run."""
+        try:
+            owner = json.loads((self.run_dir / OWNER_FILE).read_text())
+        except FileNotFoundError:
+            raise UserError(f"run_dir={self.run_dir} was removed while it was trained") from None
+        if owner["token"] != self.token:
+            raise UserError(
+                f"run_dir={self.run_dir} was taken over by process {owner['pid']} on {owner['host']}"
+                f"{owner['job'] and ' (job ' + owner['job'] + ')'}; this one stops"
+            )
+
+
+def take_over(run_dir: Path) -> Owner:
+    """Make this process the owner of a run folder.
+
+    A process on another machine can't be asked whether it lives: it is taken over from, and will stop. So is one of the
+    same job, which was started again.
+
+    Raises:
+        UserError: if a living process of this machine, and of another job, is at work there.
+        OSError: if the folder can't be written.
+    """
+    file = run_dir / OWNER_FILE
+    job = os.environ.get("FLOWAR_JOB", "")
+    if file.exists():
+        owner = json.loads(file.read_text())
+        is_mine = owner["pid"] == os.getpid() or (job and owner["job"] == job)
+        if not is_mine and is_of_this_machine(owner) and not process_is_gone(owner):
+            raise UserError(
+                f"run_dir={run_dir} is in use by process {owner['pid']} on this machine; end that one first "
+                f"(kill {owner['pid']} has it save and stop), or give another run_dir"
+            )
+    token = secrets.token_hex(8)
+    write_text(file, json.dumps(describe_process() | {"token": token, "job": job}, indent=2) + "\n")
+    return Owner(run_dir, token)

@@ -1,0 +1,155 @@
+"""What follows from the settings of a run before its first step: sizes, checks, folder, engine. Read next: step.py."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from flowar.base.distributed import World
+from flowar.base.errors import UserError
+from flowar.base.files import write_text
+from flowar.base.run_folder import CHECKPOINTS, CONFIG_FILE
+from flowar.config.load import changed_settings, decisive_settings, describe_config, is_free, load_config
+from flowar.config.training import TrainConfig
+from flowar.latents.batches import check_fits, check_same_vae
+from flowar.latents.schema import Passport, read_passport, write_passport
+from flowar.latents.shards import LatentShards
+from flowar.latents.vae import VAE, load_vae
+from flowar.models.attention import import_flash_attention
+from flowar.training.checkpoint import remove_unfinished
+from flowar.training.engine import Engine, EngineSettings, engine_name
+from flowar.training.owner import Owner, take_over
+from flowar.training.step import StepSettings
+from flowar.training.torch_engine import TorchEngine
+from flowar.training.zero_engine import ZeROEngine
+
+
+def make_engine(settings: EngineSettings, model: nn.Module, world: World) -> Engine:
+    """Return the engine that the settings name, around a model with fresh weights, the same on all ranks."""
+    kind = ZeROEngine if engine_name(settings.parallel.engine, world.size) == "deepspeed" else TorchEngine
+    return kind(settings, model, world)
+
+
+def check_attention(attention: str, device: torch.device) -> None:
+    """Raise a UserError if attention=flash can't run here."""
+    if attention == "flash":
+        import_flash_attention()
+        if device.type != "cuda":
+            raise UserError(f"attention=flash needs a GPU, but device is {device}; set attention=sdpa")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunPlan:
+    """What follows from the settings, the shards and the number of processes."""
+
+    shards: LatentShards
+    vae: VAE | None
+    num_steps: int
+    warmup_steps: float
+    engine: EngineSettings
+    step: StepSettings
+
+
+def plan_run(config: TrainConfig, world: World) -> RunPlan:
+    """Check what can be known before anything is built, and say what will be done.
+
+    Raises:
+        UserError: if settings, shards and processes don't fit together.
+    """
+    shards = LatentShards(config.data)
+    passport = shards.passport
+    check_fits(passport, config.model, config.data.path)
+    micro = split_batch(config.batch_size, config.micro_batch_size, world.size)
+    steps_per_epoch = passport.num_images / config.batch_size
+    num_steps = math.ceil(config.epochs * steps_per_epoch)
+    warmup_steps = config.optim.warmup_epochs * steps_per_epoch
+    parts = config.batch_size // (micro * world.size)
+    if world.is_main:
+        engine = engine_name(config.parallel.engine, world.size)
+        how = f"{engine}, {world.device}, {config.precision}, attention {config.attention}"
+        print(
+            f"{passport.num_images:,} images / batch of {config.batch_size:,} = {steps_per_epoch:,.1f} steps an epoch, "
+            f"{config.epochs:g} epochs = {num_steps:,} steps, {warmup_steps:,.0f} of them warm-up; batch = {micro:,} x "
+            f"{parts} parts x {world.size} processes ({how})"
+        )
+    check_resumable(Path(config.run_dir), config, passport)
+    vae = load_vae(config.vae.name, config.vae.weights) if config.preview.every_steps else None
+    if vae is not None:
+        check_same_vae(passport, vae, config.data.path)
+    elif passport.vae_name != config.vae.name:  # without previews the VAE isn't loaded, its weights may not be here
+        raise UserError(
+            f"data.path={config.data.path} was made with VAE {passport.vae_name}, but vae.name={config.vae.name}; set "
+            f"vae.name={passport.vae_name}, or use other shards"
+        )
+    return RunPlan(
+        shards,
+        vae,
+        num_steps,
+        warmup_steps,
+        EngineSettings(config.parallel, config.optim, config.precision, micro, parts),
+        StepSettings.of(config, micro, passport.latent_multiplier),
+    )
+
+
+def split_batch(batch_size: int, micro_batch_size: int | None, num_ranks: int) -> int:
+    """Return how many samples each process takes at once.
+
+    Args:
+        batch_size: of all ranks together.
+        micro_batch_size: the wish; None: all of a rank's.
+        num_ranks: number of processes.
+
+    Raises:
+        UserError: if the batch can't be cut into equal parts, with a size that can.
+    """
+    if batch_size % num_ranks:
+        fitting = max(1, round(batch_size / num_ranks)) * num_ranks
+        raise UserError(
+            f"batch_size={batch_size} is not a multiple of {num_ranks} processes; try batch_size={fitting}, or "
+            "another number of processes"
+        )
+    share_of_rank = batch_size // num_ranks
+    micro = micro_batch_size or share_of_rank
+    if share_of_rank % micro:
+        fitting = max(n for n in range(1, micro + 1) if share_of_rank % n == 0)
+        raise UserError(
+            f"batch_size={batch_size} is not a multiple of micro_batch_size={micro} x {num_ranks} processes = "
+            f"{micro * num_ranks}; try micro_batch_size={fitting}"
+        )
+    return micro
+
+
+def check_resumable(run_dir: Path, config: TrainConfig, passport: Passport) -> None:
+    """Raise a UserError if `run_dir` holds a run with other settings or other data, naming what differs."""
+    if not (run_dir / CONFIG_FILE).exists():
+        return
+    before = load_config(TrainConfig, run_dir / CONFIG_FILE)
+    changed = changed_settings(before, config)
+    for key in sorted(key for key in changed if is_free(TrainConfig, key)):
+        old, new = changed.pop(key)
+        print(f"{key} was {old}, now {new}")
+    if changed:
+        listed = "; ".join(f"{key} was {old}, now {new}" for key, (old, new) in changed.items())
+        raise UserError(f"run_dir={run_dir} holds another run: {listed}; give another run_dir, or the same settings")
+    recorded, found = decisive_settings(read_passport(run_dir)), decisive_settings(passport)
+    key = next((key for key in found if recorded[key] != found[key]), None)
+    if key is not None:
+        raise UserError(
+            f"run_dir={run_dir} was trained on other shards: {key} was {str(recorded[key])[:40]}, data.path="
+            f"{config.data.path} has {str(found[key])[:40]}; give another run_dir, or those shards"
+        )
+
+
+def prepare_run_dir(run_dir: Path, config: TrainConfig, passport: Passport) -> Owner:
+    """Make the folder, own it, write the resolved config and the passport, remove what a killed process left."""
+    try:
+        (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        owner = take_over(run_dir)
+        remove_unfinished(run_dir)
+        write_passport(passport, run_dir)
+        write_text(run_dir / CONFIG_FILE, describe_config(config))
+    except OSError as error:
+        raise UserError(f"can't write to run_dir={run_dir}: {error.strerror or error}") from error
+    return owner

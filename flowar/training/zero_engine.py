@@ -1,0 +1,228 @@
+"""DeepSpeed ZeRO. Alone imports deepspeed. Read next: engine.py."""
+
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from flowar.base.distributed import World
+from flowar.base.run_folder import optimizer_key, weight_key
+from flowar.models.build import family_of
+from flowar.models.folders import load_state
+from flowar.training.engine import OPTIMIZER_STATES, EngineSettings, prepare_blocks, share_out
+from flowar.training.optim import make_optimizer, set_learning_rate
+
+
+class ZeROEngine:
+    """DeepSpeed ZeRO 1, 2 or 3, and torch's AdamW on its flat float32 partitions. An `Engine`."""
+
+    name = "deepspeed"
+
+    def __init__(self, settings: EngineSettings, model: nn.Module, world: World) -> None:
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # for ninja
+        import deepspeed
+
+        self.writes_own_files = settings.parallel.zero_files
+        self.world = world
+        self.stage = settings.parallel.zero_stage
+        family = family_of(model.config)
+        prepare_blocks(family.blocks(model), settings.parallel)
+        if settings.precision == "bf16":  # DeepSpeed switches off the autocast that it is called in
+            model.forward = torch.autocast(world.device.type, torch.bfloat16)(model.forward)
+        options: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": settings.micro_batch_size,
+            "gradient_accumulation_steps": settings.num_parts,
+            "gradient_clipping": settings.optim.max_grad_norm,
+            "zero_optimization": {"stage": self.stage},
+            "zero_allow_untested_optimizer": True,
+            "steps_per_print": 10**9,
+        }
+        if settings.parallel.zero_offload:
+            options["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+            options["zero_force_ds_cpu_optimizer"] = False
+        self.forward, self.optimizer, _, _ = deepspeed.initialize(
+            model=model.to(world.device),
+            optimizer=make_optimizer(model, family, settings.optim),
+            config=options,
+            dist_init_required=False,
+        )
+        self.model = self.forward.module
+        self.parameters = dict(self.model.named_parameters())
+        self._start_optimizer()
+
+    def _start_optimizer(self) -> None:
+        """Make AdamW's states now, so that a checkpoint has where to go.
+
+        DeepSpeed 0.19 would link them to the weights in the first step, when only those of the first group are there.
+        """
+        zero = self.optimizer
+        for flat in zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups:
+            states = {name: torch.zeros_like(flat) for name in OPTIMIZER_STATES}
+            zero.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), **states}
+        if self.stage < 3:
+            zero._lazy_init_hp_params_optimizer_state()
+
+    @contextlib.contextmanager
+    def part(self, is_last: bool) -> Iterator[None]:
+        yield
+        if not is_last:
+            self.forward.step()  # only counts the parts
+
+    def backward(self, loss: Tensor) -> None:
+        self.forward.backward(loss, scale_wrt_gas=False)
+
+    def grad_norm(self) -> float:
+        from deepspeed.runtime.utils import combine_grad_norm_groups
+
+        if self.stage == 3:
+            norm = combine_grad_norm_groups(self.optimizer._get_norm_groups())
+        else:
+            norm = self.optimizer.scaled_global_norm()
+        norm = float(norm)
+        return norm if norm >= 0 else float("nan")  # DeepSpeed's mark for a norm that isn't finite
+
+    def step(self, lr: float) -> None:
+        set_learning_rate(self.optimizer, lr)
+        self.forward.step()
+
+    def skip(self) -> None:
+        # DeepSpeed drops a step by itself where the norm is not finite: let it believe so.
+        name = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
+        nan = torch.tensor(float("nan"), device=self.world.device)
+        setattr(self.optimizer, name, lambda: [nan] if self.stage == 3 else nan)
+        try:
+            self.forward.step()
+        finally:
+            delattr(self.optimizer, name)
+
+    def save_own_files(self, folder: Path) -> None:
+        """Write a checkpoint in DeepSpeed's layout, which its zero_to_fp32.py reads."""
+        if self.writes_own_files:
+            self.forward.save_checkpoint(str(folder / "deepspeed"), tag="zero")
+
+    def set_step(self, step: int) -> None:
+        for state in self.optimizer.optimizer.state.values():
+            state["step"] = torch.full_like(state["step"], step, dtype=torch.float32)
+
+    def local_weights(self) -> dict[str, Tensor]:
+        """ZeRO 3: this rank's flat part of each weight. Else all ranks have all, and each follows some of them."""
+        if self.stage == 3:
+            from deepspeed.utils import safe_get_local_fp32_param
+
+            return {name: safe_get_local_fp32_param(p) for name, p in self.parameters.items()}
+        owners = self._owners
+        return {name: p.detach() for name, p in self.parameters.items() if owners[name] == self.world.rank}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights, each whole on one rank: copies, gathered one after the other."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        found = {}
+        for name, p in self.parameters.items():
+            full = safe_get_full_fp32_param(p)  # all ranks take part
+            if self._owners[name] == self.world.rank:
+                found[weight_key(name)] = full.cpu().clone()
+        return found
+
+    def state(self) -> dict[str, Tensor]:
+        """Return weights and optimizer, each whole on one rank: copies, gathered one after the other."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        found = {}
+        for name, p in self.parameters.items():
+            mine = self._owners[name] == self.world.rank
+            full = {weight_key(name): safe_get_full_fp32_param(p)}
+            full |= {optimizer_key(name, key): safe_get_full_optimizer_state(p, key) for key in OPTIMIZER_STATES}
+            if mine:
+                found |= {key: tensor.cpu().clone() for key, tensor in full.items()}
+        return found
+
+    def load(self, folder: Path) -> None:
+        for key in (None, *OPTIMIZER_STATES):
+            keys = {name: optimizer_key(name, key) if key else weight_key(name) for name in self.parameters}
+            for name, full in self._read(folder, keys):
+                self._set(self.parameters[name], full, key)
+
+    @torch.no_grad()
+    def _set(self, parameter: nn.Parameter, full: Tensor, key: str | None) -> None:
+        """Overwrite this rank's part of a weight (and what the forward pass uses of it) or of its optimizer state."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        if key is not None and self.stage < 3:
+            safe_set_full_optimizer_state(parameter, full, key)
+        elif key is not None:
+            parameter._z3_optimizer.set_local_hp_param(self._part(full, parameter), parameter, key)
+        elif self.stage < 3:
+            safe_set_full_fp32_param(parameter, full)
+            parameter.data.copy_(full)
+        else:
+            part = self._part(full, parameter)
+            parameter._z3_optimizer.set_local_hp_param(part, parameter)
+            parameter.ds_tensor.data.copy_(part)
+            if parameter.data.numel() == full.numel():  # small ones are kept whole
+                parameter.data.copy_(full)
+
+    def to_state(self, local: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.stage < 3:
+            return local
+        return {name: t.cpu() for name, t in self.full(local) if self._owners[name] == self.world.rank}
+
+    def load_local(self, local: dict[str, Tensor], key: Callable[[str], str], folder: Path) -> None:
+        for name, full in self._read(folder, {name: key(name) for name in local}):
+            local[name].copy_(self._part(full, self.parameters[name]))
+
+    def full(self, local: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        for name, p in self.parameters.items():
+            if self.stage == 3:
+                yield name, p._z3_optimizer._fp32_state_allgather(p, local[name])
+                continue
+            tensor = local[name] if name in local else torch.empty_like(p)
+            if self.world.size > 1:
+                dist.broadcast(tensor, src=self._owners[name])
+            yield name, tensor
+
+    def _part(self, full: Tensor, parameter: nn.Parameter) -> Tensor:
+        """Return what this rank has of a whole tensor that lies like `local_weights`."""
+        if self.stage < 3:
+            return full
+        size = parameter.ds_tensor.numel()  # with padding at the end of the last rank's part
+        flat = torch.nn.functional.pad(full.flatten(), (0, size * self.world.size - full.numel()))
+        return flat[self.world.rank * size : (self.world.rank + 1) * size]
+
+    def _read(self, folder: Path, keys: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield whole tensors of a checkpoint, some at a time: all of them together may be too much."""
+        for names in _groups(keys, lambda name: self._shape(name).numel()):
+            state = {keys[name]: torch.empty(self._shape(name)) for name in names}
+            load_state(state, folder, self.world.control)
+            for name in names:
+                yield name, state[keys[name]].to(self.world.device)
+
+    def _shape(self, name: str) -> torch.Size:
+        parameter = self.parameters[name]
+        return parameter.ds_shape if self.stage == 3 else parameter.shape
+
+    @functools.cached_property
+    def _owners(self) -> dict[str, int]:
+        return share_out({name: self._shape(name).numel() for name in self.parameters}, self.world.size)
+
+
+READ_AT_ONCE = 2**27  # values: half a GiB
+
+
+def _groups(names: Iterable[str], size: Callable[[str], int]) -> Iterator[list[str]]:
+    group, values = [], 0
+    for name in names:
+        group.append(name)
+        values += size(name)
+        if values >= READ_AT_ONCE:
+            yield group
+            group, values = [], 0
+    if group:
+        yield group

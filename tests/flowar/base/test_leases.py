@@ -1,0 +1,120 @@
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+
+from flowar.base.leases import Leases, finish_together
+
+SHORT_S = 0.6
+
+
+@pytest.fixture
+def two(tmp_path):
+    with Leases(tmp_path, SHORT_S) as ours, Leases(tmp_path, SHORT_S) as theirs:
+        yield ours, theirs
+
+
+def from_another_machine(folder, name):
+    """Make a claim look as if a process of another machine had left it."""
+    path = folder / f"{name}.0"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"machine": "elsewhere"}))
+
+
+def test_a_claim_has_one_holder_until_it_is_given_up(two):
+    ours, theirs = two
+    assert ours.claim("a") and not theirs.claim("a") and theirs.claim("b")
+    assert ours.is_mine("a")
+    ours.release("a")
+    time.sleep(SHORT_S / 4)  # a claim just seen alive is not read again
+    assert theirs.claim("a") and not ours.claim("a")
+
+
+def test_a_living_holder_keeps_its_claim_for_longer_than_a_lease(two):
+    ours, theirs = two
+    assert ours.claim("a")
+    ended = time.monotonic() + 4 * SHORT_S
+    while time.monotonic() < ended:
+        assert not theirs.claim("a")
+        time.sleep(0.05)
+
+
+def test_a_holder_that_is_silent_for_a_lease_loses_its_claim_and_learns_of_it(tmp_path):
+    silent = Leases(tmp_path, SHORT_S)  # no context: nothing keeps it alive
+    assert silent.claim("a")
+    from_another_machine(tmp_path, "a")
+    with Leases(tmp_path, SHORT_S) as ours:
+        began = time.monotonic()
+        while not ours.claim("a"):
+            time.sleep(0.02)
+        assert time.monotonic() - began > SHORT_S
+        assert ours.is_mine("a") and not silent.is_mine("a")
+        assert not Leases(tmp_path, SHORT_S).claim("a")
+    with Leases(tmp_path, SHORT_S) as next_one:
+        assert next_one.claim("a")  # given up when the last one left
+        assert not silent.is_mine("a")
+
+
+def hold(folder, ready):
+    with Leases(folder, 600) as leases:
+        leases.claim("a")
+        ready.set()
+        time.sleep(600)
+
+
+def test_a_killed_process_of_this_machine_loses_its_claim_at_once(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    ready = context.Event()
+    process = context.Process(target=hold, args=(tmp_path, ready))
+    process.start()
+    assert ready.wait(60)
+    with Leases(tmp_path, 600) as ours:
+        assert not ours.claim("a")
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        with Leases(tmp_path, 600) as other:
+            assert other.claim("a")
+            assert not ours.claim("a")
+
+
+def race(folder, barrier, won):
+    with Leases(folder, 60) as leases:
+        barrier.wait()
+        for number in range(200):
+            if leases.claim(str(number)):
+                won.put(number)
+        barrier.wait()  # nobody gives up before all have tried
+
+
+def test_of_many_processes_one_gets_each_claim(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    barrier, won = context.Barrier(4), context.Queue()
+    processes = [context.Process(target=race, args=(tmp_path, barrier, won)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    numbers = sorted(won.get(timeout=60) for _ in range(200))
+    for process in processes:
+        process.join()
+    assert numbers == list(range(200)) and won.empty()
+
+
+def test_the_holder_is_named(two):
+    ours, _ = two
+    ours.claim("a")
+    assert ours.holder("a").endswith(f"process {os.getpid()}") and ours.holder("b") == "nobody"
+
+
+def test_a_dead_finisher_of_another_machine_is_replaced_and_all_wait_until_it_is_done(tmp_path):
+    claims, done = tmp_path / "claims", tmp_path / "done"
+    claims.mkdir()
+    assert Leases(claims, SHORT_S).claim("finish")  # no context: it is dead
+    from_another_machine(claims, "finish")
+    with Leases(claims, SHORT_S) as ours:
+        began = time.monotonic()
+        assert finish_together(ours, done.exists, done.touch)
+        assert time.monotonic() - began > SHORT_S and done.exists() and not claims.exists()
+        assert not finish_together(ours, done.exists, done.unlink)  # nothing to do any more
+    with Leases(claims, SHORT_S) as failing, pytest.raises(ZeroDivisionError):
+        finish_together(failing, lambda: False, lambda: 1 / 0)

@@ -1,0 +1,98 @@
+from pathlib import Path
+
+import pytest
+
+from flowar.base.errors import UserError
+from flowar.config.data import PrepareConfig
+from flowar.config.drawing import SampleConfig
+from flowar.config.jobs import DemoConfig
+from flowar.config.load import changed_settings, describe_config, load_config
+from flowar.config.models import MODEL_VARIANTS, ModelConfig
+from flowar.config.training import TrainConfig
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+REQUIRED = ("run_dir=a", "data.path=b")
+
+
+@pytest.mark.parametrize("schema", [ModelConfig, DemoConfig])
+def test_a_saved_config_loads_to_the_same_value(schema, tmp_path):
+    (tmp_path / "config.yaml").write_text(describe_config(schema()))
+    assert load_config(schema, tmp_path / "config.yaml") == schema()
+
+
+def test_overrides_beat_the_file_and_the_file_beats_the_defaults(tmp_path):
+    (tmp_path / "a.yaml").write_text("run_dir: x\ndata: {path: y}\nbatch_size: 7\nseed: 7\n")
+    config = load_config(TrainConfig, tmp_path / "a.yaml", ("seed=8",))
+    assert (config.run_dir, config.batch_size, config.seed, config.epochs) == ("x", 7, 8, 400)
+
+
+def test_a_variant_sets_the_whole_model_and_single_settings_come_on_top():
+    config = load_config(TrainConfig, None, (*REQUIRED, "model.variant=flowar-h", "model.dropout=0.2"))
+    assert config.model.ar_depth == 30
+    assert config.model.dropout == 0.2
+    demo = load_config(DemoConfig, None, ("train.model.variant=flowar-s",))
+    assert demo.train.model == MODEL_VARIANTS["flowar-s"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (("optim.lrr=1",), "optim.lrr is not a setting; did you mean optim.lr?"),
+        (("optm.lr=1",), "optm is not a setting; did you mean optim?"),
+        (("lr=1",), "lr is not a setting; did you mean optim.lr?"),
+        (("optim.lr=fast",), "'fast' .*Float.*optim.lr"),
+        (("batch_size=2.5",), "batch_size"),
+        (("precision=fp16",), "'fp16'.*fp32.*tf32.*bf16.*precision"),
+        (("model.scales=[4,2]",), r"model.scales=\[4, 2\] must grow"),
+        (("model.ar_depth=3",), "model.ar_depth=3 must be even"),
+        (("model.ar_width=100",), "model.ar_width=100 must be a multiple of 4 x model.ar_heads=16"),
+        (("model.variant=flowar-xl",), "no model is called 'flowar-xl'; did you mean flowar-l"),
+        (("label_dropout=1.5",), r"label_dropout=1.5 must lie in \[0, 1\)"),
+        (("attention=flash",), "attention=flash needs precision=bf16"),
+        (("preview.guidance_interval=[0.9,0]",), r"preview.guidance_interval=\[0.9, 0.0\] must be"),
+        (("preview.num_steps=1",), "preview.num_steps=1 must be at least 2"),
+        (("optim.lr=-1",), "optim.lr=-1.0 must be above 0"),
+        (("epochs=0",), "epochs=0.0 must be above 0"),
+        (("batch_size",), "neither a file nor a setting"),
+        (("seed=[",), "can't read the overrides"),
+    ],
+)
+def test_bad_settings_are_one_clear_line(overrides, message):
+    with pytest.raises(UserError, match=message) as caught:
+        load_config(TrainConfig, None, (*REQUIRED, *overrides))
+    assert "\n" not in str(caught.value)
+
+
+def test_required_settings_are_named():
+    with pytest.raises(UserError, match="data.path is required"):
+        load_config(TrainConfig, None, ("run_dir=a",))
+    with pytest.raises(UserError, match="images is required"):
+        load_config(PrepareConfig, None, ("out_dir=a",))
+
+
+def test_bad_files_are_one_clear_line(tmp_path):
+    with pytest.raises(UserError, match="there is no config file"):
+        load_config(TrainConfig, tmp_path / "none.yaml")
+    (tmp_path / "a.yaml").write_text("a: [1\nb: }")
+    with pytest.raises(UserError, match="is not a YAML config"):
+        load_config(TrainConfig, tmp_path / "a.yaml")
+    (tmp_path / "b.yaml").write_text("- 1\n")
+    with pytest.raises(UserError, match="holds a list"):
+        load_config(TrainConfig, tmp_path / "b.yaml")
+
+
+def test_changed_settings_are_found_by_key():
+    before = load_config(TrainConfig, None, REQUIRED)
+    after = load_config(TrainConfig, None, (*REQUIRED, "optim.lr=1", "model.scales=[1,2]"))
+    assert changed_settings(before, after) == {"optim.lr": (4e-4, 1.0), "model.scales": ((1, 2, 4, 8, 16), (1, 2))}
+
+
+@pytest.mark.parametrize("file", sorted((CONFIGS / "train").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_training_recipe_loads(file):
+    config = load_config(TrainConfig, file, REQUIRED)
+    assert config.model.variant in MODEL_VARIANTS
+
+
+@pytest.mark.parametrize("file", sorted((CONFIGS / "sample").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_sampling_recipe_loads(file):
+    assert load_config(SampleConfig, file, ("model=a", "out_dir=b")).num_images == 50_000

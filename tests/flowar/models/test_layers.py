@@ -1,0 +1,104 @@
+import importlib.util
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from flowar.base.errors import UserError
+from flowar.models.attention import attend
+from flowar.models.flowar.scales import causal_segments, local_segments, num_tokens, rotary_angles
+from flowar.models.layers import GatedMLP, SelfAttention, TimeEmbedding, rotate
+
+SCALES = (1, 2, 4)
+TOKENS = num_tokens(SCALES)
+
+
+def dense_mask(segments, queries, keys):
+    mask = torch.zeros(queries, keys, dtype=torch.bool)
+    for query_slice, key_slice in segments:
+        mask[query_slice, key_slice] = True
+    return mask
+
+
+@pytest.mark.parametrize("make_segments", [causal_segments, local_segments])
+def test_unmasked_segments_equal_one_masked_call(make_segments):
+    segments = make_segments(SCALES, range(3))
+    query, key, value = torch.randn(3, 2, TOKENS, 4, 8).unbind(0)
+    attended = attend(query, key, value, segments, dropout=0.0, kernel="sdpa")
+    mask = dense_mask(segments, TOKENS, TOKENS)
+    by_mask = F.scaled_dot_product_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), attn_mask=mask
+    ).transpose(1, 2)
+    torch.testing.assert_close(attended, by_mask)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed here")
+def test_asking_for_flash_without_the_package_says_how_to_install_it():
+    heads = torch.randn(1, TOKENS, 2, 8)
+    with pytest.raises(UserError, match=r"pip install .*flowar\[cuda\].*attention=sdpa"):
+        attend(heads, heads, heads, local_segments(SCALES, range(3)), dropout=0.0, kernel="flash")
+
+
+def test_rotation_keeps_lengths_and_depends_on_relative_position_only():
+    angles = rotary_angles((8,), 16).view(8, 8, 8)
+    query, key = torch.randn(2, 1, 1, 1, 16).unbind(0)
+
+    def score(query_at, key_at):
+        turned_query = rotate(query, angles[query_at][None])
+        turned_key = rotate(key, angles[key_at][None])
+        return (turned_query * turned_key).sum()
+
+    torch.testing.assert_close(rotate(query, angles[5, 3][None]).norm(), query.norm())
+    torch.testing.assert_close(score((2, 3), (4, 4)), score((3, 5), (5, 6)))
+    assert not torch.isclose(score((2, 3), (4, 4)), score((2, 3), (4, 5)))
+
+
+def test_all_scales_span_the_same_square():
+    angles = rotary_angles((2, 4), 8)
+    coarse, fine = angles[:4].view(2, 2, 4), angles[4:].view(4, 4, 4)
+    torch.testing.assert_close(coarse, fine[::2, ::2])
+
+
+def test_rotation_in_bfloat16_is_computed_in_float32():
+    heads = torch.randn(1, TOKENS, 2, 8)
+    angles = rotary_angles(SCALES, 8)
+    low = heads.bfloat16()
+    assert torch.equal(rotate(low, angles), rotate(low.float(), angles).bfloat16())
+
+
+def test_cached_keys_give_the_same_attention():
+    attention = SelfAttention(16, 2, qkv_bias=True).eval()
+    tokens, angles = torch.randn(2, TOKENS, 16), rotary_angles(SCALES, 8)
+    whole, _ = attention(tokens, angles, causal_segments(SCALES, range(3)))
+    first, past = attention(tokens[:, :5], angles[:5], causal_segments(SCALES, range(2)))
+    second, _ = attention(tokens[:, 5:], angles[5:], causal_segments(SCALES, range(2, 3)), past)
+    torch.testing.assert_close(torch.cat([first, second], dim=1), whole)
+
+
+def test_dropout_acts_in_training_only():
+    attention = SelfAttention(16, 2, qkv_bias=True, dropout=0.5)
+    mlp = GatedMLP(16, dropout=0.5)
+    tokens, angles, segments = torch.randn(2, 5, 16), rotary_angles((1, 2), 8), causal_segments((1, 2), range(2))
+    for layer in (lambda x: attention(x, angles, segments)[0], mlp):
+        attention.train(), mlp.train()
+        assert not torch.equal(layer(tokens), layer(tokens))
+        attention.eval(), mlp.eval()
+        assert torch.equal(layer(tokens), layer(tokens))
+
+
+def test_time_is_embedded_in_whole_thousandths():
+    embedding = TimeEmbedding(8)
+    at = torch.tensor([0.6801, 0.6809, 0.681])
+    first, second, third = embedding(at)
+    assert torch.equal(first, second)
+    assert not torch.equal(second, third)
+    assert not torch.equal(embedding(torch.tensor([0.68])), embedding(torch.tensor([0.6799])))
+
+
+def test_time_stays_float32_under_autocast():
+    embedding = TimeEmbedding(8)
+    at = torch.rand(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(embedding(at), embedding(at).float())
+        inside = embedding(at)
+    assert torch.equal(inside, embedding(at))

@@ -1,0 +1,174 @@
+import math
+import os
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+
+from flowar import replay
+from flowar.base.errors import UserError
+from flowar.base.run_folder import Progress, find_latest, read_progress
+from flowar.config.data import DataConfig
+from flowar.config.training import EMAConfig, GuardConfig, ParallelConfig, ReplayConfig
+from flowar.latents.batches import StepOrder
+from flowar.latents.schema import row_checksum
+from flowar.latents.shards import LatentShards
+from flowar.models.folders import load_model
+from flowar.train import main
+from flowar.training.guard import Guard, load_bundle
+from flowar.training.report import read_metrics
+from tests.conftest import MORE, training
+from tests.flowar.ranks import run_ranks, start_ranks
+from tests.flowar.training.test_engines import settings, wait_for_step
+
+
+def poison(shards, folder, images, factor=math.nan):
+    """Copy the shards, and multiply the moments of some images; their checksums are right."""
+    shutil.copytree(shards, folder)
+    opened = LatentShards(DataConfig(path=str(folder)))
+    for image in images:
+        for row in (2 * image, 2 * image + 1):
+            found = opened.read([row])
+            shard = opened.shards[opened._shards_of([row])[0]]
+            found["moments"] *= factor
+            found["checksum"] = row_checksum(found["moments"][0], int(found["label"][0]))
+            offset = shard.num_bytes - (shard.num_rows - (row - shard.first_row)) * opened.dtype.itemsize
+            with (folder / shard.name).open("r+b") as file:
+                os.pwrite(file.fileno(), found.tobytes(), offset)
+    return folder
+
+
+def images_of_step(step, batch_size=8):
+    """The images of a step, counted from 1, of a run with seed 0 on the fixture's 24 images."""
+    rows = next(iter(StepOrder(24, 2, batch_size=batch_size, seed=0, steps=range(step - 1, step))))
+    return [row // 2 for row in rows]
+
+
+def test_what_is_not_finite_or_jumps_is_a_problem_and_what_is_usual_is_none():
+    judge = Guard(GuardConfig(spike_factor=3), Progress())
+    assert all(judge.judge(1.0 + 0.01 * step, 1.0) is None for step in range(30))
+    assert "not both finite" in judge.judge(math.nan, 1.0) and "not both finite" in judge.judge(1.0, math.inf)
+    assert "is more than 3 times the usual" in judge.judge(4.0, 1.0)
+    assert judge.in_a_row == 3
+    assert judge.judge(1.2, 1.0) is None and judge.in_a_row == 0
+    assert Guard(GuardConfig()).judge(1e9, 1.0) is None
+
+
+def test_a_bad_sample_is_skipped_kept_and_replayed(shards, tmp_path, capsys):
+    bad = images_of_step(2)[3]
+    config = training(
+        shards, tmp_path / "run", data=DataConfig(path=str(poison(shards, tmp_path / "bad", [bad])), num_workers=0)
+    )
+    main(config)
+    bundles = sorted((tmp_path / "run" / "anomalies").iterdir())
+    assert len(bundles) == 3 and bundles[0].name == "batch_00000002"  # the first three of one in each of ten epochs
+    assert sum(record["skipped_steps"] for record in read_metrics(tmp_path / "run")) == 10
+    assert all(math.isfinite(record["loss"]) for record in read_metrics(tmp_path / "run"))
+    assert read_progress(find_latest(tmp_path / "run")).updates == 20
+    assert all(torch.isfinite(p).all() for p in load_model(tmp_path / "run", "raw").parameters())
+    bundle = load_bundle(bundles[0])
+    rows = [row for row in bundle["samples"].tolist() if row // 2 == bad]
+    assert len(rows) == 1 and math.isnan(bundle["losses"][0])
+    assert all(math.isnan(value) for name, value in bundle["activations"].items() if name.startswith("flow"))
+    capsys.readouterr()
+
+    replay.main(ReplayConfig(bundle=str(bundles[0])))
+    found = capsys.readouterr().out
+    assert f"samples with values that are not finite: {rows}" in found
+    assert "gradient norm" in found and "nan" in found
+
+
+def test_a_spike_is_skipped_and_its_replay_gives_the_same_numbers(shards, tmp_path, capsys):
+    bad = images_of_step(28)[0]
+    path = poison(shards, tmp_path / "bad", [bad], factor=50)
+    config = training(
+        shards,
+        tmp_path / "run",
+        data=DataConfig(path=str(path), num_workers=0),
+        guard=GuardConfig(spike_factor=2),
+        model=settings(shards, tmp_path, "single").model,  # without dropout
+    )
+    main(config)
+    bundle = load_bundle(tmp_path / "run" / "anomalies" / "batch_00000028")
+    assert "times the usual" in bundle["problem"]
+    replay.main(ReplayConfig(bundle=str(tmp_path / "run" / "anomalies" / "batch_00000028")))
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if "loss: scale" in line or "norm" in line]
+    for row in rows:
+        then, now = float(row[2]), float(row[3])
+        assert then == pytest.approx(now, rel=1e-4)
+
+
+def test_the_run_rolls_back_past_bad_batches_and_then_stops(shards, tmp_path):
+    bad = images_of_step(2)[3]
+    changes = {
+        "data": DataConfig(path=str(poison(shards, tmp_path / "bad", [bad])), num_workers=0),
+        "epochs": 2,
+        "save_every_steps": 1,
+        "log_every_steps": 1,
+    }
+    often = GuardConfig(skips_before_rollback=1, max_rollbacks=5)
+    main(training(shards, tmp_path / "run", guard=often, **changes))
+    progress = read_progress(find_latest(tmp_path / "run"))
+    assert (progress.step, progress.updates) == (6, 6)
+    assert progress.rollbacks == progress.data_offset == len(list((tmp_path / "run" / "anomalies").iterdir())) >= 2
+    assert [record["step"] for record in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+    once = GuardConfig(skips_before_rollback=1, max_rollbacks=1)
+    with pytest.raises(UserError, match=r"1 steps in a row went wrong, .*was rolled back before.*flowar replay"):
+        main(training(shards, tmp_path / "other", guard=once, **changes))
+
+
+def test_without_a_checkpoint_there_is_nothing_to_go_back_to(shards, tmp_path):
+    path = poison(shards, tmp_path / "bad", range(24))
+    config = training(shards, tmp_path / "run", data=DataConfig(path=str(path), num_workers=0))
+    with pytest.raises(UserError, match=r"3 steps in a row went wrong, the last is 3: .*no checkpoint to go back to"):
+        main(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero2", marks=MORE), "zero3"])
+def test_all_ranks_skip_what_one_of_them_met_with(shards, tmp_path, engine):
+    """A sample that isn't finite in every epoch, and from about the 30th step on one whose loss jumps."""
+    path = poison(shards, tmp_path / "nan", [images_of_step(2)[3]])
+    path = poison(path, tmp_path / "bad", [images_of_step(28)[0]], factor=50)
+    changes = {
+        "data": DataConfig(path=str(path), num_workers=0),
+        "guard": GuardConfig(spike_factor=2, skips_before_rollback=9),
+        "save_every_steps": 2,
+        "ema": EMAConfig(decays=(0.9,), stds=(0.1,), keep_every_steps=6),
+        "epochs": 13,
+        "batch_size": 8,
+        "micro_batch_size": 2,
+    }
+    run_ranks(settings(shards, tmp_path / "alone", "single", **changes), 1, tmp_path / "log")
+    run_ranks(settings(shards, tmp_path / "ranks", engine, **changes), 2, tmp_path / "log")
+    skipped = [
+        [record["step"] for record in read_metrics(tmp_path / name) if record["skipped_steps"]]
+        for name in ("ranks", "alone")
+    ]
+    assert skipped[0] == skipped[1] and len(skipped[0]) > 13
+    found, needed = (load_model(tmp_path / name, "raw").state_dict() for name in ("ranks", "alone"))
+    for name in needed:
+        torch.testing.assert_close(found[name], needed[name], rtol=0, atol=2e-5)
+    bundles = [load_bundle(tmp_path / name / "anomalies" / "batch_00000002") for name in ("ranks", "alone")]
+    assert bundles[0]["samples"].tolist() == bundles[1]["samples"].tolist()
+    assert not math.isfinite(bundles[0]["grad_norm"]) and not math.isfinite(bundles[1]["grad_norm"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("harm", [signal.SIGSTOP, signal.SIGKILL], ids=["stalls", "dies"])
+def test_a_rank_that_stalls_or_dies_ends_the_others_with_a_message(shards, tmp_path, harm):
+    config = settings(
+        shards, tmp_path / "run", "fsdp", epochs=1000, parallel=ParallelConfig(engine="fsdp", timeout_s=5)
+    )
+    ranks = start_ranks(config, 2, tmp_path / "log")
+    wait_for_step(tmp_path / "run", 21, ranks)
+    os.kill(ranks[1].pid, harm)
+    began = time.monotonic()
+    ranks[0].join(timeout=60)
+    assert ranks[0].exitcode not in (0, None) and time.monotonic() - began < 60
+    ranks[1].kill()
+    ranks[1].join()
+    text = (tmp_path / "log").read_text()
+    assert "rank 0 has lost the others" in text and "resumes from" in text

@@ -1,0 +1,59 @@
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from flowar.base.errors import UserError
+from flowar.training.owner import OWNER_FILE, take_over
+
+
+def owned_by(run_dir, **changes):
+    """Note another owner in the folder."""
+    take_over(run_dir)
+    owner = json.loads((run_dir / OWNER_FILE).read_text())
+    (run_dir / OWNER_FILE).write_text(json.dumps(owner | changes))
+
+
+@pytest.fixture
+def living():
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    yield process
+    process.communicate(b"\n")
+
+
+def described(process):
+    import psutil
+
+    return {"pid": process.pid, "started": f"{psutil.Process(process.pid).create_time():.3f}"}
+
+
+def test_a_run_in_use_on_this_machine_is_refused(tmp_path, living):
+    owned_by(tmp_path, **described(living))
+    with pytest.raises(UserError, match=f"in use by process {living.pid} on this machine; end that one first"):
+        take_over(tmp_path)
+
+
+def test_a_dead_process_is_taken_over_from(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    owned_by(tmp_path, pid=dead.pid, started="0.000")
+    take_over(tmp_path).check()
+
+
+def test_a_job_that_was_started_again_takes_over_from_its_living_self(tmp_path, living, monkeypatch):
+    owned_by(tmp_path, **described(living), job="17")
+    monkeypatch.setenv("FLOWAR_JOB", "18")
+    with pytest.raises(UserError, match="in use"):
+        take_over(tmp_path)
+    monkeypatch.setenv("FLOWAR_JOB", "17")
+    take_over(tmp_path).check()
+
+
+def test_who_was_taken_over_from_learns_it(tmp_path):
+    before = take_over(tmp_path)
+    owned_by(tmp_path, host="n2", pid=4, machine="n2", job="18")
+    with pytest.raises(UserError, match=r"was taken over by process 4 on n2 \(job 18\); this one stops"):
+        before.check()
+    assert take_over(tmp_path).token != before.token and os.environ.get("FLOWAR_JOB") is None
