@@ -116,20 +116,20 @@ def check_shard(shards: LatentShards, shard: Shard) -> Findings:
     if needed != shard.file_hash:
         findings.problems.append(f"{shard.name}: {INDEX_FILE} has hash {shard.file_hash}, {PASSPORT_FILE} has {needed}")
     if found != shard.file_hash:
-        damaged = [row for rows, place in blocks(shards, shard, file) for row in damaged_rows(rows, place)]
+        damaged = [row for rows, place in read_blocks(shards, shard, file) for row in damaged_rows(rows, place)]
         where = ", ".join(map(str, damaged[:NAMED_ROWS])) or "none: what comes before the rows is"
         more = f" and {len(damaged) - NAMED_ROWS} more" if len(damaged) > NAMED_ROWS else ""
         findings.problems.append(
             f"shard {shard.name} has {SHARD_HASH} {found}, its index {shard.file_hash}; damaged rows: {where}{more}"
         )
         return findings
-    for rows, _ in blocks(shards, shard, file):
+    for rows, _ in read_blocks(shards, shard, file):
         findings.labels.update(rows["label"].tolist())
         findings.statistics += MomentSums.of(rows["moments"])
     return findings
 
 
-def blocks(shards: LatentShards, shard: Shard, file: Path) -> Iterator[tuple[np.ndarray, int]]:
+def read_blocks(shards: LatentShards, shard: Shard, file: Path) -> Iterator[tuple[np.ndarray, int]]:
     """Yield the rows of a shard in blocks, each with the number of its first row."""
     begin = shard.num_bytes - shard.num_rows * shards.dtype.itemsize
     for first in range(0, shard.num_rows, ROWS_AT_ONCE):

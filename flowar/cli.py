@@ -9,17 +9,15 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from flowar.base.errors import UserError
 from flowar.config.data import CheckConfig, PrepareConfig
 from flowar.config.drawing import InfoConfig, SampleConfig
 from flowar.config.jobs import DemoConfig, DoctorConfig
-from flowar.config.load import describe_config, did_you_mean, load_config
+from flowar.config.load import Schema, describe_config, did_you_mean, load_config
 from flowar.config.measuring import EvaluateConfig, ReferenceConfig, SweepConfig
 from flowar.config.training import AverageConfig, ConvertConfig, ExportConfig, PlanConfig, ReplayConfig, TrainConfig
-
-Schema = TypeVar("Schema")
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ VERBS = {
         "flowar ema runs/l models/l_008 std=0.08", ("run_dir", "out_dir"),
     ),
     "convert": Verb(
-        "flowar.export:convert", ConvertConfig, "the authors' FlowAR-*.pth -> model.safetensors and config.json",
+        "flowar.export:convert_checkpoint", ConvertConfig, "the authors' FlowAR-*.pth -> a model folder",
         "flowar convert FlowAR-L.pth models/flowar-l", ("checkpoint", "out_dir"),
     ),
     "info": Verb(

@@ -191,7 +191,7 @@ held-out digits as the training digits are.</p>
 <h2>Real held-out digits, a row per class</h2>
 {embed(run_dir / "real_digits.png")}
 <h2>One sample of each class, growing scale by scale</h2>
-<p class="note">From top to bottom the scales {stages}, each brought to full size and decoded by the VAE.</p>
+<p class="note">From top to bottom: {stages}; each brought to full size and decoded by the VAE.</p>
 {embed(run_dir / "growth.png")}
 <h2>Training loss</h2>
 {embed(run_dir / "loss_curve.png", "curve")}

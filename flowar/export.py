@@ -45,7 +45,7 @@ def check_new(folder: Path) -> None:
         raise UserError(f"{folder} already exists; give another out_dir, or remove it first")
 
 
-def convert(config: ConvertConfig, dry_run: bool = False) -> None:
+def convert_checkpoint(config: ConvertConfig, dry_run: bool = False) -> None:
     """Convert the authors' checkpoint to a model folder."""
     source, target = Path(config.checkpoint), Path(config.out_dir)
     if not source.is_file():

@@ -15,7 +15,7 @@ CUSTOM_VARIANT = "custom"  # a model that is no row of MODEL_VARIANTS
 class ModelConfig(abc.ABC):
     """What the rest of the program knows of any model's shape."""
 
-    family: str = "flowar"  # the kind of model: a row of FAMILIES; its code is flowar/models/FAMILY
+    family: str = "flowar"  # the kind of model: a row of MODEL_CONFIGS; its code is flowar/models/FAMILY
     variant: str = "flowar-l"  # the row of MODEL_VARIANTS that the other settings start from, or "custom"
     latent_channels: int = 16
     num_classes: int = 1000
@@ -45,10 +45,10 @@ class ModelConfig(abc.ABC):
         variant, family = given.get("variant"), given.get("family")
         if variant not in (None, CUSTOM_VARIANT):
             return variant_config(str(variant))
-        if family is not None and family not in FAMILIES:
-            raise UserError(f"model.family={family} is unknown{did_you_mean(str(family), FAMILIES)}")
+        if family is not None and family not in MODEL_CONFIGS:
+            raise UserError(f"model.family={family} is unknown{did_you_mean(str(family), MODEL_CONFIGS)}")
         if family is not None or cls is ModelConfig:
-            return FAMILIES[family or ModelConfig.family]()
+            return MODEL_CONFIGS[family or ModelConfig.family]()
         return None
 
 
@@ -102,7 +102,7 @@ class FlowARConfig(ModelConfig):
         return "model.latent_channels, model.scales and model.patch_size"
 
 
-FAMILIES: dict[str, type[ModelConfig]] = {"flowar": FlowARConfig}
+MODEL_CONFIGS: dict[str, type[ModelConfig]] = {"flowar": FlowARConfig}  # by family
 
 
 def _flowar(name: str, ar: tuple[int, int, int], flow: tuple[int, int, int], block: str, **others: Any) -> FlowARConfig:

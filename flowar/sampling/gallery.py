@@ -15,7 +15,7 @@ from flowar.config.drawing import SamplingConfig
 from flowar.latents.vae import VAE, to_uint8
 from flowar.models.build import family_of
 
-ROWS, COLUMNS = 10, 10  # of the contact sheet: classes, images of each
+SHEET_CLASSES, SHEET_EACH = 10, 10  # of the contact sheet
 GUIDED_CLASSES = 3  # shown at several guidances and steps
 GUIDANCE_PARTS = (0.0, 0.5, 1.0, 1.5, 2.0)  # of guidance - 1
 
@@ -34,14 +34,14 @@ def save_gallery(config: SamplingConfig, model: nn.Module, vae: VAE, classes: Se
         folder: where the pictures go.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    shown = list(dict.fromkeys(classes))[:ROWS]
+    shown = list(dict.fromkeys(classes))[:SHEET_CLASSES]
     firsts = [classes.index(label) for label in shown]  # the first image of each class
     rows = [
-        draw_images(config, model, vae, [label] * COLUMNS, [first + len(classes) * i for i in range(COLUMNS)])
+        draw_images(config, model, vae, [label] * SHEET_EACH, [first + len(classes) * i for i in range(SHEET_EACH)])
         for label, first in zip(shown, firsts, strict=True)
     ]
     enlarge = max(1, SMALLEST_SHOWN // rows[0].shape[-1])
-    save_grid(torch.cat(rows), folder / "contact_sheet.png", columns=COLUMNS, enlarge=enlarge)
+    save_grid(torch.cat(rows), folder / "contact_sheet.png", columns=SHEET_EACH, enlarge=enlarge)
     growth = draw_growth(config, model, vae, shown, firsts)
     save_grid(growth, folder / "growth.png", columns=len(shown), enlarge=enlarge)
     save_guidance(config, model, vae, shown[:GUIDED_CLASSES], firsts[:GUIDED_CLASSES], folder / "guidance.png")

@@ -14,7 +14,7 @@ from flowar.models.build import create_model, family_of
 from flowar.training.averages import EMA
 from flowar.training.engine import Engine
 
-COLUMNS = 10
+PREVIEW_COLUMNS = 10
 
 
 def save_previews(engine: Engine, ema: EMA, vae: VAE, preview: PreviewConfig, seed: int, name: Path) -> dict[str, Path]:
@@ -59,5 +59,5 @@ def save_previews(engine: Engine, ema: EMA, vae: VAE, preview: PreviewConfig, se
         file = name.with_name(f"{name.name}{suffix}.png")
         files[f"preview{suffix}"] = file
         if world.is_main:
-            save_grid(grid, file, columns=min(COLUMNS, config.num_classes))
+            save_grid(grid, file, columns=min(PREVIEW_COLUMNS, config.num_classes))
     return files

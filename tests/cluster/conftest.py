@@ -115,7 +115,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> object:
     ports = local_slurm.free_ports(1)[0]
     more = H100.format(host=socket.gethostname(), first=ports, last=ports + 1)
     try:
-        conf = local_slurm.start(folder, 4, more)
+        conf = local_slurm.start_slurm(folder, 4, more)
     except UserError as error:
         if os.environ.get("FLOWAR_TEST_NEEDS_SLURM"):
             raise
@@ -136,7 +136,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> object:
         yield Slurm(folder, cluster_file)
         for job_id in run("squeue", "-h", "-o", "%A").split():
             subprocess.run(["scancel", job_id], capture_output=True)
-        local_slurm.stop(folder)
+        local_slurm.stop_slurm(folder)
 
 
 def assert_same_weights(run_dir: Path, needed: Path, names: tuple[str, ...] = ("raw", "decay_0.9")) -> None:

@@ -119,7 +119,7 @@ def test_interpolations_variants_and_steps_of_a_pipeline(tmp_path):
     assert str(folder) == "runs/chain" and str(sampling.jobs) == "runs/x/samples/jobs"
     assert sampling.config.model == "runs/x" and (sampling.cluster.array, sampling.cluster.nodes) == (4, 2)
     assert sampling.cluster.gpus_per_node == sampling.cluster.tasks == 8
-    with pytest.raises(UserError, match=r"cluster.sampel is no step of the pipeline"):
+    with pytest.raises(UserError, match=r"cluster.sampel is not a step of the pipeline"):
         plan_pipeline([str(file), "cluster.sampel.array=4"], str(cluster))
     with pytest.raises(UserError, match="has no step"):
         plan_pipeline(["run_dir=runs/chain"], str(cluster))

@@ -165,14 +165,16 @@ def test_a_finished_dataset_is_left_alone_and_refused_for_other_settings(image_f
     before = contents(shards)
     main(preparing(image_folder, shards))
     assert "24 images x 2 views" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"holds a dataset with crop=center, not random; resize=32, not 36; views=2"):
+    with pytest.raises(
+        UserError, match=r"holds a dataset with crop=center, not random; views=2, not 10; resize=32, not 36"
+    ):
         main(preparing(image_folder, shards, crop="random"))
     assert contents(shards) == before
 
 
 def test_a_foreign_folder_is_not_written_into(image_folder, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="is not empty and no dataset"):
+    with pytest.raises(UserError, match="is not empty, but not a dataset"):
         main(preparing(image_folder, tmp_path))
 
 
@@ -290,7 +292,7 @@ def test_sigkill_of_workers_at_random_moments_ends_in_the_same_bytes(many_images
 @pytest.mark.slow
 def test_torchrun_ranks_share_the_work(image_folder, shards, tmp_path):
     words = [f"images={image_folder}", f"out_dir={tmp_path / 'out'}", "vae.name=demo", "image_size=32", "num_workers=0"]
-    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "data_prep.encode"]
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "flowar", "prepare"]
     found = subprocess.run(
         [sys.executable, *command, *words, "chunk_images=10"],
         capture_output=True,
@@ -337,7 +339,7 @@ def test_a_chunk_of_a_silent_worker_of_another_machine_is_taken_over_after_a_lea
     claims = tmp_path / "out.claims"
     claims.mkdir()
     owner = {"host": "elsewhere", "machine": "elsewhere", "pid": 1, "started": "0.000", "beat": "000000001"}
-    (claims / "00001.0").write_text(json.dumps(owner))
+    (claims / "000001.0").write_text(json.dumps(owner))
     began = time.monotonic()
     main(preparing(image_folder, tmp_path / "out", lease_s=3))
     assert time.monotonic() - began > 3
@@ -363,7 +365,9 @@ def test_images_that_cannot_be_got_at_stop_the_run_and_are_not_skipped(image_fol
     images = shutil.copytree(image_folder, tmp_path / "images")
     (images / "dark" / "3.png").unlink()
     (images / "dark" / "3.png").symlink_to("nowhere")
-    with pytest.raises(UserError, match=r"can't get at dark/3.png in .*No such file.*; is its storage there\?"):
+    with pytest.raises(
+        UserError, match=r"cannot read dark/3.png in .*No such file.*; check that its storage is mounted"
+    ):
         main(preparing(images, tmp_path / "out", skip_unreadable=True))
 
 

@@ -110,13 +110,13 @@ def test_wrong_shards_are_one_clear_error_with_the_file(image_folder, tmp_path):
         open_source(str(tmp_path / "a"))
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "cut.tar").write_bytes(b"no tar" * 200)
-    with pytest.raises(UserError, match=r"cut.tar is no readable WebDataset shard"):
+    with pytest.raises(UserError, match=r"cut.tar is not a readable WebDataset shard"):
         open_source(str(tmp_path / "b"))
     write_parquet(tmp_path / "c", [], picture=[b""], label=[0])
     with pytest.raises(UserError, match=r"has no column image_column=image; it has picture, label"):
         open_source(str(tmp_path / "c"))
     (tmp_path / "c" / "train-00000.parquet").write_bytes(b"no parquet")
-    with pytest.raises(UserError, match=r"train-00000.parquet is no readable parquet file"):
+    with pytest.raises(UserError, match=r"train-00000.parquet is not a readable parquet file"):
         open_source(str(tmp_path / "c"))
     write_tars(tmp_path / "twice", images[:2])
     for path in (tmp_path / "twice").iterdir():

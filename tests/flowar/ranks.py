@@ -11,7 +11,7 @@ import torch
 from flowar import train
 from flowar.config.training import TrainConfig
 
-PRELOADED = ["deepspeed", "streaming", "diffusers", "flowar.parallel", "tests.flowar.ranks"]
+PRELOADED = ["deepspeed", "streaming", "diffusers", "flowar.training.torch_engine", "tests.flowar.ranks"]
 
 
 def run_rank(config: TrainConfig, rank: int, world_size: int, port: int, log: Path) -> None:

@@ -30,7 +30,7 @@ def test_help_lists_every_verb():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian"], "'trian' is no verb; did you mean train?"),
+        (["trian"], "'trian' is not a verb; did you mean train?"),
         (["train", "run_dir=a", "data.pth=b"], "data.pth is not a setting; did you mean data.path?"),
         (["train", "none.yaml"], "there is no config file none.yaml"),
         (["train", "a.yaml", "b.yaml"], "one config file at a time"),

@@ -16,7 +16,7 @@ from flowar.base.errors import UserError
 from flowar.config.data import VAEConfig
 from flowar.config.drawing import SampleConfig
 from flowar.config.measuring import EvaluateConfig, ExtractorConfig, ReferenceConfig
-from flowar.evaluation import references
+from flowar.evaluation import protocols
 from flowar.evaluation.digits import (
     DigitClassifier,
     load_classifier,
@@ -233,7 +233,7 @@ def test_fd_dinov2_comes_from_torch_hubs_folder_and_is_left_out_with_a_note_else
             digits, tmp_path / "b", more=("dinov2",), samples=small["samples"], reference=tmp_path / "inception.npz"
         )
     # Not asked for by name, what can't be had is a note.
-    monkeypatch.setattr(evaluate, "DEMO_EXTRACTOR", "")
+    monkeypatch.setattr(protocols, "DEMO_EXTRACTOR", "")
     record = measure(
         digits, tmp_path / "c", protocol="adm", samples=small["samples"], reference=tmp_path / "inception.npz"
     )
@@ -289,8 +289,8 @@ def test_a_made_reference_serves_like_its_images(digits, tmp_path):
     config = ReferenceConfig(
         images=str(digits / "held_out"), out_dir=str(tmp_path / "ref"), extractor=judge(digits), keep_images=100
     )
-    references.main(config)
-    references.main(config)  # nothing to do
+    evaluate.make_reference(config)
+    evaluate.make_reference(config)  # nothing to do
     store = tmp_path / "ref" / "features-demo-classifier"
     assert len(read_features(store, 100)) == 100 and len(list_shards(store)) == 1
     assert sorted(entry.name for entry in (tmp_path / "ref").iterdir()) == ["features-demo-classifier"]
@@ -331,9 +331,9 @@ def test_a_reference_is_made_whole_or_not_at_all(digits, tmp_path, monkeypatch):
 
     for place in ("publish_folder", "shutil.rmtree"):  # before and after it appears
         with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(f"flowar.references.{place}", die)
-            references.main(config)
-    references.main(config)
+            patch.setattr(f"flowar.evaluation.references.{place}", die)
+            evaluate.make_reference(config)
+    evaluate.make_reference(config)
     measure(digits, tmp_path / "out", reference=tmp_path / "ref")
 
 
@@ -419,7 +419,7 @@ def test_the_paired_difference_is_surer_than_two_distances(digits, drawn, tmp_pa
         ({"extractor": ExtractorConfig(name=DEMO_EXTRACTOR)}, "demo-classifier needs extractor.weights="),
         ({"samples": "/none"}, "samples=/none does not exist"),
         ({"reference": "/none.npz"}, "reference=/none.npz does not exist"),
-        ({"run_dir": "/none"}, "run_dir=/none is no training run"),
+        ({"run_dir": "/none"}, "run_dir=/none must be a training run"),
     ],
 )
 def test_bad_input_is_one_clear_error(digits, tmp_path, change, message):

@@ -2,7 +2,6 @@ import pytest
 import torch
 
 from flowar import export
-from flowar import export as posthoc_ema
 from flowar.base.errors import UserError
 from flowar.base.run_folder import find_latest
 from flowar.config.training import AverageConfig, EMAConfig, ExportConfig
@@ -22,19 +21,19 @@ def run_dir(shards, tmp_path_factory):
 
 @pytest.mark.parametrize("weights", ["ema", "raw", "std_0.15"])
 def test_exported_weights_are_those_of_the_run(run_dir, tmp_path, weights):
-    export.main(ExportConfig(model=str(run_dir), out_dir=str(tmp_path / "model"), weights=weights))
+    export.export(ExportConfig(model=str(run_dir), out_dir=str(tmp_path / "model"), weights=weights))
     needed = load_model(run_dir, weights).state_dict()
     found = load_model(tmp_path / "model").state_dict()
     assert all(torch.equal(found[name], needed[name]) for name in needed)
     with pytest.raises(UserError, match="already exists"):
-        export.main(ExportConfig(model=str(find_latest(run_dir)), out_dir=str(tmp_path / "model")))
+        export.export(ExportConfig(model=str(find_latest(run_dir)), out_dir=str(tmp_path / "model")))
 
 
 def test_an_average_put_together_is_near_to_the_one_that_was_followed(run_dir, tmp_path):
     for folder in (run_dir / "averages").iterdir():  # without the wanted one
         state = folder / "state.json"
         state.write_text(state.read_text().replace('"std_0.15",', ""))
-    posthoc_ema.main(AverageConfig(run_dir=str(run_dir), out_dir=str(tmp_path / "model"), std=0.15))
+    export.average(AverageConfig(run_dir=str(run_dir), out_dir=str(tmp_path / "model"), std=0.15))
     found, truth = load_model(tmp_path / "model").state_dict(), load_model(run_dir, "std_0.15").state_dict()
     others = [load_model(run_dir, name).state_dict() for name in ("std_0.1", "std_0.2")]
 
@@ -47,8 +46,8 @@ def test_an_average_put_together_is_near_to_the_one_that_was_followed(run_dir, t
 def test_what_was_not_kept_is_one_clear_error(run_dir, tmp_path):
     out = str(tmp_path / "model")
     with pytest.raises(UserError, match="kept no averages; train with ema.stds"):
-        posthoc_ema.main(AverageConfig(run_dir=str(tmp_path), out_dir=out, std=0.1))
-    with pytest.raises(UserError, match=r"step=5 is none that .* kept"):
-        posthoc_ema.main(AverageConfig(run_dir=str(run_dir), out_dir=out, std=0.1, step=5))
+        export.average(AverageConfig(run_dir=str(tmp_path), out_dir=out, std=0.1))
+    with pytest.raises(UserError, match=r"kept no averages at step=5; the kept steps are in"):
+        export.average(AverageConfig(run_dir=str(run_dir), out_dir=out, std=0.1, step=5))
     with pytest.raises(UserError, match=r"std=0.5 must lie in \(0, 0.28\)"):
         AverageConfig(run_dir="", out_dir="", std=0.5)

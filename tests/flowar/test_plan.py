@@ -59,7 +59,7 @@ def test_planned_bytes_are_those_of_a_real_run():
 
 def test_the_largest_model_on_64_ranks_is_shared_out_evenly():
     config = PlanConfig(model=variant_config("flowar-h"), nodes=8)
-    total, _ = plan.count_parameters(config)
+    total, _ = plan.count_weights(config)
     memory = plan.memory_of("fsdp", config, 64)
     for found, copies in ((memory.weights, 1), (memory.gradients, 1), (memory.optimizer, 2), (memory.averages, 1)):
         assert found * 64 == pytest.approx(4 * copies * total, rel=0.01)

@@ -7,14 +7,14 @@ from flowar.config.data import PrepareConfig
 from flowar.config.drawing import SampleConfig
 from flowar.config.jobs import DemoConfig
 from flowar.config.load import changed_settings, describe_config, load_config
-from flowar.config.models import MODEL_VARIANTS, ModelConfig
+from flowar.config.models import MODEL_VARIANTS, FlowARConfig
 from flowar.config.training import TrainConfig
 
-CONFIGS = Path(__file__).parents[2] / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 REQUIRED = ("run_dir=a", "data.path=b")
 
 
-@pytest.mark.parametrize("schema", [ModelConfig, DemoConfig])
+@pytest.mark.parametrize("schema", [FlowARConfig, DemoConfig])
 def test_a_saved_config_loads_to_the_same_value(schema, tmp_path):
     (tmp_path / "config.yaml").write_text(describe_config(schema()))
     assert load_config(schema, tmp_path / "config.yaml") == schema()

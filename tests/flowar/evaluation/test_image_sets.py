@@ -83,7 +83,7 @@ def test_missing_half_drawn_and_foreign_things_are_one_clear_error(drawn, tmp_pa
     with pytest.raises(UserError, match="reference=.*empty holds no images"):
         open_images(tmp_path / "empty", "reference")
     np.savez(tmp_path / "a.npz", other=np.zeros(3))
-    with pytest.raises(UserError, match="is no .npz with images in arr_0: it holds other"):
+    with pytest.raises(UserError, match="is not an .npz with images in arr_0: it holds other"):
         open_images(tmp_path / "a.npz", "samples")
     np.savez(tmp_path / "b.npz", np.zeros((2, 3, 4, 4)))
     with pytest.raises(UserError, match=r"arr_0 is float64 \(2, 3, 4, 4\); uint8 images"):

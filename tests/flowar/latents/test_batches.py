@@ -21,9 +21,9 @@ from tests.conftest import MORE, tiny_config
 
 READER = """
 import json, os, sys, time
-from flowar.config import DataConfig
-from flowar.data import read_batches
-from flowar.shards import LatentShards
+from flowar.config.data import DataConfig
+from flowar.latents.batches import read_batches
+from flowar.latents.shards import LatentShards
 
 path, out, workers, first, last, pause = sys.argv[1], sys.argv[2], *map(float, sys.argv[3:])
 rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -184,9 +184,9 @@ def test_a_damaged_row_ends_the_reading_with_the_name_of_its_shard(shards, tmp_p
 def test_a_killed_reading_process_is_an_error_and_no_hang(shards):
     code = """
 import sys, psutil
-from flowar.config import DataConfig
-from flowar.data import read_batches
-from flowar.shards import LatentShards
+from flowar.config.data import DataConfig
+from flowar.latents.batches import read_batches
+from flowar.latents.shards import LatentShards
 
 config = DataConfig(path=sys.argv[1], num_workers=2)
 batches = read_batches(LatentShards(config), config, batch_size=4, seed=0, steps=range(10**9))

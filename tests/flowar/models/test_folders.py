@@ -6,7 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from flowar.base.errors import UserError
 from flowar.config.training import ConvertConfig
-from flowar.export import convert
+from flowar.export import convert_checkpoint
 from flowar.models.build import convert_released, create_model
 from flowar.models.flowar.family import HubFlowAR
 from flowar.models.flowar.generate import sample_latents
@@ -23,7 +23,7 @@ def released():
 
 def test_converted_checkpoint_gives_the_same_outputs_bit_for_bit(released, tmp_path):
     torch.save(released, tmp_path / "FlowAR-tiny.pth")
-    convert(ConvertConfig(checkpoint=str(tmp_path / "FlowAR-tiny.pth"), out_dir=str(tmp_path / "model")))
+    convert_checkpoint(ConvertConfig(checkpoint=str(tmp_path / "FlowAR-tiny.pth"), out_dir=str(tmp_path / "model")))
     assert {file.name for file in (tmp_path / "model").iterdir()} == {"model.safetensors", "config.json"}
     before, after = convert_released(released), load_model(tmp_path / "model")
     assert after.config == before.config
@@ -39,9 +39,9 @@ def test_converted_checkpoint_gives_the_same_outputs_bit_for_bit(released, tmp_p
 def test_convert_does_not_overwrite_a_model(released, tmp_path):
     torch.save(released, tmp_path / "a.pth")
     config = ConvertConfig(checkpoint=str(tmp_path / "a.pth"), out_dir=str(tmp_path / "model"))
-    convert(config)
+    convert_checkpoint(config)
     with pytest.raises(UserError, match="already exists; give another out_dir"):
-        convert(config)
+        convert_checkpoint(config)
 
 
 def test_averaged_weights_of_the_authors_trainer_are_preferred(released):
@@ -81,7 +81,7 @@ def test_unreadable_checkpoints_are_one_clear_error(tmp_path, content, message):
     if content is not None:
         (tmp_path / "a.pth").write_bytes(content)
     with pytest.raises(UserError, match=message):
-        convert(ConvertConfig(checkpoint=str(tmp_path / "a.pth"), out_dir=str(tmp_path / "model")))
+        convert_checkpoint(ConvertConfig(checkpoint=str(tmp_path / "a.pth"), out_dir=str(tmp_path / "model")))
     assert not (tmp_path / "model").exists()
 
 
@@ -92,7 +92,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path):
 
     torch.save({"model": Trap()}, tmp_path / "a.pth")
     with pytest.raises(UserError, match="is not a readable PyTorch checkpoint"):
-        convert(ConvertConfig(checkpoint=str(tmp_path / "a.pth"), out_dir=str(tmp_path / "model")))
+        convert_checkpoint(ConvertConfig(checkpoint=str(tmp_path / "a.pth"), out_dir=str(tmp_path / "model")))
     assert not (tmp_path / "sprung").exists()
 
 
@@ -147,6 +147,6 @@ def test_an_interrupted_conversion_is_done_again(released, tmp_path):
     torch.save(released, tmp_path / "a.pth")
     (tmp_path / "model.partial").mkdir()
     (tmp_path / "model.partial" / "model.safetensors").write_bytes(b"half")
-    convert(ConvertConfig(checkpoint=str(tmp_path / "a.pth"), out_dir=str(tmp_path / "model")))
+    convert_checkpoint(ConvertConfig(checkpoint=str(tmp_path / "a.pth"), out_dir=str(tmp_path / "model")))
     assert load_model(tmp_path / "model").config.ar_heads == 4
     assert not (tmp_path / "model.partial").exists()

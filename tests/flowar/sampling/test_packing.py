@@ -72,7 +72,7 @@ def test_what_was_packed_is_hashed_and_not_packed_again(drawn, kind, monkeypatch
     hashes = json.loads((out_dir / "packed.json").read_text())[kind]["xxh64"]
     assert hashes and all(hash_file(out_dir / name) == found for name, found in hashes.items())
     with monkeypatch.context() as patch:
-        patch.setitem(packing.WRITERS, kind, None)
+        patch.setitem(packing.PACKERS, kind, None)
         assert pack_images(kind, files, labels, out_dir) == target
     pack_images(kind, files[:10], labels[:10], out_dir)
     assert json.loads((out_dir / "packed.json").read_text())[kind]["num_images"] == 10

@@ -179,4 +179,4 @@ save(Path({str(run_dir)!r}), int(sys.argv[1]), make_parts(), Path({str(shards)!r
     assert failed.returncode != 0
     assert "can't save checkpoint" in failed.stderr and "older checkpoints are intact" in failed.stderr
     assert find_latest(run_dir).name == "step_00000005"
-    assert restore(*make_parts(), find_latest(run_dir))[0] == 5
+    assert restore(*make_parts(), find_latest(run_dir)).step == 5

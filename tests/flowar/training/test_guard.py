@@ -53,7 +53,7 @@ def test_what_is_not_finite_or_jumps_is_a_problem_and_what_is_usual_is_none():
     assert "is more than 3 times the usual" in judge.judge(4.0, 1.0)
     assert judge.in_a_row == 3
     assert judge.judge(1.2, 1.0) is None and judge.in_a_row == 0
-    assert Guard(GuardConfig()).judge(1e9, 1.0) is None
+    assert Guard(GuardConfig(), Progress()).judge(1e9, 1.0) is None
 
 
 def test_a_bad_sample_is_skipped_kept_and_replayed(shards, tmp_path, capsys):

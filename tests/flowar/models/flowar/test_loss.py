@@ -24,10 +24,10 @@ def test_a_perfect_velocity_has_no_loss_and_none_at_all_has_that_of_its_target()
         torch.randn(2, 21, 3),
     )
     target = noise - pack(latents, SCALES, 1)
-    arguments = {"scales": SCALES, "patch_size": 1, "time": time, "noise": noise}
-    perfect = scale_losses(lambda *_: target, latents, labels, **arguments)
+    arguments = {"time": time, "noise": noise}
+    perfect = scale_losses(lambda *_: target, tiny_config(), latents, labels, **arguments)
     torch.testing.assert_close(perfect, torch.zeros(3))
-    nothing = scale_losses(lambda *_: torch.zeros_like(target), latents, labels, **arguments)
+    nothing = scale_losses(lambda *_: torch.zeros_like(target), tiny_config(), latents, labels, **arguments)
     torch.testing.assert_close(nothing, torch.stack([part.square().mean() for part in target.split([1, 4, 16], dim=1)]))
 
 
@@ -40,7 +40,7 @@ def test_the_model_sees_every_scale_at_its_own_time():
         seen["noisy"] = noisy
         return noisy
 
-    scale_losses(velocity, latents, labels, scales=SCALES, patch_size=1, time=time, noise=noise)
+    scale_losses(velocity, tiny_config(), latents, labels, time=time, noise=noise)
     tokens = pack(latents, SCALES, 1)
     assert torch.equal(seen["noisy"][0, 0], tokens[0, 0])
     assert torch.equal(seen["noisy"][0, 5:], noise[0, 5:])

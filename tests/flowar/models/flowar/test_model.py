@@ -7,6 +7,7 @@ from flowar.base.errors import UserError
 from flowar.config.models import MODEL_VARIANTS
 from flowar.models.flowar.model import FlowAR
 from flowar.models.flowar.scales import num_tokens, token_offsets, training_inputs
+from flowar.models.layers import set_attention
 from tests.conftest import randomise, tiny_config
 
 PARAMETERS_MILLION = {  # counted from the authors' code
@@ -118,7 +119,7 @@ def test_initial_weights_are_xavier_and_tables_are_narrow():
 @pytest.mark.parametrize("block", BLOCKS)
 def test_choosing_flash_reaches_every_attention(block):
     model = make(flow_block=block)
-    model.set_attention("flash")
+    set_attention(model, "flash")
     with pytest.raises(UserError, match="attention=flash needs the flash-attn package"):
         model.ar(torch.randn(2, 20, 3), torch.tensor([0, 1]), range(3))
     with pytest.raises(UserError, match="attention=flash needs the flash-attn package"):
