@@ -1,0 +1,94 @@
+"""What version 0.1 wrote is still read: tests/data/v0.1."""
+
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from data_prep import check
+from flowar import evaluate, sample, train
+from flowar.config.data import CheckConfig, ExtractorConfig, VAEConfig
+from flowar.config.drawing import SampleConfig
+from flowar.config.load import load_config
+from flowar.config.measuring import EvaluateConfig
+from flowar.config.training import TrainConfig
+from flowar.evaluation.digits import DigitClassifier, save_classifier
+from flowar.evaluation.extractors import DEMO_EXTRACTOR
+from flowar.models.folders import load_model
+from tests.conftest import DATA
+
+TOLERANCE = 2e-6  # of weights after ten steps on another kind of CPU than the one that made them
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A copy of what version 0.1 made."""
+    with tarfile.open(DATA / "v0.1" / "made_by_0.1.tar.xz") as archive:
+        archive.extractall(tmp_path, filter="data")
+    return tmp_path
+
+
+def test_a_run_resumes_to_the_same_bits(made):
+    """Where this machine computes what the one computed that made it; else to rounding."""
+    early = load_model(made / "run", "raw").state_dict()
+    for name in ("run", "fresh"):
+        paths = (f"run_dir={made / name}", f"data.path={made / 'shards'}")
+        train.main(load_config(TrainConfig, made / "run" / "config.yaml", paths))
+    fresh = load_model(made / "fresh" / "checkpoints" / "step_00000020", "raw").state_dict()
+    is_repeated = all(torch.equal(fresh[name], early[name]) for name in early)
+    expected = load_file(made / "end.safetensors")
+    for weights in ("raw", "decay_0.9", "std_0.1"):
+        for name, tensor in load_model(made / "run", weights).state_dict().items():
+            needed = expected[f"{weights}.{name}"]
+            torch.testing.assert_close(tensor, needed, rtol=0, atol=0 if is_repeated else TOLERANCE)
+
+
+def test_a_model_folder_holds_the_checkpoints_average(made):
+    exported, average = load_model(made / "model"), load_model(made / "run", "decay_0.9")
+    assert exported.config == average.config and exported.config.family == "flowar"
+    assert all(torch.equal(a, b) for a, b in zip(exported.parameters(), average.parameters(), strict=True))
+
+
+def test_a_dataset_is_what_its_passport_says(made, capsys):
+    check.main(CheckConfig(path=str(made / "shards"), num_images=0))
+    assert "is what its passport says" in capsys.readouterr().out
+
+
+def drawing(made, folder, **changes):
+    settings = {"num_steps": 4, "guidance": 1.5, "batch_size": 8, "chunk_batches": 1, "num_images": 24}
+    vae = VAEConfig(name="demo")
+    return SampleConfig(model=str(made / "model"), out_dir=str(made / folder), vae=vae, **(settings | changes))
+
+
+def test_samples_are_known_completed_and_enlarged(made, capsys):
+    files = sorted((made / "samples" / "images").iterdir())
+    before = {file.name: np.asarray(Image.open(file)).astype(int) for file in files}
+    stamps = {file: file.stat().st_mtime_ns for file in files}
+    sample.main(drawing(made, "samples"))
+    assert "0 still to draw" in capsys.readouterr().out
+    files[3].unlink()
+    sample.main(drawing(made, "samples", num_images=28))
+    after = {file.name: np.asarray(Image.open(file)).astype(int) for file in (made / "samples" / "images").iterdir()}
+    assert len(after) == 28 and all(np.abs(after[name] - pixels).max() <= 1 for name, pixels in before.items())
+    assert all(file.stat().st_mtime_ns == stamp for file, stamp in stamps.items() if file != files[3])
+
+
+@pytest.mark.parametrize("folder", ["samples", "features"])
+def test_samples_and_kept_features_are_evaluated(made, folder):
+    judge = DigitClassifier().eval()
+    with torch.no_grad():
+        for parameter in judge.parameters():  # the numbers that the features were made with
+            numbers = torch.arange(parameter.numel())
+            parameter.copy_((((numbers * 7919) % 1000 - 500) / 5000).view_as(parameter))
+    save_classifier(judge, made / "judge.safetensors")
+    extractor = ExtractorConfig(name=DEMO_EXTRACTOR, weights=str(made / "judge.safetensors"))
+    settings = {"reference": str(made / "images"), "extractor": extractor, "interval_groups": 0}
+    evaluate.main(EvaluateConfig(samples=str(made / folder), out_dir=str(made / "out"), **settings))
+    record = json.loads((made / "out" / "metrics.json").read_text())
+    assert record["num_samples"] == 24 and record["metrics"]["fid"]["value"] >= 0
+    stores = list((made / "out" / "features").iterdir())
+    assert len(stores) == (2 if folder == "samples" else 1)  # kept features are not computed again
