@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 from yaml import YAMLError
 
@@ -86,12 +86,16 @@ def load_config(schema: type[Schema], path: str | Path | None = None, overrides:
     try:
         for section, kind in _sections(schema):
             chosen = OmegaConf.select(given, section) if section else given
-            start = kind.start_from(chosen) if isinstance(chosen, DictConfig) and hasattr(kind, "start_from") else None
-            if start is not None:
-                layer = OmegaConf.structured(start)
-                for part in reversed(section.split(".") if section else []):
-                    layer = OmegaConf.create({part: layer})
-                defaults = OmegaConf.merge(defaults, layer) if section else layer
+            if not isinstance(chosen, DictConfig):
+                continue
+            start = kind.start_from(chosen) if hasattr(kind, "start_from") else None
+            if start is not None and not section:
+                defaults = OmegaConf.structured(start)
+            elif start is not None or (section and OmegaConf.select(defaults, section) is None):
+                parent, _, name = section.rpartition(".")
+                holder = OmegaConf.select(defaults, parent) if parent else defaults
+                with read_write(holder):  # frozen dataclasses make read-only nodes
+                    holder[name] = OmegaConf.structured(kind if start is None else start)
         return typing.cast(Schema, OmegaConf.to_object(OmegaConf.merge(defaults, given)))
     except ConfigKeyError as error:
         raise UserError(f"{error.full_key} is not a setting{did_you_mean(error.full_key, _keys(defaults))}") from error
