@@ -1,4 +1,5 @@
-# make demo: digits from scratch to a report. make test: all tests. Both make .venv first, once.
+# Each makes .venv first, once. make demo: digits from scratch to a report. make check: style, types, structure, under a
+# minute. make test: what CI runs. make test-all: every case and the full numbers of kills, for the night.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
@@ -7,22 +8,30 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo test clean
+.PHONY: demo check test test-all clean
 
 demo: $(VENV)/.installed
 	@echo "== flowar demo: about five minutes on two CPU cores =="
 	@$(RUN)/flowar demo
 
-test: $(VENV)/.installed
-	@echo "== tests: several minutes =="
+check: $(VENV)/.installed
 	@$(RUN)/ruff check .
-	@$(RUN)/pytest
+	@$(RUN)/ruff format --check .
+	@$(RUN)/mypy
+	@$(RUN)/pytest -q --no-header --durations=0 --durations-min=5 tests/test_structure.py
 
-$(VENV)/.installed: pyproject.toml
+test: check
+	@echo "== tests: about ten minutes on two CPU cores =="
+	@$(RUN)/pytest --deselect tests/test_structure.py
+
+test-all: check
+	@FLOWAR_TEST_ALL=1 FLOWAR_TEST_KILLS=20 $(RUN)/pytest --deselect tests/test_structure.py
+
+$(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flowar needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
 	@echo "== setting up $(VENV): downloads and installs about 5 GB, some minutes =="
 	@$(PYTHON) -m venv $(VENV)
-	@$(RUN)/pip install --progress-bar off --disable-pip-version-check -e '.[dev]' | sed -u -n -e 's/^Collecting \([^ <>=!;]*\).*/  fetching \1/p' -e 's/^Installing collected.*/  installing, a minute or two/p' -e '/^ERROR/p'
+	@$(RUN)/pip install --progress-bar off --disable-pip-version-check -c constraints.txt -e '.[dev]' | sed -u -n -e 's/^Collecting \([^ <>=!;]*\).*/  fetching \1/p' -e 's/^Installing collected.*/  installing, a minute or two/p' -e '/^ERROR/p'
 	@touch $@
 
 clean:

@@ -14,12 +14,11 @@ from pathlib import Path
 
 import torch
 
-from flowar.base.seeding import draw_noise
+from flowar.base.seeding import StepNoise, draw_image_noise
 from flowar.config.data import VAEConfig
 from flowar.config.drawing import SampleConfig
 from flowar.latents.vae import load_vae, to_uint8
-from flowar.models.build import create_model
-from flowar.models.flowar.generate import make_time_grids, sample_latents
+from flowar.models.build import create_model, family_of
 from flowar.models.folders import load_model, save_model
 from flowar.sample import main
 
@@ -30,18 +29,13 @@ def bare(config: SampleConfig) -> float:
     """Return the images/s of a plain loop: noise, model, VAE, rounding; nothing is written."""
     torch.set_num_threads(1)
     model, vae = load_model(config.model), load_vae("demo")
-    grids = make_time_grids(config, len(model.config.scales))
+    family = family_of(model.config)
     began = time.perf_counter()
     for first in range(0, config.num_images, config.batch_size):
         numbers = range(first, min(first + config.batch_size, config.num_images))
-        latents = sample_latents(
-            model,
-            torch.tensor([number % model.config.num_classes for number in numbers]),
-            time_grid=grids,
-            guidance=config.guidance,
-            guidance_interval=config.guidance_interval,
-            noise=draw_noise(model.config, numbers, config.seed),
-        )
+        labels = torch.tensor([number % model.config.num_classes for number in numbers])
+        noise = draw_image_noise(family.noise_shape(model.config), numbers, config.seed)
+        *_, latents = family.generate(model, labels, noise, config, StepNoise(numbers, config.seed, labels.device))
         with torch.inference_mode():
             to_uint8(vae.decode(latents))
     return config.num_images / (time.perf_counter() - began)
