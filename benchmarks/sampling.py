@@ -10,16 +10,20 @@ import os
 import statistics
 import tempfile
 import time
+from multiprocessing.synchronize import Event, Semaphore
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from flowar.base.seeding import draw_noise
+from flowar.base.seeding import draw_image_noise
 from flowar.config.data import VAEConfig
 from flowar.config.drawing import SampleConfig
 from flowar.latents.vae import load_vae, to_uint8
 from flowar.models.build import create_model
+from flowar.models.flowar.family import noise_shape
 from flowar.models.flowar.generate import make_time_grids, sample_latents
+from flowar.models.flowar.model import FlowAR
 from flowar.models.folders import load_model, save_model
 from flowar.sample import main
 
@@ -30,6 +34,7 @@ def bare(config: SampleConfig) -> float:
     """Return the images/s of a plain loop: noise, model, VAE, rounding; nothing is written."""
     torch.set_num_threads(1)
     model, vae = load_model(config.model), load_vae("demo")
+    assert isinstance(model, FlowAR)
     grids = make_time_grids(config, len(model.config.scales))
     began = time.perf_counter()
     for first in range(0, config.num_images, config.batch_size):
@@ -40,14 +45,14 @@ def bare(config: SampleConfig) -> float:
             time_grid=grids,
             guidance=config.guidance,
             guidance_interval=config.guidance_interval,
-            noise=draw_noise(model.config, numbers, config.seed),
+            noise=draw_image_noise(noise_shape(model.config), numbers, config.seed),
         )
         with torch.inference_mode():
             to_uint8(vae.decode(latents))
     return config.num_images / (time.perf_counter() - began)
 
 
-def work(config: SampleConfig, ready: object, go: object) -> None:
+def work(config: SampleConfig, ready: Semaphore, go: Event) -> None:
     """Be one worker: say that all is imported, wait, draw."""
     torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -87,7 +92,11 @@ def run() -> None:
         save_model(model.config, model.state_dict(), Path(scratch) / "model")
         speeds: dict[str, list[float]] = {"bare": [], "one": [], "two": []}
         for number in range(options.rounds):
-            settings = {"model": f"{scratch}/model", "vae": VAEConfig(name="demo"), "num_steps": options.steps}
+            settings: dict[str, Any] = {
+                "model": f"{scratch}/model",
+                "vae": VAEConfig(name="demo"),
+                "num_steps": options.steps,
+            }
             settings |= {"num_images": options.images, "batch_size": BATCH}
             speeds["bare"].append(bare(SampleConfig(out_dir="none", **settings)))
             for name, processes in (("one", 1), ("two", 2)):
