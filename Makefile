@@ -16,6 +16,7 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed
 	@echo "== tests: several minutes =="
 	@$(RUN)/ruff check .
+	@$(RUN)/mypy
 	@$(RUN)/pytest
 
 $(VENV)/.installed: pyproject.toml
