@@ -6,13 +6,14 @@ python -m benchmarks.attention [threads]      times of a forward and backward pa
 import statistics
 import sys
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from flowar.models.attention import attend
 from flowar.models.flowar.scales import causal_segments, num_tokens
-from flowar.models.layers import attend
 
 SCALES = (1, 2, 4, 8, 16)
 
@@ -30,7 +31,7 @@ def dense_mask() -> Tensor:
     return mask
 
 
-def timed(function: object, qkv: Tensor) -> float:
+def timed(function: Callable[..., Tensor], qkv: Tensor) -> float:
     """Return the seconds of one forward and backward pass."""
     qkv.grad = None
     start = time.perf_counter()

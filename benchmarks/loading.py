@@ -12,9 +12,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from data_prep.chunks import ChunkWriter, merge_chunks
@@ -28,7 +30,7 @@ SHAPE = (32, 16, 16)
 BATCH = 64
 
 
-class Npz(Dataset):
+class Npz(Dataset[Any]):
     """One .npz per image, as MAR caches its latents."""
 
     def __init__(self, folder: Path, count: int) -> None:
@@ -37,12 +39,12 @@ class Npz(Dataset):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+    def __getitem__(self, index: int) -> tuple[NDArray[np.float16], int]:
         with np.load(self.folder / f"{index}.npz") as file:
             return file["moments"], int(file["label"])
 
 
-class Memmap(Dataset):
+class Memmap(Dataset[Any]):
     """One array in one file, mapped into memory; no labels, no checks."""
 
     def __init__(self, file: Path) -> None:
@@ -51,13 +53,13 @@ class Memmap(Dataset):
     def __len__(self) -> int:
         return len(self.array)
 
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+    def __getitem__(self, index: int) -> tuple[NDArray[np.float16], int]:
         return self.array[index].copy(), 0
 
 
-def write_all(root: Path, moments: np.ndarray) -> None:
+def write_all(root: Path, moments: NDArray[np.float16]) -> None:
     """Write the same rows in every format."""
-    settings = {
+    settings: dict[str, Any] = {
         "images": "random", "image_size": 256, "crop": "center", "flip": False, "seed": 0, "moments_dtype": "float16",
         "batch_size": 1, "chunk_images": len(moments), "shard_size_mib": 256, "precision": "fp32",
         "skip_unreadable": False, "resize": 256, "views": 1, "vae_name": "none", "vae_sha256": "",
@@ -78,16 +80,16 @@ def write_all(root: Path, moments: np.ndarray) -> None:
         np.savez(root / "npz" / f"{index}.npz", moments=row, label=0)
 
 
-def readers(root: Path, count: int, workers: int) -> dict[str, Callable[[], Iterator]]:
+def readers(root: Path, count: int, workers: int) -> dict[str, Callable[[], Iterator[Any]]]:
     """Return what is compared: for each name, a function that starts one epoch."""
     from streaming import StreamingDataset
 
     logging.getLogger("streaming").setLevel(logging.ERROR)
-    context = {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
+    context: dict[str, Any] = {"num_workers": workers, "multiprocessing_context": "fork" if workers else None}
     config = DataConfig(path=str(root / "mds"), num_workers=workers)
     epochs = itertools.count()
 
-    def ours() -> Iterator:
+    def ours() -> Iterator[Any]:
         steps = range((epoch := next(epochs)) * (count // BATCH), (epoch + 1) * (count // BATCH))
         return read_batches(LatentShards(config), config, batch_size=BATCH, seed=0, steps=steps)
 

@@ -10,6 +10,7 @@ import os
 import statistics
 import tempfile
 import time
+from multiprocessing.synchronize import Event, Semaphore
 from pathlib import Path
 
 import torch
@@ -41,7 +42,7 @@ def bare(config: SampleConfig) -> float:
     return config.num_images / (time.perf_counter() - began)
 
 
-def work(config: SampleConfig, ready: object, go: object) -> None:
+def work(config: SampleConfig, ready: Semaphore, go: Event) -> None:
     """Be one worker: say that all is imported, wait, draw."""
     torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)

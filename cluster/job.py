@@ -27,6 +27,7 @@ import traceback
 from importlib.metadata import distributions
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from cluster import environment
 from flowar.base.errors import EXIT_AGAIN, STOP_SIGNALS, UserError
@@ -71,7 +72,7 @@ class Job:
         return self.folder / f"{kind}_{job_id}"
 
 
-def _known(schema: type, record: dict[str, object]) -> dict[str, object]:
+def _known(schema: type[Any], record: dict[str, Any]) -> dict[str, Any]:
     names = {field.name for field in dataclasses.fields(schema)}
     return {name: value for name, value in record.items() if name in names}
 

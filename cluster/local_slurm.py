@@ -92,8 +92,8 @@ def start_slurm(folder: Path, num_nodes: int, more: str = "") -> Path:
     key.write_bytes(os.urandom(1024))
     key.chmod(0o400)
     munge = [f"--{name}={folder}/munge/{name.split('-')[0]}" for name in ("key-file", "socket", "pid-file", "log-file")]
-    run([find_program("munged"), "--force", *munge, f"--seed-file={folder}/munge/seed"], folder)  # only root needs it
-    run([find_program("slurmctld"), "-f", str(conf)], folder)
+    run("munged", ["--force", *munge, f"--seed-file={folder}/munge/seed"], folder)  # only root needs it
+    run("slurmctld", ["-f", str(conf)], folder)
     for name in names:
         start_node(folder, name)
     wait_until_idle(conf, names)
@@ -102,7 +102,7 @@ def start_slurm(folder: Path, num_nodes: int, more: str = "") -> Path:
 
 def start_node(folder: Path, name: str) -> None:
     """Start the daemon of one node."""
-    run([find_program("slurmd"), "-f", str(folder / CONF), "-N", name], folder)
+    run("slurmd", ["-f", str(folder / CONF), "-N", name], folder)
 
 
 def wait_until_idle(conf: Path, names: list[str]) -> None:
@@ -154,8 +154,9 @@ def free_ports(number: int) -> list[int]:
         return [probe.getsockname()[1] for probe in sockets]
 
 
-def run(command: list[str], folder: Path) -> None:
+def run(program: str, arguments: list[str], folder: Path) -> None:
     """Start a daemon, which goes to the background by itself."""
+    command = [find_program(program) or program, *arguments]
     log = folder / "start.log"
     environment = os.environ | {"SLURM_CONF": str(folder / CONF)}
     with log.open("a") as output:

@@ -14,6 +14,7 @@ import subprocess
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import submitit
 
@@ -48,7 +49,7 @@ class PlannedJob:
     """What will be submitted."""
 
     verb: str
-    config: object
+    config: Any  # of the verb's schema
     cluster: ClusterConfig
     jobs: Path  # the folder that gets the job's folder
     again: Job | None = None  # whose code and settings run again; None: what is installed here
@@ -130,12 +131,12 @@ def submit(planned: list[PlannedJob], *, dry_run: bool, listed_in: Path | None =
                 if not link.exists():  # the chain may be listed where one of its jobs is
                     link.symlink_to(folder)
     except BaseException:
-        for job in done:
-            subprocess.run(["scancel", *dict.fromkeys(job_id.split("_")[0] for job_id in job.ids)])
+        for own in done:
+            subprocess.run(["scancel", *dict.fromkeys(job_id.split("_")[0] for job_id in own.ids)])
         raise
-    for job in done:
-        what = f"{job.ids[0]} to {job.ids[-1]}" if len(job.ids) > 1 else job.ids[0]
-        print(f"submitted {job.verb} as job {what}; its folder: {job.folder}")
+    for own in done:
+        what = f"{own.ids[0]} to {own.ids[-1]}" if len(own.ids) > 1 else own.ids[0]
+        print(f"submitted {own.verb} as job {what}; its folder: {own.folder}")
     jobs = planned[-1].jobs
     shown = listed_in or (jobs.parent if jobs.name == JOBS else jobs.with_name(jobs.name.removesuffix(f".{JOBS}")))
     print(f"watch it: flowar status {shown} --watch")
@@ -179,15 +180,15 @@ def make_executor(job: PlannedJob, folder: Path, after: tuple[str, ...] = ()) ->
         *(f"export {key}={shlex.quote(value)}" for key, value in cluster.environment.items()),
     ]
     if cluster.scheduler == "local":
-        executor = submitit.LocalExecutor(folder, python=cluster.python)
-        executor.update_parameters(
+        local = submitit.LocalExecutor(folder, python=cluster.python)
+        local.update_parameters(
             timeout_min=cluster.time_min,
             gpus_per_node=cluster.gpus_per_node,
             tasks_per_node=cluster.tasks,
             setup=setup,
             signal_delay_s=cluster.stop_before_end_s,
         )
-        return executor
+        return local
     executor = submitit.SlurmExecutor(folder, max_num_timeout=NEVER, python=cluster.python)
     more = {"requeue": True, "chdir": job.cwd, **cluster.sbatch}
     optional = {name: getattr(cluster, name) for name in ("partition", "account", "qos", "constraint", "exclude")}
@@ -221,6 +222,7 @@ def batch_script(job: PlannedJob, folder: Path) -> str:
         return "none: scheduler=local starts processes on this machine"
     with tempfile.TemporaryDirectory() as scratch:  # submitit makes the folder that it is given
         executor = make_executor(job, Path(scratch))
+        assert isinstance(executor, submitit.SlurmExecutor)
         if job.cluster.array > 1:
             executor.parameters["map_count"] = job.cluster.array
         text = executor._make_submission_file_text(executor._submitit_command_str, "dry-run")

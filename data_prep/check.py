@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.progress import track
 
 from data_prep.crops import decode_image, make_views
@@ -73,8 +74,9 @@ def main(config: CheckConfig, dry_run: bool = False) -> None:
 
 def check_files(shards: LatentShards) -> list[str]:
     """Return what is wrong with the shards: each one's size and hash, the rows, the class histogram, the statistics."""
-    passport, problems = shards.passport, []
-    labels, statistics = Counter(), MomentSums()
+    passport, statistics = shards.passport, MomentSums()
+    problems: list[str] = []
+    labels: Counter[int] = Counter()
     with ThreadPoolExecutor(min(MAX_THREADS, len(os.sched_getaffinity(0)))) as pool:
         checked = pool.map(lambda shard: check_shard(shards, shard), shards.shards)
         for findings in track(checked, "reading every shard", total=len(shards.shards)):
@@ -87,10 +89,10 @@ def check_files(shards: LatentShards) -> list[str]:
     for label, (found, needed) in enumerate(zip(counts, passport.class_counts, strict=True)):
         if found != needed:
             problems.append(f"class {label} ({passport.class_names[label]}) has {found:g} images, not {needed}")
-    for name, found in statistics.figures().items():
-        needed = getattr(passport, name)
-        if not name.startswith("rounding") and not np.allclose(found, needed, rtol=TOLERANCE, atol=TOLERANCE):
-            problems.append(f"{name} is {found}, {PASSPORT_FILE} says {needed}")
+    for name, measured in statistics.figures().items():
+        recorded = getattr(passport, name)
+        if not name.startswith("rounding") and not np.allclose(measured, recorded, rtol=TOLERANCE, atol=TOLERANCE):
+            problems.append(f"{name} is {measured}, {PASSPORT_FILE} says {recorded}")
     problems += stray_files(shards)
     ratio = passport.latent_multiplier / passport.measured_multiplier
     print(
@@ -129,7 +131,7 @@ def check_shard(shards: LatentShards, shard: Shard) -> Findings:
     return findings
 
 
-def read_blocks(shards: LatentShards, shard: Shard, file: Path) -> Iterator[tuple[np.ndarray, int]]:
+def read_blocks(shards: LatentShards, shard: Shard, file: Path) -> Iterator[tuple[NDArray[np.void], int]]:
     """Yield the rows of a shard in blocks, each with the number of its first row."""
     begin = shard.num_bytes - shard.num_rows * shards.dtype.itemsize
     for first in range(0, shard.num_rows, ROWS_AT_ONCE):
@@ -138,7 +140,7 @@ def read_blocks(shards: LatentShards, shard: Shard, file: Path) -> Iterator[tupl
         yield np.fromfile(file, shards.dtype, count=count, offset=offset), shard.first_row + first
 
 
-def damaged_rows(rows: np.ndarray, first_row: int) -> list[int]:
+def damaged_rows(rows: NDArray[np.void], first_row: int) -> list[int]:
     """Return the numbers of the rows whose checksum is wrong."""
     return [
         first_row + place
@@ -171,24 +173,26 @@ def check_against_source(config: CheckConfig, shards: LatentShards) -> list[str]
     images = np.sort(random.choice(passport.num_images, min(config.num_images, passport.num_images), replace=False))
     views = random.integers(passport.views, size=len(images))
     crops = crop_settings(passport)
-    errors, pairs, problems = [], [], []
+    errors: list[float] = []
+    pairs: list[torch.Tensor] = []
+    problems: list[str] = []
     for image, view in track(list(zip(images.tolist(), views.tolist(), strict=True)), "encoding a sample again"):
         row = shards.read([image * passport.views + view])
         name = source.names[kept[image]]
         if source.labels[kept[image]] != row["label"][0]:
             problems.append(f"image {image} ({name}) has class {row['label'][0]}, not {source.labels[kept[image]]}")
         try:
-            pixels = make_views(decode_image(source.read(kept[image])), crops, kept[image])[view]
+            made = make_views(decode_image(source.read(kept[image])), crops, kept[image])[view]
         except Exception as error:  # Pillow raises many kinds
             problems.append(f"image {image} ({name}) can't be read any more: {error}")
             continue
-        pixels = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+        pixels = torch.from_numpy(made.copy()).permute(2, 0, 1)[None]
         stored = torch.from_numpy(row["moments"].astype(np.float32))
-        error = encoding_error(vae, pixels.to(device), stored.to(device), passport)
-        errors.append(error)
-        if not error <= config.max_error:
+        difference = encoding_error(vae, pixels.to(device), stored.to(device), passport)
+        errors.append(difference)
+        if not difference <= config.max_error:
             problems.append(
-                f"image {image} ({name}), view {view}, encoded again differs by {error:.2g} std of the latents"
+                f"image {image} ({name}), view {view}, encoded again differs by {difference:.2g} std of the latents"
             )
         if len(pairs) < 2 * COMPARED_IMAGES:
             pairs += [pixels[0], decode_mean(vae, stored.to(device))]

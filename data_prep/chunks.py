@@ -15,8 +15,10 @@ import socket
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from data_prep.statistics import MomentSums
 from flowar.base.errors import UserError
@@ -49,7 +51,7 @@ def finished_chunks(partial: Path) -> set[int]:
 class ChunkWriter:
     """One chunk in the making. `publish` or `discard` ends it."""
 
-    def __init__(self, partial: Path, chunk: int, settings: dict, encoded_with: dict[str, str]) -> None:
+    def __init__(self, partial: Path, chunk: int, settings: dict[str, Any], encoded_with: dict[str, str]) -> None:
         from streaming import MDSWriter
 
         logging.getLogger("streaming").setLevel(logging.ERROR)
@@ -69,7 +71,7 @@ class ChunkWriter:
             size_limit=settings["shard_size_mib"] * MIB,
         )
 
-    def add(self, moments: np.ndarray, labels: list[int], names: list[str]) -> None:
+    def add(self, moments: NDArray[np.float32], labels: list[int], names: list[str]) -> None:
         """Write the moments (N V, 2 C, h, w) of N images, all views of one image after the other.
 
         Raises:
@@ -121,14 +123,18 @@ class ChunkWriter:
         shutil.rmtree(self.hidden, ignore_errors=True)
 
 
-def merge_chunks(partial: Path, settings: dict, class_names: list[str]) -> None:
+def merge_chunks(partial: Path, settings: dict[str, Any], class_names: list[str]) -> None:
     """Write the index of all shards and, as the last thing, the passport into `partial`, from finished chunks only."""
     for leftover in partial.glob(".*"):  # of killed workers
         if leftover.is_dir():
             shutil.rmtree(leftover)
         else:
             leftover.unlink()
-    statistics, class_counts, skipped, encoded_with, shards = MomentSums(), Counter(), {}, [], []
+    statistics = MomentSums()
+    class_counts: Counter[int] = Counter()
+    skipped: dict[str, str] = {}
+    encoded_with: list[dict[str, str]] = []
+    shards: list[dict[str, Any]] = []
     for chunk in sorted(finished_chunks(partial)):
         folder = partial / chunk_folder(chunk)
         record = json.loads((folder / CHUNK_FILE).read_text())

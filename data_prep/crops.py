@@ -3,6 +3,7 @@
 import io
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torchvision.transforms import functional as F
 from torchvision.transforms.functional import InterpolationMode
@@ -33,7 +34,7 @@ def decode_image(content: bytes) -> Image.Image:
     Raises:
         Exception: if it can't be read; Pillow raises many kinds.
     """
-    image = Image.open(io.BytesIO(content))
+    image: Image.Image = Image.open(io.BytesIO(content))
     image = ImageOps.exif_transpose(
         image
     )  # ADM and the authors ignore EXIF; ImageNet's few turned images are upright here
@@ -44,7 +45,7 @@ def decode_image(content: bytes) -> Image.Image:
     return image.convert("RGB")
 
 
-def make_views(image: Image.Image, config: PrepareConfig, number: int) -> np.ndarray:
+def make_views(image: Image.Image, config: PrepareConfig, number: int) -> NDArray[np.uint8]:
     """Return the views of image `number` of the source, (views, size, size, 3) uint8; a function of these arguments.
 
     center: ADM's centre crop, then its mirror image. random: `views` independent crops after a resize of the short
@@ -67,7 +68,7 @@ def _random_view(image: Image.Image, config: PrepareConfig, number: int, view: i
     random = np.random.default_rng(derive_seed(config.seed, Stream.CROP, number, view))
     top = int(random.integers(image.height - config.image_size + 1))
     left = int(random.integers(image.width - config.image_size + 1))
-    cropped = F.crop(image, top, left, config.image_size, config.image_size)
+    cropped: Image.Image = F.crop(image, top, left, config.image_size, config.image_size)
     return F.hflip(cropped) if config.flip and random.random() < 0.5 else cropped
 
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -143,7 +144,7 @@ def settings_of_dataset(config: PrepareConfig, vae: VAE) -> dict[str, Any]:
     }
 
 
-def check_same_settings(settings: dict, found: dict, where: str) -> None:
+def check_same_settings(settings: dict[str, Any], found: dict[str, Any], where: str) -> None:
     """Raise a UserError that names the settings in which two workers, or a worker and a dataset, differ."""
     differing = [f"{key}={found.get(key)}, not {value}" for key, value in settings.items() if found.get(key) != value]
     if differing:
@@ -161,7 +162,7 @@ def check_images_exist(config: PrepareConfig) -> None:
         list_images(config)
 
 
-def describe_plan(source: Source, settings: dict, config: PrepareConfig) -> str:
+def describe_plan(source: Source, settings: dict[str, Any], config: PrepareConfig) -> str:
     """Return what will be done, in one line."""
     rows = len(source) * settings["views"]
     num_bytes = rows * int(np.prod(settings["moments_shape"])) * np.dtype(settings["moments_dtype"]).itemsize
@@ -271,7 +272,7 @@ class Decoded(NamedTuple):
     trouble: str = ""  # the file can't be got at: no fault of the image
 
 
-class DecodedImages(Dataset):
+class DecodedImages(Dataset[Decoded]):
     """The views of the images, by (chunk, number)."""
 
     def __init__(self, source: Source, config: PrepareConfig) -> None:
@@ -340,7 +341,7 @@ def encode_free_chunks(job: EncodingJob, plan: Plan, leases: Leases, progress: P
 
 
 def add_images(
-    writer: ChunkWriter, batch: list[Decoded], moments: np.ndarray, source: Source, config: PrepareConfig
+    writer: ChunkWriter, batch: list[Decoded], moments: NDArray[np.float32], source: Source, config: PrepareConfig
 ) -> None:
     """Write one batch, or stop because of an image that can't be read."""
     troubles = [image.trouble for image in batch if image.trouble]
@@ -369,7 +370,9 @@ def claimed_batches(plan: Plan, leases: Leases, images_per_batch: int) -> Iterat
             yield [(chunk, number) for number in images[start : start + images_per_batch]]
 
 
-def encode_ahead(batches: Iterable[list[Decoded]], job: EncodingJob) -> Iterator[tuple[list[Decoded], np.ndarray]]:
+def encode_ahead(
+    batches: Iterable[list[Decoded]], job: EncodingJob
+) -> Iterator[tuple[list[Decoded], NDArray[np.float32]]]:
     """Yield each batch with its moments (rows, 2 C, h, w), one late: a GPU encodes the next while it is written."""
     waiting: tuple[list[Decoded], list[Tensor]] | None = None
     for batch in batches:
@@ -389,8 +392,8 @@ def encode(views: list[Tensor], job: EncodingJob) -> list[Tensor]:
         return [job.vae.encode(from_uint8(part.to(job.device, non_blocking=True))).float() for part in rows]
 
 
-def _to_numpy(parts: list[Tensor]) -> np.ndarray:
-    return torch.cat(parts).cpu().numpy() if parts else np.empty(0)
+def _to_numpy(parts: list[Tensor]) -> NDArray[np.float32]:
+    return torch.cat(parts).cpu().numpy() if parts else np.empty(0, dtype=np.float32)
 
 
 def describe_worker(device: torch.device) -> dict[str, str]:

@@ -53,7 +53,8 @@ class Source:
         if self.kind == "webdataset":
             return read_bytes_at(file, *where)
         row_group, row, column = where
-        return _parquet_images(file, row_group, column)[row]
+        content: bytes = _parquet_images(file, row_group, column)[row]
+        return content
 
     def save(self, path: Path) -> None:
         """Write the listing as compressed JSON, the same bytes for the same listing."""
@@ -151,7 +152,8 @@ def _open_parquet(root: str, files: list[str], image_column: str, label_column: 
 def _parquet_class_names(metadata: dict[bytes, bytes] | None, label_column: str) -> list[str] | None:
     """Return the class names that Hugging Face's datasets keeps in the schema, if any."""
     features = json.loads((metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
-    return features.get(label_column, {}).get("names")
+    names: list[str] | None = features.get(label_column, {}).get("names")
+    return names
 
 
 @lru_cache(maxsize=1)

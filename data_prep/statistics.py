@@ -1,8 +1,10 @@
 """Sums over rows of moments, from which the figures of the passport follow. Read next: encode.py, check.py."""
 
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from flowar.latents.vae import MAX_LOG_VARIANCE, MIN_LOG_VARIANCE
 
@@ -19,14 +21,19 @@ class MomentSums:
     error_squares: float = 0.0
 
     @staticmethod
-    def of(stored: np.ndarray, exact: np.ndarray | None = None) -> "MomentSums":
+    def of(stored: NDArray[Any], exact: NDArray[Any] | None = None) -> "MomentSums":
         """Return the sums over moments (N, 2 C, h, w), and the rounding error against the exact ones."""
         mean, log_variance = np.split(stored.astype(np.float64), 2, axis=1)
         variance = np.exp(log_variance.clip(MIN_LOG_VARIANCE, MAX_LOG_VARIANCE))
         error = np.zeros(1) if exact is None else stored.astype(np.float64) - exact
+        means, squares, variances = (
+            values.sum(axis=(0, 2, 3)).tolist() for values in (mean, np.square(mean), variance)
+        )
         return MomentSums(
             mean[:, 0].size,
-            *(values.sum(axis=(0, 2, 3)).tolist() for values in (mean, np.square(mean), variance)),
+            means,
+            squares,
+            variances,
             error_max=float(np.abs(error).max()),
             error_squares=float(np.square(error).sum()),
         )
@@ -42,7 +49,7 @@ class MomentSums:
             sums[key] = (np.array(mine) + theirs).tolist() if isinstance(mine, list) else mine + theirs
         return MomentSums(**sums | {"error_max": max(self.error_max, other.error_max)})
 
-    def figures(self) -> dict[str, list[float] | float]:
+    def figures(self) -> dict[str, Any]:
         """Return the measured fields of the passport.
 
         The latents are samples of the moments: their variance is that of the means plus the mean variance.

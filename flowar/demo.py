@@ -15,11 +15,11 @@ from flowar.base.files import write_text
 from flowar.base.pages import REPORT_FILE, embed, write_page
 from flowar.base.pictures import save_grid, save_loss_curve
 from flowar.cli import run_verb
-from flowar.config.data import DataConfig, PrepareConfig
+from flowar.config.data import DataConfig, ExtractorConfig, PrepareConfig
 from flowar.config.drawing import SampleConfig
 from flowar.config.jobs import DemoConfig
 from flowar.config.load import describe_config, extend
-from flowar.config.measuring import EvaluateConfig, ExtractorConfig
+from flowar.config.measuring import EvaluateConfig
 from flowar.config.training import TrainConfig
 from flowar.evaluation.digits import (
     IMAGE_SIZE,

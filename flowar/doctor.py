@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -99,7 +100,7 @@ def node_name() -> str:
     return os.environ.get("FLOWAR_NODE", socket.gethostname())
 
 
-def examine(config: DoctorConfig, world: World) -> dict[str, object]:
+def examine(config: DoctorConfig, world: World) -> dict[str, Any]:
     """Return what this process sees of its node."""
     shm = shutil.disk_usage("/dev/shm").free / GIB if Path("/dev/shm").is_dir() else 0.0
     return {
@@ -141,7 +142,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def gpus(device: torch.device) -> list[dict[str, object]]:
+def gpus(device: torch.device) -> list[dict[str, Any]]:
     """Return the GPUs of the node, as its driver lists them; none without CUDA."""
     if device.type != "cuda":
         return []
@@ -150,10 +151,10 @@ def gpus(device: torch.device) -> list[dict[str, object]]:
     answer = subprocess.run(command, capture_output=True, text=True, timeout=SMI_S, check=True).stdout
     found = []
     for line in answer.splitlines():
-        name, total, used, errors, driver = (word.strip() for word in line.split(","))
-        errors = int(errors) if errors.isdecimal() else 0  # [N/A] where ECC is off
-        found.append({"name": name, "total_gib": int(total) / 1024, "used_gib": int(used) / 1024, "ecc_errors": errors})
-        found[-1]["driver"] = driver
+        name, total, used, ecc, driver = (word.strip() for word in line.split(","))
+        errors = int(ecc) if ecc.isdecimal() else 0  # [N/A] where ECC is off
+        gpu: dict[str, Any] = {"name": name, "total_gib": int(total) / 1024, "used_gib": int(used) / 1024}
+        found.append(gpu | {"ecc_errors": errors, "driver": driver})
     return found
 
 
@@ -205,7 +206,7 @@ def measure_pairs(world: World, node: str, message_mib: int) -> float | None:
     The first process of each node takes part; in each round every node has one partner (a round-robin tournament).
     """
     nodes = gather_objects((node, world.rank)) if world.control is not None else [(node, 0)]
-    first_ranks = {}
+    first_ranks: dict[str, int] = {}
     for name, rank in nodes:
         first_ranks.setdefault(name, rank)
     players: list[int | None] = list(first_ranks.values())
@@ -241,11 +242,11 @@ def exchange_seconds(message: torch.Tensor, partner: int) -> float:
     return statistics.median(seconds[1:])
 
 
-def find_problems(everyone: list[dict[str, object]], config: DoctorConfig) -> dict[str, list[str]]:
+def find_problems(everyone: list[dict[str, Any]], config: DoctorConfig) -> dict[str, list[str]]:
     """Return what is wrong, by node."""
     problems: dict[str, list[str]] = {}
 
-    def add(seen: dict[str, object], what: str) -> None:
+    def add(seen: dict[str, Any], what: str) -> None:
         lines = problems.setdefault(seen["node"], [])
         if what not in lines:
             lines.append(what)
@@ -290,31 +291,31 @@ def find_problems(everyone: list[dict[str, object]], config: DoctorConfig) -> di
     return problems
 
 
-def report(everyone: list[dict[str, object]], config: DoctorConfig) -> None:
+def report(everyone: list[dict[str, Any]], config: DoctorConfig) -> None:
     """Print the table and what is wrong; write doctor.json.
 
     Raises:
         UserError: if a node is not fit, with what to exclude.
     """
     problems = find_problems(everyone, config)
-    nodes: dict[str, list[dict[str, object]]] = {}
+    nodes: dict[str, list[dict[str, Any]]] = {}
     for seen in everyone:
         nodes.setdefault(seen["node"], []).append(seen)
     columns = ("node", "tasks", "GPUs", "CPUs/task", "shm GiB", "files", "MiB/s", "rename ms", "TFLOP/s", "GB/s", "")
     table = Table(*columns, box=None)
-    for node, seen in nodes.items():
-        first = seen[0]
+    for node, of_node in nodes.items():
+        first = of_node[0]
         speed = first["all_reduce_gb_per_s"]
         cells = (
             node,
-            str(len(seen)),
+            str(len(of_node)),
             f"{len(first['gpus'])} x {first['gpus'][0]['name']}" if first["gpus"] else "none",
-            str(min(one["cpus"] for one in seen)),
+            str(min(one["cpus"] for one in of_node)),
             f"{first['shm_gib']:.1f}",
             f"{first['open_files']:,}",
-            f"{min(one['write_mib_per_s'] for one in seen):,.0f}",
-            f"{max(one['rename_ms'] for one in seen):.2f}",
-            f"{min(one['tflops'] for one in seen):.3g}",
+            f"{min(one['write_mib_per_s'] for one in of_node):,.0f}",
+            f"{max(one['rename_ms'] for one in of_node):.2f}",
+            f"{min(one['tflops'] for one in of_node):.3g}",
             "" if speed is None else f"{speed:.3g}",
             "NOT FIT" if node in problems else "fit",
         )

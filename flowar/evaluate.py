@@ -10,6 +10,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -134,7 +135,7 @@ def choose_out_dir(config: EvaluateConfig) -> Path:
 
 def describe_evaluation(
     config: EvaluateConfig, found: Features, metrics: list[Metric], notes: list[str]
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Return what metrics.json says."""
     drawn = Path(config.samples) / SAMPLES_FILE
     return {
@@ -152,7 +153,7 @@ def describe_evaluation(
     }
 
 
-def evaluation_table(record: dict[str, object]) -> Table:
+def evaluation_table(record: dict[str, Any]) -> Table:
     """Return the table of `flowar evaluate`."""
     network = record["extractor"]["name"]
     what = f"{record['num_samples']:,} samples, protocol {record['protocol']}, {network}"

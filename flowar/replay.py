@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowar.base.devices import pick_device
 from flowar.base.distributed import World
@@ -18,6 +18,7 @@ from flowar.config.load import load_config
 from flowar.config.training import ReplayConfig, TrainConfig
 from flowar.latents.batches import Batch
 from flowar.models.build import create_model
+from flowar.models.family import Model
 from flowar.models.folders import load_state
 from flowar.training.guard import WEIGHTS_FOLDER, BlockMaxima, load_bundle
 from flowar.training.setup import split_batch
@@ -27,7 +28,7 @@ from flowar.training.step import StepSettings, accumulate
 class OneProcess:
     """A model whose gradients are computed by this process alone; no optimizer."""
 
-    def __init__(self, model: nn.Module, device: torch.device) -> None:
+    def __init__(self, model: Model, device: torch.device) -> None:
         self.world = World(0, 1, device, None)
         self.forward = model
 
@@ -78,7 +79,7 @@ def main(config: ReplayConfig, dry_run: bool = False) -> None:
 
 
 def replay_step(
-    model: nn.Module, batch: Batch, number: int, settings: StepSettings, device: torch.device
+    model: Model, batch: Batch, number: int, settings: StepSettings, device: torch.device
 ) -> tuple[list[float], float, BlockMaxima]:
     """Return the terms of the loss, gradient norm and maxima of a kept step, done again on one process.
 

@@ -11,6 +11,7 @@ import json
 import random
 import time
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -53,9 +54,10 @@ class Setting:
         """Return where its FID on so many images is written."""
         return self.folder / f"score_{num_images}.json"
 
-    def score(self, num_images: int) -> dict[str, float]:
+    def score(self, num_images: int) -> dict[str, Any]:
         """Return its FID on so many images."""
-        return json.loads(self.score_file(num_images).read_text())
+        record: dict[str, Any] = json.loads(self.score_file(num_images).read_text())
+        return record
 
 
 def main(config: SweepConfig, dry_run: bool = False) -> None:
@@ -184,7 +186,8 @@ def measure_settings(
     while missing := [setting for setting in settings if not setting.score_file(num_images).exists()]:
         random.shuffle(missing)  # so that processes don't all draw the same setting
         if job is not None:
-            missing.sort(key=lambda setting: setting.sample.model != job.config.model)
+            loaded = job.config.model
+            missing.sort(key=lambda setting: setting.sample.model != loaded)
         has_worked = False
         for setting in missing:
             if job is None or job.config.model != setting.sample.model:
@@ -215,7 +218,7 @@ def score(setting: Setting, job: SamplingJob, features_folder: Path, distance: F
 def write_results(config: SweepConfig, settings: list[Setting], winner: Setting, rounds: list[tuple[int, int]]) -> None:
     """Write pareto.png, the winner as a recipe for `flowar sample`, and sweep.json, which says that all is done."""
     out_dir = Path(config.out_dir)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for setting in settings:
         last = max(images for _, images in rounds if setting.score_file(images).exists())
         rows.append({"name": setting.name, **setting.score(last)})
@@ -245,7 +248,7 @@ def write_results(config: SweepConfig, settings: list[Setting], winner: Setting,
     write_text(out_dir / RESULTS_FILE, json.dumps({"winner": winner.name, "settings": rows}, indent=2) + "\n")
 
 
-def sweep_table(rows: list[dict[str, object]], model: str) -> Table:
+def sweep_table(rows: list[dict[str, Any]], model: str) -> Table:
     """Return the table of a sweep."""
     table = Table("setting", "images", "FID", "95% interval", "GFLOPs an image", "Pareto", title=f"sweep of {model}")
     for row in rows:

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -88,6 +89,7 @@ def train(config: TrainConfig, world: World) -> None:
     run = plan_run(config, world)
     run_dir, passport = Path(config.run_dir), run.shards.passport
     owner = broadcast_object(prepare_run_dir(run_dir, config, passport) if world.is_main else None)
+    assert owner is not None
     if config.precision == "tf32" and world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
@@ -109,7 +111,7 @@ def train(config: TrainConfig, world: World) -> None:
     kept_averages = Checkpoints(owner, world, contents, AVERAGES)
     guard = Guard(config.guard, progress)
     terms = run.step.family.loss_terms(config.model)
-    speed = {
+    speed: dict[str, Any] = {
         "num_steps": run.num_steps,
         "batch_size": config.batch_size,
         "mfu_per_speed": mfu_per_speed(config.model, config.peak_tflops, config.precision, world),

@@ -7,12 +7,14 @@ import os
 import re
 import signal
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from flowar.base.errors import STOP_SIGNALS, UserError
+
+T = TypeVar("T")
 
 BACKGROUND_TIMEOUT = timedelta(minutes=30)
 
@@ -63,13 +65,18 @@ def start_world(device: torch.device, *, with_group: bool) -> World:
     if world_size() == 1 and not with_group:
         return World(0, 1, device, None)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    settings = {"backend": backend, "timeout": SETUP_TIMEOUT}
     if "RANK" in os.environ:
-        dist.init_process_group(**settings)
+        dist.init_process_group(backend=backend, timeout=SETUP_TIMEOUT)
     else:
-        dist.init_process_group(**settings, store=dist.HashStore(), rank=0, world_size=1)
-    control = dist.new_group(backend="gloo", timeout=SETUP_TIMEOUT)
-    return World(dist.get_rank(), dist.get_world_size(), device, control)
+        dist.init_process_group(backend=backend, timeout=SETUP_TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
+    return World(dist.get_rank(), dist.get_world_size(), device, _gloo_group(SETUP_TIMEOUT))
+
+
+def _gloo_group(timeout: timedelta) -> dist.ProcessGroup:
+    """Return a new group of all ranks."""
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    assert not isinstance(group, int)  # torch's mark for ranks outside of it
+    return group
 
 
 def limit_waiting(timeout_s: float) -> None:
@@ -90,7 +97,7 @@ def background_group() -> dist.ProcessGroup | None:
     """
     if not dist.is_initialized():
         return None
-    group = dist.new_group(backend="gloo", timeout=BACKGROUND_TIMEOUT)
+    group = _gloo_group(BACKGROUND_TIMEOUT)
     _background_groups.append(group)
     return group
 
@@ -114,7 +121,7 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
-def broadcast_object(value: object) -> object:
+def broadcast_object(value: T) -> T:
     """Return rank 0's `value`, any picklable object, on all ranks."""
     if not dist.is_initialized():
         return value
@@ -123,11 +130,11 @@ def broadcast_object(value: object) -> object:
     return values[0]
 
 
-def gather_objects(value: object) -> list[object]:
+def gather_objects(value: T) -> list[T]:
     """Return every rank's `value`, any picklable object, on all ranks."""
     if not dist.is_initialized():
         return [value]
-    values = [None] * dist.get_world_size()
+    values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 

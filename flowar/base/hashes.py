@@ -23,5 +23,5 @@ def hash_weights(state: dict[str, Tensor]) -> str:
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.float().cpu().contiguous().numpy())
+        digest.update(tensor.float().cpu().contiguous().numpy().data)
     return digest.hexdigest()

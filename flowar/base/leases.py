@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import psutil
 
@@ -268,18 +269,18 @@ def _holder_is_gone(content: str) -> bool:
         return False  # half-written: unless its writer is dead it will change
 
 
-def describe_process() -> dict[str, object]:
+def describe_process() -> dict[str, Any]:
     """Return what tells this process from all others, on this machine and elsewhere."""
     started = f"{psutil.Process().create_time():.3f}"
     return {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid(), "started": started}
 
 
-def is_of_this_machine(owner: dict[str, object]) -> bool:
+def is_of_this_machine(owner: dict[str, Any]) -> bool:
     """Return whether a process that described itself so can be looked up here."""
-    return owner["machine"] == _machine()
+    return bool(owner["machine"] == _machine())
 
 
-def process_is_gone(owner: dict[str, object]) -> bool:
+def process_is_gone(owner: dict[str, Any]) -> bool:
     """Return whether a process that described itself so was one of this machine, and has ended."""
     if not is_of_this_machine(owner):
         return False

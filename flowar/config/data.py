@@ -8,6 +8,8 @@ from omegaconf import MISSING
 from flowar.base.errors import UserError
 from flowar.config.load import free
 
+Crop = Literal["center", "random", "ten_crop"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class VAEConfig:
@@ -35,7 +37,7 @@ class PrepareConfig:
     out_dir: str = free(MISSING)  # the dataset to write
     vae: VAEConfig = field(default_factory=VAEConfig)
     image_size: int = 256  # side of the views, pixels
-    crop: Literal["center", "random", "ten_crop"] = "center"  # FlowAR: random; MAR: center
+    crop: Crop = "center"  # FlowAR: random; MAR: center
     flip: bool = True  # center: store the mirror image too; random: mirror every other view; ten_crop: always
     views: int = 10  # stored of each image with crop=random; an epoch uses one of them
     resize: int | None = None  # short side before the crop; None: random 9/8 and ten_crop 1.1 of image_size

@@ -62,7 +62,7 @@ def decisive_settings(config: Dataclass) -> dict[str, Any]:
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if not field.metadata.get(FREE):
-            decisive[field.name] = decisive_settings(value) if dataclasses.is_dataclass(value) else value
+            decisive[field.name] = decisive_settings(value) if dataclasses.is_dataclass(type(value)) else value
     return decisive
 
 
@@ -98,9 +98,10 @@ def load_config(schema: type[Schema], path: str | Path | None = None, overrides:
                     holder[name] = OmegaConf.structured(kind if start is None else start)
         return typing.cast(Schema, OmegaConf.to_object(OmegaConf.merge(defaults, given)))
     except ConfigKeyError as error:
-        raise UserError(f"{error.full_key} is not a setting{did_you_mean(error.full_key, _keys(defaults))}") from error
+        key = str(error.full_key)
+        raise UserError(f"{key} is not a setting{did_you_mean(key, _keys(defaults))}") from error
     except MissingMandatoryValue as error:
-        key = error.full_key
+        key = str(error.full_key)
         raise UserError(f"{key} is required; give it in the YAML or as {key}=...") from error
     except OmegaConfBaseException as error:
         if isinstance(error.__cause__, UserError):
@@ -173,7 +174,7 @@ def _parse_overrides(overrides: tuple[str, ...]) -> DictConfig:
 
 def _keys(config: DictConfig, prefix: str = "") -> list[str]:
     keys = []
-    for key in config:
+    for key in map(str, config):
         keys.append(f"{prefix}{key}")
         if not OmegaConf.is_missing(config, key) and isinstance(config[key], DictConfig):
             keys += _keys(config[key], f"{prefix}{key}.")

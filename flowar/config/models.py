@@ -8,6 +8,8 @@ from typing import Any, Literal
 from flowar.base.errors import UserError
 from flowar.config.load import did_you_mean
 
+FlowBlockName = Literal["attn_mlp", "attn_cross_mlp"]
+
 CUSTOM_VARIANT = "custom"  # a model that is no row of MODEL_VARIANTS
 
 
@@ -64,7 +66,7 @@ class FlowARConfig(ModelConfig):
     flow_depth: int = 12
     flow_width: int = 1024
     flow_heads: int = 16  # released: heads of 64 channels
-    flow_block: Literal["attn_mlp", "attn_cross_mlp"] = "attn_cross_mlp"  # the paper: attn_mlp
+    flow_block: FlowBlockName = "attn_cross_mlp"  # the paper: attn_mlp
     dropout: float = 0.1  # in the AR Transformer while training; none in the flow Transformer
     zero_init: bool = False  # zero the last linear, as the authors meant to
 
@@ -105,10 +107,12 @@ class FlowARConfig(ModelConfig):
 MODEL_CONFIGS: dict[str, type[ModelConfig]] = {"flowar": FlowARConfig}  # by family
 
 
-def _flowar(name: str, ar: tuple[int, int, int], flow: tuple[int, int, int], block: str, **others: Any) -> FlowARConfig:
+def _flowar(
+    name: str, ar: tuple[int, int, int], flow: tuple[int, int, int], block: FlowBlockName, **others: Any
+) -> FlowARConfig:
     return FlowARConfig(
         variant=name, ar_depth=ar[0], ar_width=ar[1], ar_heads=ar[2],
-        flow_depth=flow[0], flow_width=flow[1], flow_heads=flow[2], flow_block=block, **others,  # type: ignore[arg-type]
+        flow_depth=flow[0], flow_width=flow[1], flow_heads=flow[2], flow_block=block, **others,
     )  # fmt: skip
 
 

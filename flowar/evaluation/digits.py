@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
@@ -29,7 +30,7 @@ MAX_SHIFT = 0.15  # of half the image
 MAX_ZOOM = 0.15
 
 
-def load_splits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def load_splits() -> dict[str, tuple[NDArray[np.uint8], NDArray[np.int64]]]:
     """Return {"train", "held_out"}: images (N, 32, 32, 3) uint8 and labels (N,), split by class with a fixed seed."""
     digits = load_digits()
     images = np.stack([_enlarge(image) for image in digits.images])
@@ -39,7 +40,7 @@ def load_splits() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {"train": (train_images, train_labels), "held_out": (held_images, held_labels)}
 
 
-def _enlarge(image: np.ndarray) -> np.ndarray:
+def _enlarge(image: NDArray[np.float64]) -> NDArray[np.uint8]:
     grey = Image.fromarray((image / GREY_LEVELS * 255).round().astype(np.uint8))
     return np.asarray(grey.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BICUBIC).convert("RGB"))
 
@@ -53,7 +54,7 @@ def write_image_folders(root: Path) -> None:
             Image.fromarray(image).save(folder / f"{index:04d}.png")
 
 
-def to_model_range(images: np.ndarray) -> Tensor:
+def to_model_range(images: NDArray[np.uint8]) -> Tensor:
     """Return uint8 images (N, H, W, 3) as (N, 3, H, W) float in [-1, 1]."""
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -98,10 +99,10 @@ def train_classifier(seed: int = 0) -> DigitClassifier:
 
 
 @torch.inference_mode()
-def accuracy(model: DigitClassifier, images: np.ndarray, labels: np.ndarray) -> float:
+def accuracy(model: DigitClassifier, images: NDArray[np.uint8], labels: NDArray[np.int64]) -> float:
     """Return the share of uint8 images (N, 32, 32, 3) whose most likely class is the label."""
     logits = model(to_model_range(images))[1]
-    return (logits.argmax(dim=1).numpy() == labels).mean().item()
+    return float((logits.argmax(dim=1).numpy() == labels).mean())
 
 
 def save_classifier(model: DigitClassifier, path: Path) -> None:
@@ -118,7 +119,7 @@ def load_classifier(path: str | Path) -> DigitClassifier:
     return model.eval()
 
 
-class DigitFeatures(FeatureExtractorBase):
+class DigitFeatures(FeatureExtractorBase):  # type: ignore[misc]  # torch-fidelity has no types
     """The classifier as a torch-fidelity feature extractor: layers "features" and "logits"."""
 
     def __init__(self, name: str, features_list: list[str], feature_extractor_weights_path: str, **_: object) -> None:

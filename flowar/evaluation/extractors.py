@@ -13,7 +13,7 @@ from torch_fidelity.utils import create_feature_extractor
 from flowar.base.devices import convolution_precision
 from flowar.base.errors import UserError
 from flowar.base.hashes import hash_weights
-from flowar.config.measuring import ExtractorConfig
+from flowar.config.data import ExtractorConfig
 
 DEMO_EXTRACTOR = "demo-classifier"
 INCEPTION, DINOV2, VGG = "inception-v3-compat", "dinov2-vit-l-14", "vgg16"
@@ -69,8 +69,8 @@ class Extractor:
             given = ", or give the file as extractor.weights=" if config.name in PUBLISHED_WEIGHTS else ""
             raise UserError(f"{missing_weights(config.name)}{given} (fetching failed: {error})") from error
         except (RuntimeError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
-            given = config.weights or Path(torch.hub.get_dir())
-            raise UserError(f"the weights of {config.name} in {given} can't be used: {error!r}"[:400]) from error
+            source = config.weights or torch.hub.get_dir()
+            raise UserError(f"the weights of {config.name} in {source} can't be used: {error!r}"[:400]) from error
         check_hub_weights(config)
         self._order = [next(name for name, layer in layers.items() if layer == own) for own in provided]
         self._spatial: Tensor | None = None

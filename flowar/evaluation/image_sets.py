@@ -6,12 +6,14 @@ Read next: features.py.
 import io
 import json
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 from PIL import Image
 
 from flowar.base.errors import UserError
@@ -42,12 +44,12 @@ class ImageSet:
     numbers: list[int]
     labels: list[int]  # NO_LABEL where there is none
     identity: str  # a hash that changes if other images are put there
-    read: Callable[[int], np.ndarray] = field(repr=False)  # place -> uint8 (H, W, 3)
+    read: Callable[[int], NDArray[np.uint8]] = field(repr=False)  # place -> uint8 (H, W, 3)
 
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def read_many(self, places: range, mapped: Callable = map) -> np.ndarray:
+    def read_many(self, places: range, mapped: Callable[..., Iterable[NDArray[np.uint8]]] = map) -> NDArray[np.uint8]:
         """Return images as uint8 (N, 3, H, W).
 
         Args:
@@ -67,7 +69,7 @@ class ImageSet:
             )
         return np.stack(images).transpose(0, 3, 1, 2)
 
-    def _read_checked(self, place: int) -> np.ndarray:
+    def _read_checked(self, place: int) -> NDArray[np.uint8]:
         try:
             return self.read(place)
         except UserError:
@@ -107,7 +109,7 @@ def _listed(files: list[Path]) -> list[tuple[str, int, int]]:
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
-def read_rgb(content: bytes) -> np.ndarray:
+def read_rgb(content: bytes) -> NDArray[np.uint8]:
     """Return an encoded image as uint8 (H, W, 3)."""
     with Image.open(io.BytesIO(content)) as image:
         return np.asarray(image.convert("RGB"))
@@ -134,7 +136,7 @@ def _open_samples(path: Path, setting: str) -> ImageSet:
             f"{record['num_images']:,} were asked for; run the same `flowar sample` again to draw the rest"
         )
 
-    def read(place: int) -> np.ndarray:
+    def read(place: int) -> NDArray[np.uint8]:
         file = found[place][2]
         content = file.read_bytes()
         if xxhash.xxh64(content).hexdigest() != hashes.get(f"{IMAGES_FOLDER}/{file.name}"):
@@ -193,24 +195,27 @@ def _open_npz(path: Path, setting: str) -> ImageSet:
     return ImageSet(path, "npz", places, given, hash_json(_listed([path])), lambda place: np.asarray(images[place]))
 
 
-def _map_member(path: Path, member: str) -> np.ndarray:
+def _map_member(path: Path, member: str) -> NDArray[Any]:
     """Return an array of an .npz, mapped into memory where it is stored plainly, else read."""
     with zipfile.ZipFile(path) as archive:
         info = archive.getinfo(member)
         if info.compress_type != zipfile.ZIP_STORED:
             with archive.open(member) as file:
-                return np.lib.format.read_array(file)
+                array: NDArray[Any] = np.lib.format.read_array(file)
+            return array
         with archive.open(member) as file:
             version = np.lib.format.read_magic(file)
-            reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            is_first = version == (1, 0)
+            reader: Any = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
             shape, is_fortran, dtype = reader(file)
             header_bytes = file.tell()
     with path.open("rb") as raw:
         raw.seek(info.header_offset)
         local = raw.read(30)  # the local header: its name and extra field may differ from the directory's
     start = info.header_offset + 30 + int.from_bytes(local[26:28], "little") + int.from_bytes(local[28:30], "little")
-    order = "F" if is_fortran else "C"
-    return np.memmap(path, dtype=dtype, mode="r", offset=start + header_bytes, shape=shape, order=order)
+    order: Literal["F", "C"] = "F" if is_fortran else "C"
+    mapped: NDArray[Any] = np.memmap(path, dtype=dtype, mode="r", offset=start + header_bytes, shape=shape, order=order)
+    return mapped
 
 
 def _open_tars(path: Path) -> ImageSet:
@@ -218,7 +223,7 @@ def _open_tars(path: Path) -> ImageSet:
     images = list_tar_images(map(str, files))
     numbers = _numbers([int(image.key) if image.key.isdigit() else None for image in images])
 
-    def read(place: int) -> np.ndarray:
+    def read(place: int) -> NDArray[np.uint8]:
         image = images[place]
         return read_rgb(read_bytes_at(image.file, image.offset, image.size))
 
@@ -231,7 +236,7 @@ def _open_mds(path: Path) -> ImageSet:
 
     try:
         index = json.loads((path / INDEX_FILE).read_text())
-        readers = [reader_from_json(str(path), None, shard) for shard in index["shards"]]
+        readers: list[Any] = [reader_from_json(str(path), None, shard) for shard in index["shards"]]
         files = [path / shard["raw_data"]["basename"] for shard in index["shards"]]
         times = _listed(files)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -241,7 +246,7 @@ def _open_mds(path: Path) -> ImageSet:
     rows = [(reader, row) for reader in readers for row in range(reader.size)]
     columns = readers[0].column_names
 
-    def read(place: int) -> np.ndarray:
+    def read(place: int) -> NDArray[np.uint8]:
         reader, row = rows[place]
         return np.asarray(reader[row]["image"].convert("RGB"))
 
@@ -252,4 +257,5 @@ def _open_mds(path: Path) -> ImageSet:
 
 def _numbers(given: list[int | None]) -> list[int]:
     """Return the numbers that images come with, or their places where these don't tell them apart."""
-    return given if None not in given and len(set(given)) == len(given) else list(range(len(given)))
+    known = [number for number in given if number is not None]
+    return known if len(set(known)) == len(given) else list(range(len(given)))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
@@ -26,8 +27,8 @@ NORMAL_95 = 1.959964
 class Statistics(NamedTuple):
     """Mean (D,) and covariance (D, D) of features, float64."""
 
-    mu: np.ndarray
-    sigma: np.ndarray
+    mu: NDArray[np.float64]
+    sigma: NDArray[np.float64]
 
 
 def statistics(features: Tensor) -> Statistics:
@@ -66,7 +67,8 @@ class Frechet:
             raise ValueError(f"statistics of {len(other.mu)} features and of {len(self.mu)} don't compare")
         mu, sigma = (torch.from_numpy(array).to(self.mu.device) for array in other)
         cross = torch.linalg.eigvalsh(self.root @ sigma @ self.root).clamp(min=0).sqrt().sum()
-        return ((self.mu - mu).square().sum() + self.sigma.trace() + sigma.trace() - 2 * cross).item()
+        distance = (self.mu - mu).square().sum() + self.sigma.trace() + sigma.trace() - 2 * cross
+        return float(distance)
 
 
 def frechet_of_few(first: Tensor, second: Tensor) -> float:
@@ -80,7 +82,8 @@ def frechet_of_few(first: Tensor, second: Tensor) -> float:
     means = first.mean(dim=0), second.mean(dim=0)
     first, second = ((x - mean) / (len(x) - 1) ** 0.5 for x, mean in zip((first, second), means, strict=True))
     cross = torch.linalg.svdvals(first @ second.T).sum()
-    return ((means[0] - means[1]).square().sum() + first.square().sum() + second.square().sum() - 2 * cross).item()
+    distance = (means[0] - means[1]).square().sum() + first.square().sum() + second.square().sum() - 2 * cross
+    return float(distance)
 
 
 def adm_inception_score(logits: Tensor) -> float:
@@ -88,7 +91,7 @@ def adm_inception_score(logits: Tensor) -> float:
 
     guided-diffusion/evaluations/evaluator.py. The order matters: parts must not hold few classes.
     """
-    scores = []
+    scores: list[float] = []
     for part in logits.split(ADM_SCORE_IMAGES):
         log_p = part.double().log_softmax(dim=1)
         p = log_p.exp()
@@ -98,7 +101,8 @@ def adm_inception_score(logits: Tensor) -> float:
 
 def inception_score(logits: Tensor) -> float:
     """Return torch-fidelity's Inception score: the mean over ten parts in a fixed random order."""
-    return isc_features_to_metric(logits)["inception_score_mean"]
+    score: float = isc_features_to_metric(logits)["inception_score_mean"]
+    return score
 
 
 def kid(samples: Tensor, reference: Tensor) -> tuple[float, float]:
@@ -115,7 +119,8 @@ def precision_recall(samples: Tensor, reference: Tensor, k: int = NEIGHBOURHOOD)
 
     Kynkaanniemi et al., 2019. ADM's evaluator has the same formula, with distances in half precision.
     """
-    return calculate_precision_recall_part(samples, reference, k, NEIGHBOURS_AT_ONCE)
+    shares: tuple[float, float] = calculate_precision_recall_part(samples, reference, k, NEIGHBOURS_AT_ONCE)
+    return shares
 
 
 def normal_interval(value: float, error: float) -> tuple[float, float]:

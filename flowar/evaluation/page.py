@@ -3,6 +3,7 @@
 import json
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ CLASSES_SHOWN = 10  # worst and best
 
 def write_evaluation_page(
     out_dir: Path,
-    record: dict[str, object],
+    record: dict[str, Any],
     by_class: dict[str, dict[str, float]],
     found: Features,
     reference: Reference,
@@ -63,19 +64,20 @@ def write_evaluation_page(
     if images is not None:
         save_grid(_take(images, range(min(SHEET_IMAGES, len(images)))), out_dir / "samples.png", columns=SHEET_COLUMNS)
         parts += ["<h2>The first samples</h2>", embed(out_dir / "samples.png")]
-    real = _open_if_there(reference.images) if reference.features is not None else None
-    if real is not None and real.identity != reference.features.record["identity"]:
+    features = reference.features
+    real = _open_if_there(reference.images) if features is not None else None
+    if features is not None and real is not None and real.identity != features.record["identity"]:
         real = None  # the images have changed since
-    if images is not None and real is not None:
-        save_neighbours(images, real, found, reference.features, out_dir / "neighbours.png")
+    if images is not None and features is not None and real is not None:
+        save_neighbours(images, real, found, features, out_dir / "neighbours.png")
         parts += [
             "<h2>Nearest real images</h2>",
             '<p class="note">Left a sample, then the real images nearest to it in feature space, nearest first. Copies '
             "would show here.</p>",
             embed(out_dir / "neighbours.png"),
         ]
-    if reference.features is not None:
-        save_precision_recall(found, reference.features, out_dir / "precision_recall.png")
+    if features is not None:
+        save_precision_recall(found, features, out_dir / "precision_recall.png")
         parts += ["<h2>Precision and recall</h2>", embed(out_dir / "precision_recall.png", "curve")]
     if by_class:
         parts += ["<h2>FID by class</h2>", _classes(by_class)]
@@ -84,9 +86,9 @@ def write_evaluation_page(
     write_page(out_dir / REPORT_FILE, f"{record['samples']}: evaluation", "\n".join(parts))
 
 
-def _numbers(record: dict[str, object]) -> str:
+def _numbers(record: dict[str, Any]) -> str:
     variant = (record["sampling"] or {}).get("variant")
-    paper = dict(zip(("fid", "inception_score"), PAPER.get(variant, ()), strict=False))
+    paper = dict(zip(("fid", "inception_score"), PAPER[variant], strict=True)) if variant in PAPER else {}
     rows = []
     for name, metric in record["metrics"].items():
         interval = f"{metric['low']:.4g} to {metric['high']:.4g}" if "low" in metric else ""
@@ -149,17 +151,17 @@ def save_neighbours(images: ImageSet, real: ImageSet, found: Features, reference
 
 def save_precision_recall(found: Features, reference: Features, path: Path) -> None:
     """Write precision over recall for several sizes of the neighbourhood, of at most 5,000 images of each side."""
-    both = [_some(own.layers["features"]) for own in (found, reference)]
-    most = min(len(own) for own in both) - 1
+    samples, real = (_some(own.layers["features"]) for own in (found, reference))
+    most = min(len(samples), len(real)) - 1
     sizes = [k for k in CURVE_NEIGHBOURHOODS if k <= most]
-    points = [precision_recall(*both, k) for k in sizes]
+    points = [precision_recall(samples, real, k) for k in sizes]
     save_curve(
         [recall for _, recall in points],
         [precision for precision, _ in points],
         path,
         labels=[f"k = {k}" for k in sizes],
         axes=("recall", "precision"),
-        title=f"{len(both[0]):,} samples, {len(both[1]):,} real images",
+        title=f"{len(samples):,} samples, {len(real):,} real images",
     )
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from flowar.base.errors import UserError
-from flowar.config.measuring import EvaluateConfig, ExtractorConfig
+from flowar.config.data import ExtractorConfig
+from flowar.config.measuring import EvaluateConfig
 from flowar.evaluation.extractors import DEMO_EXTRACTOR, DINOV2, VGG, Extractor, has_weights, missing_weights
 from flowar.evaluation.image_sets import NO_LABEL
 from flowar.evaluation.metrics import (

@@ -14,10 +14,11 @@ import shutil
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from flowar.base.errors import UserError
 from flowar.base.files import publish_folder, write_text
@@ -52,7 +53,11 @@ class ReferenceSource(NamedTuple):
     def read(self) -> Reference:
         """Return the reference."""
         features = self.store.read() if self.store is not None else None
-        made = read_statistics(self.statistics) if self.statistics is not None else make_statistics(features)
+        if self.statistics is not None:
+            made = read_statistics(self.statistics)
+        else:
+            assert features is not None  # a reference has one or the other
+            made = make_statistics(features)
         return Reference(self.path, made, features, self.store.images if self.store is not None else None)
 
 
@@ -81,13 +86,13 @@ def prepare_features(
     return FeatureStore(folder / "features" / name, len(images), path)
 
 
-def check_network(store: Path, extractor: Extractor, what: str) -> dict[str, object]:
+def check_network(store: Path, extractor: Extractor, what: str) -> dict[str, Any]:
     """Return a store's record, if it is of this network with these weights.
 
     Raises:
         UserError: if it is not.
     """
-    record = json.loads((store / STORE_FILE).read_text())
+    record: dict[str, Any] = json.loads((store / STORE_FILE).read_text())
     found = record["weights_sha256"]
     if found != extractor.weights_sha256:
         raise UserError(
@@ -181,7 +186,7 @@ def publish_reference(config: ReferenceConfig, images: ImageSet, partial: Path, 
     given = read_statistics(Path(config.images)) if images.kind == "npz" else {}
     if features.record["extractor"] != INCEPTION:
         given = {}  # files with mu and sigma are Inception's
-    arrays = {}
+    arrays: dict[str, NDArray[np.float64]] = {}
     for layer, own in (given or make_statistics(features)).items():
         arrays |= dict(zip(KEYS[layer], own, strict=True))
     kept = min(config.keep_images or len(images), len(images))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import torch
@@ -45,7 +45,7 @@ class Features:
     numbers: Tensor  # (N,) int64
     labels: Tensor  # (N,) int64, -1 where there is none
     layers: dict[str, Tensor]  # (N, D) float32
-    record: dict[str, object]  # features.json
+    record: dict[str, Any]  # features.json
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -56,13 +56,13 @@ class Features:
         return Features(self.numbers[places], self.labels[places], layers, self.record)
 
 
-def describe_features(extractor: Extractor, *, num_images: int, **images: object) -> dict[str, object]:
+def describe_features(extractor: Extractor, *, num_images: int, **images: object) -> dict[str, Any]:
     """Return what features.json says: the network, and which images."""
     network = {"extractor": extractor.name, "weights_sha256": extractor.weights_sha256}
     return {**network, "num_images": num_images, **images, "flowar": __version__, "torch": torch.__version__}
 
 
-def start_store(folder: Path, record: dict[str, object]) -> None:
+def start_store(folder: Path, record: dict[str, Any]) -> None:
     """Make a folder of features.
 
     Raises:
@@ -148,15 +148,15 @@ def read_features(folder: Path, num_images: int, layers: Iterable[str] | None = 
         )
     rows = torch.full((len(numbers),), -1)
     rows[places] = torch.arange(num_images)
-    layers = {}
+    tensors: dict[str, Tensor] = {}
     for name in list(parts[0]):
-        layers[name] = torch.empty(num_images, *parts[0][name].shape[1:], dtype=parts[0][name].dtype)
+        tensors[name] = torch.empty(num_images, *parts[0][name].shape[1:], dtype=parts[0][name].dtype)
         begin = 0
         for part in parts:
-            own = rows[begin : begin + len(part["numbers"])]
-            layers[name][own[own >= 0]] = part.pop(name)[own >= 0] if name != "numbers" else part[name][own >= 0]
-            begin += len(own)
-    return Features(layers.pop("numbers"), layers.pop("labels"), layers, record)
+            to = rows[begin : begin + len(part["numbers"])]
+            tensors[name][to[to >= 0]] = part.pop(name)[to >= 0] if name != "numbers" else part[name][to >= 0]
+            begin += len(to)
+    return Features(tensors.pop("numbers"), tensors.pop("labels"), tensors, record)
 
 
 def extract(

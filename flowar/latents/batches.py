@@ -4,10 +4,11 @@ Read next: shards.py for how rows are read, train.py for who reads batches.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -29,7 +30,7 @@ class Batch(NamedTuple):
     samples: Tensor  # (B,) int64, numbers of the rows in the dataset
 
 
-class StepOrder(Sampler):
+class StepOrder(Sampler[list[int]]):
     """The rows of each of `steps` that one rank reads: its part, in rank order, of the batch of all ranks.
 
     The sequence of images is one random permutation of all of them after the other; a batch may span two of them, so
@@ -62,7 +63,7 @@ class StepOrder(Sampler):
         return len(self.steps)
 
     def __iter__(self) -> Iterator[list[int]]:
-        epochs: dict[int, np.ndarray] = {}
+        epochs: dict[int, NDArray[np.int64]] = {}
         for step in self.steps:
             places = step * self.batch_size + np.arange(self.part.start, self.part.stop)
             needed = range(places[0] // self.num_images, places[-1] // self.num_images + 1)
@@ -70,14 +71,14 @@ class StepOrder(Sampler):
             rows = [epochs[place // self.num_images][place % self.num_images] for place in places]
             yield np.array(rows).tolist()
 
-    def _rows_of_epoch(self, epoch: int) -> np.ndarray:
+    def _rows_of_epoch(self, epoch: int) -> NDArray[np.int64]:
         """Return one row of each image, in the epoch's order."""
         order = np.random.default_rng(derive_seed(self.seed, Stream.ORDER, epoch)).permutation(self.num_images)
         view = np.random.default_rng(derive_seed(self.seed, Stream.VIEW, epoch)).integers(self.views, size=len(order))
         return order * self.views + view
 
 
-class _Batches(Dataset):
+class _Batches(Dataset[Any]):
     """Lists of rows -> batches, or the error as a value: so it leaves a worker without a traceback."""
 
     def __init__(self, shards: LatentShards) -> None:
@@ -174,5 +175,5 @@ def check_same_vae(passport: Passport, vae: VAE, path: str) -> None:
             )
 
 
-def _as_it_is(batch: Batch | UserError) -> Batch | UserError:
+def _as_it_is(batch: Any) -> Any:
     return batch

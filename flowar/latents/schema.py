@@ -12,14 +12,18 @@ Read next: encode.py, which writes it; flowar/data.py, which reads it.
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from flowar.base.errors import UserError
 from flowar.base.files import write_text
+from flowar.config.data import Crop
 from flowar.config.load import free
 
 SCHEMA_VERSION = 2
@@ -29,19 +33,19 @@ INDEX_FILE = "index.json"
 SHARD_HASH = "xxh64"
 
 
-def shard_columns(moments_shape: tuple[int, ...], moments_dtype: str) -> dict[str, str]:
+def shard_columns(moments_shape: Sequence[int], moments_dtype: str) -> dict[str, str]:
     """Return the MDS columns: moments (2 C, h, w) as the VAE's encoder gives them, the class number, and a checksum."""
     shape = ",".join(str(size) for size in moments_shape)
     return {"checksum": "int", "label": "int", "moments": f"ndarray:{moments_dtype}:{shape}"}
 
 
-def row_dtype(moments_shape: tuple[int, ...], moments_dtype: str) -> np.dtype:
+def row_dtype(moments_shape: Sequence[int], moments_dtype: str) -> np.dtype[np.void]:
     """Return how one row lies in a shard: MDS puts columns of fixed size side by side, in the order of their names."""
     moments = np.dtype(moments_dtype).newbyteorder("<")
     return np.dtype([("checksum", "<i8"), ("label", "<i8"), ("moments", moments, tuple(moments_shape))])
 
 
-def row_checksum(moments: np.ndarray, label: int) -> int:
+def row_checksum(moments: NDArray[Any], label: int) -> int:
     """Return the checksum of one row, 64 bits with a sign: XXH3 of the moments' bytes, seeded with the label."""
     return int.from_bytes(xxhash.xxh3_64_digest(moments.tobytes(), seed=label), "big", signed=True)
 
@@ -61,7 +65,7 @@ class Passport:
     skipped: dict[str, str]  # number of an image in the listing -> its name, and why it could not be read
     # How.
     image_size: int
-    crop: str
+    crop: Crop
     resize: int  # short side in pixels before the crop
     flip: bool
     views: int  # stored of each image

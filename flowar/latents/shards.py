@@ -24,11 +24,12 @@ from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
+from numpy.typing import NDArray
 from rich.progress import track
 
 from flowar.base.errors import UserError
-from flowar.base.files import write_whole
-from flowar.base.hashes import MIB, hash_file
+from flowar.base.files import MIB, write_whole
+from flowar.base.hashes import hash_file
 from flowar.config.data import DataConfig
 from flowar.latents.schema import (
     INDEX_FILE,
@@ -92,14 +93,14 @@ class LatentShards:
     def __len__(self) -> int:
         return self.passport.num_rows
 
-    def read(self, rows: Sequence[int]) -> np.ndarray:
+    def read(self, rows: Sequence[int]) -> NDArray[np.void]:
         """Return rows as a structured array with the fields label and moments; see data_prep/schema.py.
 
         Raises:
             UserError: if a row can't be read or is damaged, with the name of the shard.
         """
         found = np.empty(len(rows), self.dtype)
-        memory = memoryview(found.view(np.uint8))
+        memory = found.view(np.uint8).data
         size = self.dtype.itemsize
         for place, (row, number) in enumerate(zip(rows, self._shards_of(rows), strict=True)):
             shard = self.shards[number]
@@ -161,7 +162,8 @@ class LatentShards:
                 pass
 
     def _shards_of(self, rows: Sequence[int]) -> list[int]:
-        return (np.searchsorted(self._first_rows, rows, side="right") - 1).tolist()
+        numbers: list[int] = (np.searchsorted(self._first_rows, rows, side="right") - 1).tolist()
+        return numbers
 
     def _open_shard(self, number: int) -> FileIO:
         return self.local_file(self.shards[number]).open("rb", buffering=0)

@@ -7,6 +7,7 @@ import pickle
 import re
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ class VAE(nn.Module):
     moments whose variance is as good as none.
     """
 
-    def __init__(self, autoencoder: nn.Module, name: str) -> None:
+    def __init__(self, autoencoder: Any, name: str) -> None:
         super().__init__()
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         self.name = name
@@ -87,7 +88,8 @@ class VAE(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images (B, 3, H, W), about [-1, 1], of latents (B, C, h, w) of about unit std."""
-        return self.autoencoder.decode(latents / self.latent_multiplier + self.latent_shift).sample
+        images: Tensor = self.autoencoder.decode(latents / self.latent_multiplier + self.latent_shift).sample
+        return images
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -145,7 +147,8 @@ def _load_diffusers(source: str | Path, name: str) -> nn.Module:
         kind = diffusers.AutoencoderKL.load_config(source).get("_class_name")
         if kind not in DIFFUSERS_CLASSES:
             raise UserError(f"vae.name={name} is a {kind}, but one of {', '.join(DIFFUSERS_CLASSES)} is needed")
-        return getattr(diffusers, kind).from_pretrained(source, low_cpu_mem_usage=False)
+        autoencoder: nn.Module = getattr(diffusers, kind).from_pretrained(source, low_cpu_mem_usage=False)
+        return autoencoder
     except (OSError, ValueError) as error:
         if isinstance(error, UserError):
             raise
@@ -182,6 +185,6 @@ def mar_autoencoder(state_dict: dict[str, Tensor]) -> nn.Module:
             name = re.sub(pattern, replacement, name)
         is_linear = re.search(r"\.to_(q|k|v|out\.0)\.weight", name)  # theirs are 1 x 1 convolutions
         weights[name] = tensor[:, :, 0, 0] if is_linear else tensor
-    autoencoder = AutoencoderKL(**MAR_CONFIG)
+    autoencoder: nn.Module = AutoencoderKL(**MAR_CONFIG)
     autoencoder.load_state_dict(weights)
     return autoencoder

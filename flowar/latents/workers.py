@@ -3,16 +3,19 @@
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from flowar.base.errors import UserError
 from flowar.base.files import MIB
+
+Item = TypeVar("Item")
 
 WORKER_TIMEOUT_S = 60  # a reader that gives nothing for so long has died or hangs
 BATCHES_AHEAD = 2  # per worker
 SHARED_MEMORY = Path("/dev/shm")  # where workers leave batches for the main process
 
 
-def from_workers(loader: Iterable, source: str, setting: str) -> Iterator:
+def from_workers(loader: Iterable[Item], source: str, setting: str) -> Iterator[Item]:
     """Yield what a DataLoader gives; one whose workers are killed, or give nothing in time, is a UserError."""
     batches = iter(loader)
     while True:

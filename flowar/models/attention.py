@@ -52,4 +52,5 @@ def import_flash_attention() -> Callable[..., Any]:
             f"attention=flash needs the flash-attn package, which does not import ({error}); install it with "
             "`pip install --no-build-isolation 'flowar[cuda]'`, or set attention=sdpa"
         ) from error
-    return flash_attn_func
+    attention: Callable[..., Any] = flash_attn_func
+    return attention

@@ -4,11 +4,9 @@ import dataclasses
 import json
 from typing import Any
 
-from torch import Tensor, nn
-
 from flowar.config.load import load_config
 from flowar.config.models import ModelConfig, variant_config
-from flowar.models.family import Family
+from flowar.models.family import Family, Model
 from flowar.models.flowar import family as flowar_family
 from flowar.models.state_dicts import load_strictly
 
@@ -20,7 +18,7 @@ def family_of(config: ModelConfig) -> Family[Any, Any]:
     return FAMILIES[config.family]
 
 
-def create_model(name_or_config: str | ModelConfig, **overrides: object) -> nn.Module:
+def create_model(name_or_config: str | ModelConfig, **overrides: object) -> Model:
     """Return a freshly initialised model in evaluation mode.
 
     Args:
@@ -33,17 +31,17 @@ def create_model(name_or_config: str | ModelConfig, **overrides: object) -> nn.M
     config = variant_config(name_or_config) if isinstance(name_or_config, str) else name_or_config
     if overrides:
         config = config_from_dict(dataclasses.asdict(config) | overrides)
-    model: nn.Module = family_of(config).create(config)
+    model: Model = family_of(config).create(config)
     return model
 
 
 def config_from_dict(settings: dict[str, Any]) -> ModelConfig:
     """Return the model's shape from `settings`, checked like a config file; without "family" it is a FlowAR's."""
     words = tuple(f"{key}={json.dumps(value)}" for key, value in settings.items())
-    return load_config(ModelConfig, overrides=words)
+    return load_config(ModelConfig, overrides=words)  # type: ignore[type-abstract]  # it makes a family's
 
 
-def convert_released(state_dict: dict[str, Tensor], ar_heads: int | None = None) -> nn.Module:
+def convert_released(state_dict: dict[str, Any], ar_heads: int | None = None) -> Model:
     """Return a model with the authors' weights, in evaluation mode; its shape is read from the tensors.
 
     Args:

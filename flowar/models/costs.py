@@ -32,4 +32,5 @@ def count_training_flops(config: ModelConfig) -> int:
         latents, labels = torch.empty(1, *config.latent_shape), torch.zeros(1, dtype=torch.int64)
         losses = family.losses(model, config, latents, labels, draws)
         weigh(losses, family.loss_terms(config).values()).backward()
-    return counter.get_total_flops()
+    total: int = counter.get_total_flops()
+    return total

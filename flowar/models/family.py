@@ -14,36 +14,43 @@ from flowar.config.drawing import DrawConfig
 from flowar.config.models import ModelConfig
 from flowar.config.training import OptimConfig
 
-Config = TypeVar("Config", bound=ModelConfig)
-Model = TypeVar("Model", bound=nn.Module)
+
+class Model(nn.Module):
+    """What a family creates: a module that knows its shape."""
+
+    config: ModelConfig
 
 
-class Family(Protocol[Config, Model]):
+C = TypeVar("C", bound=ModelConfig)
+M = TypeVar("M", bound=Model)
+
+
+class Family(Protocol[C, M]):
     """What a family's module answers. Shapes: B batch, C latent channels, h and w sides of the latents."""
 
-    def create(self, config: Config) -> Model:
+    def create(self, config: C) -> M:
         """Return a model with fresh weights from torch's global generator, in evaluation mode, with `.config`."""
 
-    def blocks(self, model: Model) -> list[nn.Module]:
+    def blocks(self, model: M) -> list[nn.Module]:
         """Return the blocks that are recomputed, compiled, sharded and watched one by one."""
 
     def part_of(self, name: str) -> str:
         """Return to which part of the model a parameter belongs, for the table of `flowar info`."""
 
-    def token_rows(self, config: Config) -> list[tuple[str, int, str]]:
+    def token_rows(self, config: C) -> list[tuple[str, int, str]]:
         """Return what one image's tokens are: what, how many, and what they attend to; for `flowar info`."""
 
     def is_decayed(self, name: str, parameter: nn.Parameter, optim: OptimConfig) -> bool:
         """Return whether weight decay acts on a parameter."""
 
-    def loss_terms(self, config: Config) -> dict[str, float]:
+    def loss_terms(self, config: C) -> dict[str, float]:
         """Return the terms of the loss and their weights, in the order of `losses`; logged as loss/NAME."""
 
-    def draw(self, config: Config, generator: torch.Generator) -> dict[str, Tensor]:
+    def draw(self, config: C, generator: torch.Generator) -> dict[str, Tensor]:
         """Return one sample's random numbers for training, by name; on the generator's device."""
 
     def losses(
-        self, forward: Callable[..., Any], config: Config, latents: Tensor, labels: Tensor, draws: dict[str, Tensor]
+        self, forward: Callable[..., Any], config: C, latents: Tensor, labels: Tensor, draws: dict[str, Tensor]
     ) -> Tensor:
         """Return the terms of the loss, (terms,) float32, means over the batch.
 
@@ -55,12 +62,12 @@ class Family(Protocol[Config, Model]):
             draws: what `draw` gave for each sample, stacked.
         """
 
-    def noise_shape(self, config: Config) -> tuple[int, ...]:
+    def noise_shape(self, config: C) -> tuple[int, ...]:
         """Return the shape of the noise that one image is drawn from."""
 
     def generate(
         self,
-        model: Model,
+        model: M,
         labels: Tensor,
         noise: Tensor,
         how: DrawConfig,
@@ -76,10 +83,10 @@ class Family(Protocol[Config, Model]):
             step_noise: shape -> (B, *shape) standard normal; for stochastic solvers.
         """
 
-    def sampling_flops(self, config: Config, how: DrawConfig) -> int:
+    def sampling_flops(self, config: C, how: DrawConfig) -> int:
         """Return the FLOPs of generating the latents of one image, without the VAE."""
 
-    def convert(self, state_dict: dict[str, Tensor], ar_heads: int | None) -> tuple[Config, dict[str, Tensor]]:
+    def convert(self, state_dict: dict[str, Any], ar_heads: int | None) -> tuple[C, dict[str, Tensor]]:
         """Return shape and weights of the authors' state dict.
 
         Raises:

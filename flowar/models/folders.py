@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import CheckpointException
 
@@ -28,6 +28,7 @@ from flowar.base.run_folder import (
 from flowar.config.models import ModelConfig
 from flowar.latents.schema import PASSPORT_FILE
 from flowar.models.build import config_from_dict, create_model
+from flowar.models.family import Model
 from flowar.models.state_dicts import load_strictly
 
 # The layout of huggingface_hub's PyTorchModelHubMixin.
@@ -48,7 +49,7 @@ def load_state(state: dict[str, Tensor], folder: Path, group: ProcessGroup | Non
         raise UserError(f"checkpoint {folder} can't be read: {' '.join(str(error).split())[:300]}") from error
 
 
-def load_model(path: str | Path, weights: str = "ema") -> nn.Module:
+def load_model(path: str | Path, weights: str = "ema") -> Model:
     """Return the model stored at `path`, in evaluation mode, float32 on the CPU.
 
     Args:
@@ -78,7 +79,7 @@ def load_model(path: str | Path, weights: str = "ema") -> nn.Module:
     return model
 
 
-def _load_from_checkpoint(folder: Path, weights: str) -> nn.Module:
+def _load_from_checkpoint(folder: Path, weights: str) -> Model:
     averages = read_progress(folder).averages
     name = averages[0] if weights == "ema" else weights
     if name not in ("raw", *averages):
@@ -126,7 +127,7 @@ def save_model_whole(
     partial.rename(folder)
 
 
-def export_model(source: str | Path, weights: str, folder: Path) -> nn.Module:
+def export_model(source: str | Path, weights: str, folder: Path) -> Model:
     """Write the weights of a run or checkpoint as a model folder, whole or not at all; return the model.
 
     Raises:

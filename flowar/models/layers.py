@@ -6,6 +6,7 @@ Shapes: B batch, N tokens, D width, H heads, d = D / H.
 
 import contextlib
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,8 @@ class GatedMLP(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = self.dropout(F.gelu(self.gate(tokens)) * self.value(tokens))
-        return self.dropout(self.output(hidden))
+        output: Tensor = self.dropout(self.output(hidden))
+        return output
 
 
 def rotate(heads: Tensor, angles: Tensor) -> Tensor:
@@ -97,10 +99,12 @@ class CrossAttention(nn.Module):
         query = self.query(tokens).unflatten(-1, (self.heads, -1))  # (B, N, H, d)
         key, value = self.key_value(context).unflatten(-1, (2, self.heads, -1)).unbind(2)
         query, key = rotate(query, angles), rotate(key, angles)
-        return self.output(attend(query, key, value, segments, dropout=0.0, kernel=self.kernel).flatten(-2))
+        attended = attend(query, key, value, segments, dropout=0.0, kernel=self.kernel)
+        output: Tensor = self.output(attended.flatten(-2))
+        return output
 
 
-def without_autocast(device: torch.device) -> contextlib.AbstractContextManager:
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which float32 stays float32; the meta device has no autocast to switch off."""
     return contextlib.nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
@@ -121,7 +125,8 @@ class TimeEmbedding(nn.Module):
             exponents = torch.arange(half, dtype=torch.float32, device=time.device) / half
             angles = steps[..., None] * torch.exp(-math.log(MAX_PERIOD) * exponents)
             features = torch.cat([angles.cos(), angles.sin()], dim=-1)
-            return self.output(F.silu(self.hidden(features)))
+            embedding: Tensor = self.output(F.silu(self.hidden(features)))
+            return embedding
 
 
 def set_attention(model: nn.Module, kernel: str) -> None:

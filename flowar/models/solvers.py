@@ -110,7 +110,8 @@ def solve_euler_maruyama(velocity: Velocity, noise: Tensor, time_grid: Tensor, d
         draw: -> standard normal noise of the state's shape; called once a step.
     """
     state = noise
-    steps = list(pairwise(time_grid.tolist()))
+    times: list[float] = time_grid.tolist()
+    steps = list(pairwise(times))
     for start, end in steps[:-1]:
         slope = velocity(state, start)
         score_times_time = -(state + (1 - start) * slope)

@@ -45,4 +45,5 @@ def identify(record: dict[str, Any]) -> str:
 def read_hashes(folder: Path) -> dict[str, str]:
     """Return the hashes of what `flowar sample` drew, by the files' names below the folder."""
     file = folder / HASHES_FILE
-    return dict(reversed(line.split("  ", 1)) for line in file.read_text().splitlines()) if file.exists() else {}
+    lines = file.read_text().splitlines() if file.exists() else []
+    return {name: digest for digest, name in (line.split("  ", 1) for line in lines)}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.utils import make_grid
 
 from flowar.base.devices import drawing_precision
@@ -14,6 +14,7 @@ from flowar.base.seeding import StepNoise, draw_image_noise
 from flowar.config.drawing import SamplingConfig
 from flowar.latents.vae import VAE, to_uint8
 from flowar.models.build import family_of
+from flowar.models.family import Model
 
 SHEET_CLASSES, SHEET_EACH = 10, 10  # of the contact sheet
 GUIDED_CLASSES = 3  # shown at several guidances and steps
@@ -24,7 +25,7 @@ STEP_PARTS = (0.25, 0.5, 1.0, 2.0)  # of num_steps
 LEAST_STEPS = 2
 
 
-def save_gallery(config: SamplingConfig, model: nn.Module, vae: VAE, classes: Sequence[int], folder: Path) -> None:
+def save_gallery(config: SamplingConfig, model: Model, vae: VAE, classes: Sequence[int], folder: Path) -> None:
     """Write contact_sheet.png (a row per class), growth.png and guidance.png: of the images that would be drawn.
 
     Args:
@@ -48,22 +49,20 @@ def save_gallery(config: SamplingConfig, model: nn.Module, vae: VAE, classes: Se
 
 
 def draw_images(
-    config: SamplingConfig, model: nn.Module, vae: VAE, labels: Sequence[int], numbers: Sequence[int]
+    config: SamplingConfig, model: Model, vae: VAE, labels: Sequence[int], numbers: Sequence[int]
 ) -> Tensor:
     """Return the images with these labels and numbers, uint8 (N, 3, H, W) on the CPU."""
     return decode_stages(vae, draw_stages(config, model, labels, numbers)[-1:])
 
 
 def draw_growth(
-    config: SamplingConfig, model: nn.Module, vae: VAE, labels: Sequence[int], numbers: Sequence[int]
+    config: SamplingConfig, model: Model, vae: VAE, labels: Sequence[int], numbers: Sequence[int]
 ) -> Tensor:
     """Return images after each stage, brought to full size and decoded: uint8 (stages N, 3, H, W)."""
     return decode_stages(vae, draw_stages(config, model, labels, numbers))
 
 
-def draw_stages(
-    config: SamplingConfig, model: nn.Module, labels: Sequence[int], numbers: Sequence[int]
-) -> list[Tensor]:
+def draw_stages(config: SamplingConfig, model: Model, labels: Sequence[int], numbers: Sequence[int]) -> list[Tensor]:
     """Return the latents of images stage by stage."""
     family, device = family_of(model.config), next(model.parameters()).device
     noise = draw_image_noise(family.noise_shape(model.config), numbers, config.seed).to(device)
@@ -81,7 +80,7 @@ def decode_stages(vae: VAE, stages: Sequence[Tensor]) -> Tensor:
 
 
 def save_guidance(
-    config: SamplingConfig, model: nn.Module, vae: VAE, labels: list[int], numbers: list[int], path: Path
+    config: SamplingConfig, model: Model, vae: VAE, labels: list[int], numbers: list[int], path: Path
 ) -> None:
     """Write one picture per class of the same noise at several guidances (rows) and numbers of steps (columns)."""
     guidances = sorted({1 + (config.guidance - 1) * part for part in GUIDANCE_PARTS})

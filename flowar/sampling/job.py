@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowar import __version__
 from flowar.base.devices import pick_device
@@ -19,6 +19,7 @@ from flowar.config.models import ModelConfig
 from flowar.latents.batches import check_same_vae
 from flowar.latents.schema import PASSPORT_FILE, read_passport
 from flowar.latents.vae import VAE, load_vae
+from flowar.models.family import Model
 from flowar.models.folders import find_model_folder, load_model
 from flowar.sampling.folder import SAMPLES_FILE, settings_of_images
 
@@ -67,7 +68,7 @@ class SamplingJob:
     """What is drawn, with what, and where it goes."""
 
     config: SampleConfig
-    model: nn.Module
+    model: Model
     vae: VAE
     device: torch.device
     classes: tuple[int, ...]
@@ -123,7 +124,7 @@ def describe_samples(job: SamplingJob) -> dict[str, Any]:
     settings = dataclasses.asdict(job.config)
     for key in ("out_dir", "model", "vae"):
         settings.pop(key)
-    model = {"model": str(job.folder.absolute()), "variant": job.model.config.variant}
+    model: dict[str, Any] = {"model": str(job.folder.absolute()), "variant": job.model.config.variant}
     if is_checkpoint(job.folder):
         model["step"] = checkpoint_step(job.folder)
     identity = {"weights_sha256": job.weights_sha256, "vae_sha256": job.vae.weights_sha256, "vae_name": job.vae.name}

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from flowar.base.files import publish_folder, write_text, write_whole
@@ -123,7 +124,7 @@ def _write_folder(target: Path, write: Callable[[Path], None]) -> None:
     publish_folder(hidden, target)
 
 
-def read_pixels(file: Path) -> np.ndarray:
+def read_pixels(file: Path) -> NDArray[np.uint8]:
     """Return an image as uint8 (H, W, 3)."""
     with Image.open(file) as image:
         return np.asarray(image.convert("RGB"))

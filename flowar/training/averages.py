@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from flowar.base.errors import UserError
@@ -45,7 +46,8 @@ def update_rate(name: str, step: int) -> float:
     kind, _, value = name.partition("_")
     if kind == "decay":
         return 1 - float(value)
-    return 1 - (1 - 1 / step) ** (power_exponent(float(value)) + 1)  # EDM2, equation 2: beta = (1 - 1 / t)^(gamma + 1)
+    beta = float((1 - 1 / step) ** (power_exponent(float(value)) + 1))  # EDM2, equation 2: (1 - 1 / t)^(gamma + 1)
+    return 1 - beta
 
 
 def power_exponent(std: float) -> float:
@@ -54,7 +56,7 @@ def power_exponent(std: float) -> float:
     return float(np.real(roots[np.argmax(np.real(roots))]))
 
 
-def combine_weights(steps: list[int], stds: list[float], step: int, std: float) -> np.ndarray:
+def combine_weights(steps: list[int], stds: list[float], step: int, std: float) -> NDArray[np.float64]:
     """Return the factors with which stored averages add up to the one of relative std `std` after `step` steps.
 
     Least squares between the profiles (EDM2, appendix C.3).
@@ -68,13 +70,14 @@ def combine_weights(steps: list[int], stds: list[float], step: int, std: float) 
     stored = [(power_exponent(value), at) for value, at in zip(stds, steps, strict=True)]
     products = np.array([[_inner(*one, *other) for other in stored] for one in stored])
     wanted = np.array([_inner(*one, power_exponent(std), step) for one in stored])
-    return np.linalg.lstsq(products, wanted, rcond=None)[0]
+    factors: NDArray[np.float64] = np.linalg.lstsq(products, wanted, rcond=None)[0]
+    return factors
 
 
 def _inner(a: float, t: float, b: float, u: float) -> float:
     """Return the integral over [0, min(t, u)] of two profiles (a + 1) s^a / t^(a + 1) and (b + 1) s^b / u^(b + 1)."""
     least = min(t, u)
-    return (a + 1) * (b + 1) / (a + b + 1) * (least / t) ** a * (least / u) ** b * least / (t * u)
+    return float((a + 1) * (b + 1) / (a + b + 1) * (least / t) ** a * (least / u) ** b * least / (t * u))
 
 
 def save_average(run_dir: Path, std: float, step: int | None, folder: Path | None) -> None:

@@ -106,6 +106,7 @@ class Checkpoints:
                 write_passport(self.contents.passport, hidden)
             group = self._group
             future = dcp.async_save(state, checkpoint_id=hidden, process_group=group, no_dist=group is None)
+            assert isinstance(future, Future)  # not what it gives where another process writes
             if save_more is not None:
                 save_more(hidden)
         except (OSError, RuntimeError, CheckpointException) as error:
@@ -160,7 +161,7 @@ def whole_state(engine: Engine, ema: EMA) -> dict[str, Tensor]:
 
 def averages_state(engine: Engine, ema: EMA, names: Iterable[str]) -> dict[str, Tensor]:
     """Return some of the averages, this rank's part."""
-    state = {}
+    state: dict[str, Tensor] = {}
     for average in names:
         tensors = engine.to_state(ema.averages[average])
         state |= {average_key(average, name): tensor for name, tensor in tensors.items()}

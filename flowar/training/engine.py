@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from flowar.base.distributed import World
 from flowar.base.errors import UserError
 from flowar.config.training import OptimConfig, ParallelConfig
+from flowar.models.family import Model
 
 OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")  # AdamW's
 
@@ -38,7 +39,10 @@ class GradientEngine(Protocol):
     """What computing gradients takes: all that `accumulate` asks."""
 
     world: World
-    forward: Callable[..., Any]  # the model, or what is wrapped around it
+
+    @property
+    def forward(self) -> Callable[..., Any]:
+        """The model, or what is wrapped around it."""
 
     def part(self, is_last: bool) -> AbstractContextManager[None]:
         """Return the context of one part's forward and backward pass."""
@@ -50,7 +54,7 @@ class GradientEngine(Protocol):
 class Engine(GradientEngine, Protocol):
     """A model in training on one or many processes. All ranks call the same methods at the same steps."""
 
-    model: nn.Module
+    model: Model
     parameters: dict[str, nn.Parameter]
 
     def grad_norm(self) -> float:

@@ -5,7 +5,9 @@ import math
 import shutil
 import statistics
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -20,6 +22,7 @@ from flowar.config.load import describe_config
 from flowar.config.training import GuardConfig, TrainConfig
 from flowar.latents.batches import Batch
 from flowar.models.build import family_of
+from flowar.models.family import Model
 from flowar.training.engine import Engine
 from flowar.training.step import StepSettings, accumulate
 
@@ -123,7 +126,7 @@ def keep_anomaly(
     return folder
 
 
-def load_bundle(folder: Path) -> dict[str, object]:
+def load_bundle(folder: Path) -> dict[str, Any]:
     """Return the record of a skipped step.
 
     Raises:
@@ -134,13 +137,14 @@ def load_bundle(folder: Path) -> dict[str, object]:
         raise UserError(
             f"{folder} must be the record of a skipped step, but has no {BATCH_FILE}; see RUN_DIR/anomalies"
         )
-    return torch.load(file, weights_only=True)
+    bundle: dict[str, Any] = torch.load(file, weights_only=True)
+    return bundle
 
 
 class BlockMaxima:
     """Largest values in and behind every block during one forward and backward pass. A context."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Model) -> None:
         blocks = family_of(model.config).blocks(model)
         self.blocks = {name: module for name, module in model.named_modules() if any(module is b for b in blocks)}
         self.activations: dict[str, float] = {}
@@ -156,8 +160,8 @@ class BlockMaxima:
         for handle in self._handles:
             handle.remove()
 
-    def _forward_hook(self, name: str) -> object:
-        def note(module: nn.Module, inputs: object, output: Tensor | tuple) -> None:
+    def _forward_hook(self, name: str) -> Callable[..., None]:
+        def note(module: nn.Module, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
             tensor = output[0] if isinstance(output, tuple) else output
             self.activations[name] = max_abs(tensor, self.activations.get(name, 0.0))
             if tensor.requires_grad:

@@ -12,7 +12,8 @@ from flowar.models.family import Family
 
 def make_optimizer(model: nn.Module, family: Family[Any, Any], config: OptimConfig) -> torch.optim.AdamW:
     """Return AdamW, with weight decay on the parameters that the model's family says."""
-    decayed, others = [], []
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (decayed if family.is_decayed(name, parameter, config) else others).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]

@@ -5,6 +5,7 @@ import json
 import secrets
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from filelock import FileLock
@@ -16,6 +17,10 @@ from flowar.base.files import write_text
 from flowar.base.run_folder import CONFIG_FILE, EVALUATIONS, METRICS_FILE, step_name
 from flowar.config.load import load_config
 from flowar.config.training import TrainConfig, WandbConfig
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+    from wandb import Run
 
 WANDB_ID_FILE = "wandb_id.txt"
 SENT_FILE = "sent.txt"  # which of them wandb has
@@ -139,7 +144,7 @@ class TrainingReport:
         replacement.replace(self.file)
 
 
-def record_evaluation(run_dir: Path, record: dict[str, object]) -> None:
+def record_evaluation(run_dir: Path, record: dict[str, Any]) -> None:
     """Add metrics of a checkpoint's samples to a run: a file in RUN_DIR/evaluations, and wandb.
 
     A training process that has the wandb run open sends them itself: two processes must not write to one run.
@@ -156,15 +161,17 @@ def record_evaluation(run_dir: Path, record: dict[str, object]) -> None:
     config = load_config(TrainConfig, run_dir / CONFIG_FILE)
     with FileLock(folder / ".lock"):
         live = run_dir / LIVE_FILE
-        if config.wandb.mode == "disabled" or (live.exists() and time.time() - live.stat().st_mtime < LIVE_S):
+        if live.exists() and time.time() - live.stat().st_mtime < LIVE_S:
             return
         wandb_run = _start_wandb(run_dir, config.wandb, {})
+        if wandb_run is None:
+            return
         for values in take_evaluations(wandb_run, run_dir):
             wandb_run.log(values)
         wandb_run.finish()
 
 
-def take_evaluations(wandb_run: object, run_dir: Path, most: int | None = None) -> list[dict[str, float]]:
+def take_evaluations(wandb_run: "Run", run_dir: Path, most: int | None = None) -> list[dict[str, float]]:
     """Return what wandb doesn't have of a run's evaluations, each with the step of its checkpoint, and note it as sent.
 
     Args:
@@ -189,14 +196,14 @@ def take_evaluations(wandb_run: object, run_dir: Path, most: int | None = None) 
     return found
 
 
-def _start_tensorboard(run_dir: Path, step: int) -> object:
+def _start_tensorboard(run_dir: Path, step: int) -> "SummaryWriter":
     """Return a writer of event files that forgets what an earlier process wrote after `step`."""
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
 
-def _start_wandb(run_dir: Path, config: WandbConfig, settings: dict[str, object]) -> object | None:
+def _start_wandb(run_dir: Path, config: WandbConfig, settings: dict[str, object]) -> "Run | None":
     """Return the wandb run, the same one after every restart, or None where it is disabled."""
     if config.mode == "disabled":
         return None

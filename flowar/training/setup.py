@@ -5,7 +5,6 @@ import math
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from flowar.base.distributed import World
 from flowar.base.errors import UserError
@@ -18,6 +17,7 @@ from flowar.latents.schema import Passport, read_passport, write_passport
 from flowar.latents.shards import LatentShards
 from flowar.latents.vae import VAE, load_vae
 from flowar.models.attention import import_flash_attention
+from flowar.models.family import Model
 from flowar.training.checkpoint import remove_unfinished
 from flowar.training.engine import Engine, EngineSettings, engine_name
 from flowar.training.owner import Owner, take_over
@@ -26,7 +26,7 @@ from flowar.training.torch_engine import TorchEngine
 from flowar.training.zero_engine import ZeROEngine
 
 
-def make_engine(settings: EngineSettings, model: nn.Module, world: World) -> Engine:
+def make_engine(settings: EngineSettings, model: Model, world: World) -> Engine:
     """Return the engine that the settings name, around a model with fresh weights, the same on all ranks."""
     kind = ZeROEngine if engine_name(settings.parallel.engine, world.size) == "deepspeed" else TorchEngine
     return kind(settings, model, world)
@@ -134,11 +134,11 @@ def check_resumable(run_dir: Path, config: TrainConfig, passport: Passport) -> N
         listed = "; ".join(f"{key} was {old}, now {new}" for key, (old, new) in changed.items())
         raise UserError(f"run_dir={run_dir} holds another run: {listed}; give another run_dir, or the same settings")
     recorded, found = decisive_settings(read_passport(run_dir)), decisive_settings(passport)
-    key = next((key for key in found if recorded[key] != found[key]), None)
-    if key is not None:
+    other = next((key for key in found if recorded[key] != found[key]), None)
+    if other is not None:
         raise UserError(
-            f"run_dir={run_dir} was trained on other shards: {key} was {str(recorded[key])[:40]}, data.path="
-            f"{config.data.path} has {str(found[key])[:40]}; give another run_dir, or those shards"
+            f"run_dir={run_dir} was trained on other shards: {other} was {str(recorded[other])[:40]}, data.path="
+            f"{config.data.path} has {str(found[other])[:40]}; give another run_dir, or those shards"
         )
 
 

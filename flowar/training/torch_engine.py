@@ -18,6 +18,7 @@ from flowar.base.distributed import World
 from flowar.base.errors import UserError
 from flowar.base.run_folder import optimizer_key, weight_key
 from flowar.models.build import family_of
+from flowar.models.family import Model
 from flowar.models.folders import load_state
 from flowar.training.engine import OPTIMIZER_STATES, EngineSettings, engine_name, prepare_blocks, share_out
 from flowar.training.optim import make_optimizer, set_learning_rate
@@ -29,7 +30,7 @@ warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tenso
 class TorchEngine:
     """One process, DDP, or FSDP2 (with `parallel.replicas` > 1: HSDP), and torch's AdamW."""
 
-    def __init__(self, settings: EngineSettings, model: nn.Module, world: World) -> None:
+    def __init__(self, settings: EngineSettings, model: Model, world: World) -> None:
         self.name = engine_name(settings.parallel.engine, world.size)
         self.max_grad_norm = settings.optim.max_grad_norm
         self.world = world
@@ -57,7 +58,10 @@ class TorchEngine:
 
         DDP averages the gradients of the last part over the ranks; FSDP2 those of each, or all would have all of them.
         """
-        with self.forward.no_sync() if self.name == "ddp" and not is_last else contextlib.nullcontext():
+        context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if isinstance(self.forward, DistributedDataParallel) and not is_last:
+            context = self.forward.no_sync()
+        with context:
             yield
 
     def backward(self, loss: Tensor) -> None:
@@ -111,7 +115,7 @@ class TorchEngine:
         load_state(self._state(self.parameters), folder, self.world.control)
 
     def _state(self, names: Iterable[str]) -> dict[str, Tensor]:
-        found = {}
+        found: dict[str, Tensor] = {}
         for name in names:
             p = self.parameters[name]
             found |= {optimizer_key(name, key): self.optimizer.state[p][key] for key in OPTIMIZER_STATES}
@@ -131,7 +135,9 @@ class TorchEngine:
         """Yield every name and whole tensor, on all ranks, of tensors that lie like `local_weights`."""
         for name, parameter in self.parameters.items():
             if self.name == "fsdp":
-                yield name, local[name].full_tensor()
+                shard = local[name]
+                assert isinstance(shard, DTensor)
+                yield name, shard.full_tensor()
                 continue
             tensor = local[name] if name in local else torch.empty_like(parameter)
             if self.world.size > 1:

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowar.base.distributed import World
 from flowar.base.run_folder import optimizer_key, weight_key
 from flowar.models.build import family_of
+from flowar.models.family import Model
 from flowar.models.folders import load_state
 from flowar.training.engine import OPTIMIZER_STATES, EngineSettings, prepare_blocks, share_out
 from flowar.training.optim import make_optimizer, set_learning_rate
@@ -25,7 +26,7 @@ class ZeROEngine:
 
     name = "deepspeed"
 
-    def __init__(self, settings: EngineSettings, model: nn.Module, world: World) -> None:
+    def __init__(self, settings: EngineSettings, model: Model, world: World) -> None:
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # for ninja
         import deepspeed
 
@@ -53,8 +54,8 @@ class ZeROEngine:
             config=options,
             dist_init_required=False,
         )
-        self.model = self.forward.module
-        self.parameters = dict(self.model.named_parameters())
+        self.model: Model = self.forward.module
+        self.parameters: dict[str, Any] = dict(self.model.named_parameters())  # with what DeepSpeed has put on them
         self._start_optimizer()
 
     def _start_optimizer(self) -> None:
@@ -124,7 +125,7 @@ class ZeROEngine:
         """Return the weights, each whole on one rank: copies, gathered one after the other."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, p in self.parameters.items():
             full = safe_get_full_fp32_param(p)  # all ranks take part
             if self._owners[name] == self.world.rank:
@@ -135,7 +136,7 @@ class ZeROEngine:
         """Return weights and optimizer, each whole on one rank: copies, gathered one after the other."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, p in self.parameters.items():
             mine = self._owners[name] == self.world.rank
             full = {weight_key(name): safe_get_full_fp32_param(p)}
@@ -151,7 +152,7 @@ class ZeROEngine:
                 self._set(self.parameters[name], full, key)
 
     @torch.no_grad()
-    def _set(self, parameter: nn.Parameter, full: Tensor, key: str | None) -> None:
+    def _set(self, parameter: Any, full: Tensor, key: str | None) -> None:
         """Overwrite this rank's part of a weight (and what the forward pass uses of it) or of its optimizer state."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
@@ -188,7 +189,7 @@ class ZeROEngine:
                 dist.broadcast(tensor, src=self._owners[name])
             yield name, tensor
 
-    def _part(self, full: Tensor, parameter: nn.Parameter) -> Tensor:
+    def _part(self, full: Tensor, parameter: Any) -> Tensor:
         """Return what this rank has of a whole tensor that lies like `local_weights`."""
         if self.stage < 3:
             return full
@@ -206,7 +207,8 @@ class ZeROEngine:
 
     def _shape(self, name: str) -> torch.Size:
         parameter = self.parameters[name]
-        return parameter.ds_shape if self.stage == 3 else parameter.shape
+        shape: torch.Size = parameter.ds_shape if self.stage == 3 else parameter.shape
+        return shape
 
     @functools.cached_property
     def _owners(self) -> dict[str, int]:

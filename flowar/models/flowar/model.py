@@ -4,12 +4,16 @@ Here is no loss, no solver, no rank and no file. Read next: flow.py. Shapes: B b
 D width of the AR Transformer, E width of the flow Transformer, N tokens at hand, L tokens of all K scales.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowar.config.models import FlowARConfig
-from flowar.models.flowar.scales import Segment, causal_segments, local_segments, num_tokens, rotary_angles, token_range
+from flowar.models.attention import Segment
+from flowar.models.family import Model
+from flowar.models.flowar.scales import causal_segments, local_segments, num_tokens, rotary_angles, token_range
 from flowar.models.layers import (
     CrossAttention,
     GatedMLP,
@@ -57,6 +61,8 @@ class AutoregressiveBlock(nn.Module):
 class AutoregressiveTransformer(nn.Module):
     """Coarser token maps and a class -> one semantics vector per token of the scales at hand."""
 
+    angles: Tensor
+
     def __init__(self, config: FlowARConfig) -> None:
         super().__init__()
         width, half = config.ar_width, config.ar_depth // 2
@@ -77,7 +83,7 @@ class AutoregressiveTransformer(nn.Module):
 
     def embed(self, inputs: Tensor, labels: Tensor, span: range) -> Tensor:
         """Return the input tokens (B, N, D), before positions; the token of the first scale is the class."""
-        tokens = self.input_projection(inputs)
+        tokens: Tensor = self.input_projection(inputs)
         if span.start == 0:
             tokens = torch.cat([self.class_embedding(labels)[:, None].to(tokens.dtype), tokens], dim=1)
         return tokens
@@ -98,7 +104,7 @@ class AutoregressiveTransformer(nn.Module):
         angles = self.angles[where]
         class_embedding = self.class_embedding(labels)
         blocks = [*self.lower_blocks, *self.upper_blocks]
-        past = cache or [None] * len(blocks)
+        past: Sequence[tuple[Tensor, Tensor] | None] = cache or [None] * len(blocks)
         present = []
 
         tokens = self.input_norm(self.embed(inputs, labels, span) + self.lower_position[where])
@@ -135,7 +141,8 @@ class FlowBlock(nn.Module):
         gate_1, gate_2, gain_1, gain_2, shift_1, shift_2 = modulation.chunk(6, dim=-1)
         attended, _ = self.attention(modulate(self.attention_norm(tokens), gain_1, shift_1), angles, segments)
         tokens = tokens + gate_1 * attended
-        return tokens + gate_2 * self.mlp(modulate(self.mlp_norm(tokens), gain_2, shift_2))
+        output: Tensor = tokens + gate_2 * self.mlp(modulate(self.mlp_norm(tokens), gain_2, shift_2))
+        return output
 
 
 class CrossAttentionFlowBlock(nn.Module):
@@ -169,11 +176,14 @@ class CrossAttentionFlowBlock(nn.Module):
         context = self.semantics_norm(semantics)
         tokens = tokens + self.cross_attention(self.query_norm(tokens), context, angles, segments)
         gate, gain, shift = self.mlp_modulation(F.silu(condition + time)).chunk(3, dim=-1)
-        return tokens + gate * self.mlp(modulate(self.mlp_norm(tokens), gain, shift))
+        output: Tensor = tokens + gate * self.mlp(modulate(self.mlp_norm(tokens), gain, shift))
+        return output
 
 
 class FlowMatchingTransformer(nn.Module):
     """Noisy tokens, their time and their semantics -> velocity; scales never see each other here."""
+
+    angles: Tensor
 
     def __init__(self, config: FlowARConfig) -> None:
         super().__init__()
@@ -209,11 +219,14 @@ class FlowMatchingTransformer(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, time, condition, semantics, angles, segments)
         shift, gain = self.output_modulation(F.silu(condition + time)).chunk(2, dim=-1)
-        return self.output_projection(modulate(self.output_norm(tokens), gain, shift))
+        velocity: Tensor = self.output_projection(modulate(self.output_norm(tokens), gain, shift))
+        return velocity
 
 
-class FlowAR(nn.Module):
+class FlowAR(Model):
     """FlowAR (arXiv:2412.15205): both Transformers. Training calls it whole, generation its parts, by scale."""
+
+    config: FlowARConfig
 
     def __init__(self, config: FlowARConfig) -> None:
         super().__init__()
@@ -233,7 +246,8 @@ class FlowAR(nn.Module):
         """
         span = range(len(self.config.scales))
         semantics, _ = self.ar(inputs, labels, span)
-        return self.flow(noisy, time, semantics, span)
+        velocity: Tensor = self.flow(noisy, time, semantics, span)
+        return velocity
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

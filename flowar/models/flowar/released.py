@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ RELEASED_FLOW_HEAD_WIDTH = 64
 RELEASED_SCALES = (1, 2, 4, 8, 16)
 
 
-def convert(state_dict: dict[str, Tensor], ar_heads: int | None = None) -> tuple[FlowARConfig, dict[str, Tensor]]:
+def convert(state_dict: dict[str, Any], ar_heads: int | None = None) -> tuple[FlowARConfig, dict[str, Tensor]]:
     """Return shape and weights of the authors' FlowAR; the shape is read from the tensors.
 
     Args:

@@ -33,13 +33,15 @@ def token_range(scales: tuple[int, ...], span: range) -> slice:
 def patchify(token_map: Tensor, patch_size: int) -> Tensor:
     """Return the tokens (B, N, C p p) of a map (B, C, side p, side p), each flattened in the order (C, p, p)."""
     patches = token_map.unflatten(2, (-1, patch_size)).unflatten(4, (-1, patch_size))  # (B, C, side, p, side, p)
-    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    tokens: Tensor = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+    return tokens
 
 
 def unpatchify(tokens: Tensor, side: int, patch_size: int) -> Tensor:
     """Return the map (B, C, side p, side p) of one scale's tokens (B, N, C p p); the inverse of `patchify`."""
     patches = tokens.unflatten(1, (side, side)).unflatten(3, (-1, patch_size, patch_size))  # (B, side, side, C, p, p)
-    return patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    token_map: Tensor = patches.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)
+    return token_map
 
 
 def downsample(latents: Tensor, side: int) -> Tensor:
