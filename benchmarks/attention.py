@@ -65,3 +65,7 @@ def main() -> None:
     print(f"segments   {statistics.median(ours) * 1e3:8.1f} ms, {scores:,} scores per head")
     print(f"dense mask {statistics.median(theirs) * 1e3:8.1f} ms, {mask.numel():,} scores per head")
     print(f"segments / dense mask: {ratio:.2f}")
+
+
+if __name__ == "__main__":
+    main()

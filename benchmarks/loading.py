@@ -129,3 +129,7 @@ def main() -> None:
                 print(
                     f"  {name:20} {options.rows / median:10,.0f} rows/s   flowar is {median / ours:5.2f} times as fast"
                 )
+
+
+if __name__ == "__main__":
+    main()

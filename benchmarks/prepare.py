@@ -95,3 +95,7 @@ def main() -> None:
         f"{torch.__version__}: VAE alone {speeds[0]:.3f} images/s, flowar prepare {speeds[1]:.3f} images/s, ratio "
         f"{speeds[1] / speeds[0]:.3f}"
     )
+
+
+if __name__ == "__main__":
+    main()

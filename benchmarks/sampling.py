@@ -91,3 +91,7 @@ def run() -> None:
     print(", ".join(f"{name} {value:.1f} images/s" for name, value in medians.items()))
     print(f"whole command over bare loop: {medians['one'] / medians['bare']:.3f}")
     print(f"two processes over one: {medians['two'] / medians['one']:.3f}")
+
+
+if __name__ == "__main__":
+    run()

@@ -180,3 +180,7 @@ def main() -> None:
             print(f"{options.nodes} nodes are idle; now type\nexport SLURM_CONF={conf}")
     except UserError as error:
         sys.exit(f"local_slurm: {error}")
+
+
+if __name__ == "__main__":
+    main()

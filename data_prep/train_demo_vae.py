@@ -3,6 +3,8 @@
 python -m data_prep.train_demo_vae OUT_DIR      (about 8 minutes on two CPU cores)
 """
 
+import sys
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -64,3 +66,7 @@ def psnr(vae: AutoencoderKL, images: torch.Tensor) -> float:
     """Return the peak signal-to-noise ratio of the reconstructed images (N, 3, H, W) in [-1, 1], in dB."""
     rebuilt = vae.decode(vae.encode(images).latent_dist.mode()).sample
     return (10 * torch.log10(4 / F.mse_loss(rebuilt, images))).item()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

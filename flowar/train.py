@@ -42,7 +42,7 @@ from flowar.training.checkpoint import (
     Kept,
     averages_state,
     remove_averages_after,
-    restore,
+    restore_newest,
     whole_state,
 )
 from flowar.training.engine import Engine
@@ -96,15 +96,15 @@ def train(config: TrainConfig, world: World) -> None:
     model = create_model(config.model).train()
     set_attention(model, config.attention)
 
-    # Resume: rank 0 looks, so that all resume from the same checkpoint.
-    latest = broadcast_object(find_latest(run_dir) if world.is_main else None)
+    # Resume.
     engine = make_engine(run.engine, model, world)
     ema = EMA(config.ema, engine.local_weights())
     progress = Progress(averages=tuple(ema.averages))
-    if latest is not None:
-        progress = dataclasses.replace(restore(engine, ema, latest), averages=tuple(ema.averages))
+    restored = restore_newest(engine, ema, run_dir)
+    if restored is not None:
+        progress = dataclasses.replace(restored[0], averages=tuple(ema.averages))
         if world.is_main:
-            print(f"resuming from {latest}")
+            print(f"resuming from {restored[1]}")
     contents = CheckpointContents(config.model, passport)
     kept = Kept(config.keep_checkpoints, config.keep_every_steps)
     checkpoints = Checkpoints(owner, world, contents, CHECKPOINTS, kept)
@@ -235,15 +235,15 @@ def roll_back(engine: Engine, ema: EMA, progress: Progress, what: str, run_dir: 
     Raises:
         UserError: if there is none, or this was done before.
     """
-    latest = broadcast_object(find_latest(run_dir) if engine.world.is_main else None)
     rollbacks = progress.rollbacks + 1
-    if latest is None or rollbacks > guard.max_rollbacks:
-        before = "there is no checkpoint to go back to" if latest is None else "the run was rolled back before"
+    found = restore_newest(engine, ema, run_dir) if rollbacks <= guard.max_rollbacks else None
+    if found is None:
+        before = "the run was rolled back before" if rollbacks > guard.max_rollbacks else "there is no checkpoint yet"
         raise UserError(
             f"{guard.skips_before_rollback} steps in a row went wrong, {what}; {before}. Look at {run_dir / ANOMALIES} "
             "with `flowar replay`; a lower optim.lr or precision=tf32 may help"
         )
-    restored = restore(engine, ema, latest)
+    restored, _ = found
     if engine.world.is_main:
         remove_averages_after(run_dir, restored.step)
     last_batch = progress.step + progress.data_offset

@@ -10,7 +10,9 @@ RUN_DIR/
         .metadata, __0_0.distcp     torch.distributed.checkpoint: model.NAME, optim.NAME.exp_avg, ema.AVERAGE.NAME
         state.json                  `Progress`, and the number of processes
         config.json, dataset.json   the model's shape and the shards' passport
+        checksums.json              the hashes of these files; those of the tensors are in .metadata
     averages/step_00001000/         the same, of EDM2's averages alone; kept for `flowar ema`
+    damaged/checkpoints-step_...    what was in their place and is not what was written
 """
 
 import contextlib
@@ -26,6 +28,8 @@ AVERAGES = "averages"
 ANOMALIES = "anomalies"
 EVALUATIONS = "evaluations"  # a file for each time that samples of a checkpoint were measured
 STATE_FILE = "state.json"
+METADATA_FILE = ".metadata"  # torch.distributed.checkpoint's
+DAMAGED = "damaged"  # checkpoints that are not what was written, set aside
 
 
 def step_name(step: int) -> str:
@@ -89,8 +93,14 @@ def average_key(average: str, name: str) -> str:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Return whether a folder is a complete checkpoint."""
-    return not folder.name.startswith(".") and (folder / STATE_FILE).is_file() and (folder / ".metadata").is_file()
+    """Return whether a folder looks like a complete checkpoint; whoever reads it checks whether it is whole."""
+    if folder.name.startswith(".") or not (folder / METADATA_FILE).is_file():
+        return False
+    try:
+        read_progress(folder)
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # missing, half-written or damaged
+    return True
 
 
 def list_checkpoints(run_dir: str | Path, kind: str = CHECKPOINTS) -> list[Path]:
@@ -108,3 +118,12 @@ def find_latest(run_dir: str | Path) -> Path | None:
     """Return the newest complete checkpoint of a run, or None."""
     complete = list_checkpoints(run_dir)
     return complete[-1] if complete else None
+
+
+def set_aside(folder: Path) -> Path:
+    """Move a checkpoint that is damaged to RUN_DIR/damaged, so that its step can be written again; return its place."""
+    target = folder.parent.parent / DAMAGED / f"{folder.parent.name}-{folder.name}"
+    target.parent.mkdir(exist_ok=True)
+    while target.exists():
+        target = target.with_name(f"{target.name}_again")
+    return folder.rename(target)

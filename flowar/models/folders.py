@@ -28,6 +28,7 @@ from flowar.base.run_folder import (
 from flowar.config.models import ModelConfig
 from flowar.latents.schema import PASSPORT_FILE
 from flowar.models.build import config_from_dict, create_model
+from flowar.models.checkpoint_files import CheckedReader, DamagedCheckpointError, check_small_files
 from flowar.models.family import Model
 from flowar.models.state_dicts import load_strictly
 
@@ -39,11 +40,14 @@ def load_state(state: dict[str, Tensor], folder: Path, group: ProcessGroup | Non
     """Fill tensors from a checkpoint, whoever wrote it; with the ranks of `group`, or alone.
 
     Raises:
+        DamagedCheckpointError: on all ranks, if what is read is not what was written.
         UserError: if one of them is not in it, or of another shape.
     """
     try:
-        dcp.load(state, checkpoint_id=folder, process_group=group, no_dist=group is None)
+        dcp.load(state, storage_reader=CheckedReader(folder), process_group=group, no_dist=group is None)
     except (RuntimeError, ValueError, KeyError, OSError, CheckpointException) as error:
+        if (damage := DamagedCheckpointError.find_in(error, folder)) is not None:
+            raise damage from error
         if has_lost_ranks(error):
             raise
         raise UserError(f"checkpoint {folder} can't be read: {' '.join(str(error).split())[:300]}") from error
@@ -80,6 +84,7 @@ def load_model(path: str | Path, weights: str = "ema") -> Model:
 
 
 def _load_from_checkpoint(folder: Path, weights: str) -> Model:
+    check_small_files(folder)
     averages = read_progress(folder).averages
     name = averages[0] if weights == "ema" else weights
     if name not in ("raw", *averages):

@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
-from flowar.base.distributed import World, background_group, has_lost_ranks
+from flowar.base.distributed import World, background_group, broadcast_object, has_lost_ranks, wait_for_all
 from flowar.base.errors import UserError
 from flowar.base.files import publish_folder, write_text
 from flowar.base.run_folder import (
@@ -28,12 +28,16 @@ from flowar.base.run_folder import (
     Progress,
     average_key,
     checkpoint_step,
+    find_latest,
+    is_checkpoint,
     list_checkpoints,
     read_progress,
+    set_aside,
     step_name,
 )
 from flowar.config.models import ModelConfig
 from flowar.latents.schema import Passport, write_passport
+from flowar.models.checkpoint_files import DamagedCheckpointError, HashingWriter, write_checksums
 from flowar.models.folders import MODEL_CONFIG_FILE
 from flowar.training.averages import EMA
 from flowar.training.engine import Engine
@@ -94,7 +98,7 @@ class Checkpoints:
         if folder.exists():
             return
         hidden = folder.with_name(f".{folder.name}.{self.owner.token}")
-        record = progress.as_record() | {"world_size": self.world.size}
+        record = progress.as_record() | {"world_size": self.world.size, "checksums": True}
         try:
             if self.world.is_main:
                 shutil.rmtree(hidden, ignore_errors=True)
@@ -105,7 +109,9 @@ class Checkpoints:
                 )
                 write_passport(self.contents.passport, hidden)
             group = self._group
-            future = dcp.async_save(state, checkpoint_id=hidden, process_group=group, no_dist=group is None)
+            future = dcp.async_save(
+                state, storage_writer=HashingWriter(hidden), process_group=group, no_dist=group is None
+            )
             assert isinstance(future, Future)  # not what it gives where another process writes
             if save_more is not None:
                 save_more(hidden)
@@ -128,6 +134,7 @@ class Checkpoints:
             future.result()
             if self.world.is_main:
                 self.owner.check()
+                write_checksums(hidden)
                 publish_folder(hidden, folder)
         except (OSError, RuntimeError, CheckpointException) as error:
             raise self._failed(folder, error) from error
@@ -169,13 +176,44 @@ def averages_state(engine: Engine, ema: EMA, names: Iterable[str]) -> dict[str, 
 
 
 def restore(engine: Engine, ema: EMA, folder: Path) -> Progress:
-    """Load a checkpoint into engine and averages; return how far it was."""
+    """Load a checkpoint into engine and averages; return how far it was.
+
+    Raises:
+        DamagedCheckpointError: on all ranks, if it is not what was written.
+    """
     engine.load(folder)
     for average, tensors in ema.averages.items():
         engine.load_local(tensors, functools.partial(average_key, average), folder)
     progress = read_progress(folder)
     engine.set_step(progress.updates)
     return progress
+
+
+def restore_newest(engine: Engine, ema: EMA, run_dir: Path) -> tuple[Progress, Path] | None:
+    """Load the newest checkpoint that is whole; return how far it was, and the folder. None if there is no checkpoint.
+
+    Rank 0 looks, so that all ranks resume from the same one. Those that are damaged are named and set aside.
+
+    Raises:
+        UserError: if all that there are are damaged: fresh weights would hide that work is lost.
+    """
+    world, damaged = engine.world, None
+    while True:
+        latest = broadcast_object(find_latest(run_dir) if world.is_main else None)
+        if latest is None and damaged is not None:
+            raise UserError(
+                f"run_dir={run_dir} has no whole checkpoint left: {damaged}; copy one back from a backup into "
+                f"{run_dir / CHECKPOINTS}, or start again in another run_dir"
+            )
+        if latest is None:
+            return None
+        try:
+            return restore(engine, ema, latest), latest
+        except DamagedCheckpointError as error:
+            damaged = error
+            if world.is_main:
+                print(f"DAMAGED: {error}; kept in {set_aside(latest)}, trying the one before")
+            wait_for_all()
 
 
 def remove_averages_after(run_dir: Path, step: int) -> None:
@@ -186,7 +224,10 @@ def remove_averages_after(run_dir: Path, step: int) -> None:
 
 
 def remove_unfinished(run_dir: Path) -> None:
-    """Delete what a process that died while saving or deleting has left."""
+    """Delete what a process that died while saving or deleting has left; set aside what is not a checkpoint."""
     for kind in (CHECKPOINTS, AVERAGES):
         for entry in (run_dir / kind).glob(".step_*"):
             shutil.rmtree(entry)
+        for entry in (run_dir / kind).glob("step_*"):
+            if not is_checkpoint(entry):
+                print(f"DAMAGED: {entry} is not a whole checkpoint; kept in {set_aside(entry)}")

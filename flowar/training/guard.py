@@ -22,6 +22,7 @@ from flowar.config.load import describe_config
 from flowar.config.training import GuardConfig, TrainConfig
 from flowar.latents.batches import Batch
 from flowar.models.build import family_of
+from flowar.models.checkpoint_files import HashingWriter, write_checksums
 from flowar.models.family import Model
 from flowar.training.engine import Engine
 from flowar.training.step import StepSettings, accumulate
@@ -103,12 +104,18 @@ def keep_anomaly(
     everyone = gather_objects((batch, maxima.activations, maxima.gradients))
     group = world.control
     try:
-        dcp.save(engine.weights(), checkpoint_id=folder / WEIGHTS_FOLDER, process_group=group, no_dist=group is None)
+        dcp.save(
+            engine.weights(),
+            storage_writer=HashingWriter(folder / WEIGHTS_FOLDER),
+            process_group=group,
+            no_dist=group is None,
+        )
     except (OSError, CheckpointException) as error:
         raise UserError(
             f"step {anomaly.step}: {anomaly.problem}; and it can't be kept in {folder}: {error}; make room"
         ) from error
     if world.is_main:
+        write_checksums(folder / WEIGHTS_FOLDER)
         write_text(folder / CONFIG_FILE, describe_config(config))
         record = {
             "step": anomaly.step,

@@ -1,0 +1,219 @@
+"""The files of a checkpoint: hashed while they are written, checked while they are read, unpickled as data.
+
+torch.distributed.checkpoint keeps in `.metadata` where each piece of a tensor lies; the hash of the piece is kept
+beside that. `checksums.json`, written last, has the hashes of `.metadata`, of the small files, and of itself. A piece
+is checked in memory when it is read, so that nothing is read twice. Read next: folders.py, training/checkpoint.py.
+"""
+
+import contextlib
+import io
+import json
+import os
+import pickle
+from collections.abc import Generator
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+import xxhash
+from torch.distributed.checkpoint import (
+    CheckpointException,
+    FileSystemReader,
+    FileSystemWriter,
+    Metadata,
+    SavePlan,
+    SavePlanner,
+)
+from torch.distributed.checkpoint.filesystem import FileSystem
+from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from flowar.base.errors import UserError
+from flowar.base.files import write_text
+from flowar.base.run_folder import METADATA_FILE, STATE_FILE
+
+CHECKSUMS_FILE = "checksums.json"
+PIECE_HASH = "xxh3"  # attribute of torch's record of where a piece lies
+# What torch's metadata is made of: all that a `.metadata` may name.
+METADATA_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+METADATA_CLASSES = {
+    ("collections", "OrderedDict"),
+    ("builtins", "set"),
+    ("pathlib", "PosixPath"),
+    ("torch", "Size"),
+    ("torch", "device"),
+    ("torch.serialization", "_get_layout"),
+}
+
+
+class DamagedCheckpointError(UserError):
+    """A checkpoint isn't what was written."""
+
+    def __init__(self, folder: Path, problem: str) -> None:
+        super().__init__(f"checkpoint {folder} is damaged: {' '.join(problem.split())}")
+
+    @classmethod
+    def find_in(cls, error: BaseException, folder: Path) -> "DamagedCheckpointError | None":
+        """Return the damage that made torch fail, maybe on another rank; it hands on errors of others as text."""
+        failures = error.failures.values() if isinstance(error, CheckpointException) else [(error, None)]
+        for cause, _ in failures:
+            if isinstance(cause, cls):
+                return cause
+            if isinstance(cause, FileNotFoundError):
+                return cls(folder, str(cause))
+        start = f"checkpoint {folder} is damaged: "
+        if start not in str(error):
+            return None
+        problem = str(error).partition(start)[2].partition("; rank local")[0]
+        return cls(folder, problem.splitlines()[0])
+
+
+class HashingStream:
+    """Forwards what is written, and hashes what lies between two calls of `tell`: torch asks around each piece."""
+
+    def __init__(self, stream: io.IOBase) -> None:
+        self._stream = cast(IO[bytes], stream)
+        self._digest = xxhash.xxh3_64()
+        self._start = 0
+        self.hashes: dict[tuple[int, int], str] = {}  # (offset, length) -> hash
+
+    def write(self, content: Any) -> int:
+        """Write and hash."""
+        self._digest.update(content)
+        return self._stream.write(content)
+
+    def tell(self) -> int:
+        """Return the place; end a piece."""
+        place = self._stream.tell()
+        if place > self._start:
+            self.hashes[(self._start, place - self._start)] = self._digest.hexdigest()
+            self._digest, self._start = xxhash.xxh3_64(), place
+        return place
+
+    def flush(self) -> None:
+        """Hand what was written to the system."""
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        """Return the file's number, to have it written to the disk."""
+        return self._stream.fileno()
+
+    def close(self) -> None:
+        """End."""
+        self._stream.close()
+
+
+class HashingFileSystem(FileSystem):
+    """Files whose pieces are hashed while they are written."""
+
+    def __init__(self) -> None:
+        self.streams: dict[str, HashingStream] = {}
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Generator[io.IOBase, None, None]:
+        """Open a file."""
+        with super().create_stream(path, mode) as stream:
+            if mode != "wb":
+                yield stream
+                return
+            hashing = self.streams[Path(path).name] = HashingStream(stream)
+            yield cast(io.IOBase, hashing)
+
+
+class HashingWriter(FileSystemWriter):
+    """Writes a checkpoint, and the hash of each piece into its metadata."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.files = HashingFileSystem()
+        self.fs = self.files
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's pieces; the hashes go with the results to whoever writes the metadata."""
+        results = super().write_data(plan, planner).value()
+        for result in results:
+            place = result.storage_data
+            hashes = self.files.streams[place.relative_path].hashes
+            setattr(place, PIECE_HASH, hashes[(place.offset, place.length)])
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Makes nothing but what torch's metadata consists of: a checkpoint of somebody else's is data, never code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if is_dtype or module in METADATA_MODULES or (module, name) in METADATA_CLASSES:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which does not belong there")
+
+
+class CheckedReader(FileSystemReader):
+    """Reads a checkpoint, and checks each piece against its hash.
+
+    Raises:
+        DamagedCheckpointError: if a file or a piece is not what was written.
+    """
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the metadata, checked and unpickled as data."""
+        self._has_hashes = check_small_files(Path(self.path))
+        try:
+            metadata = _MetadataUnpickler(io.BytesIO((Path(self.path) / METADATA_FILE).read_bytes())).load()
+            if not isinstance(metadata, Metadata):
+                raise TypeError(f"it holds a {type(metadata).__name__}")
+        except Exception as error:  # damaged pickles raise any kind
+            raise DamagedCheckpointError(Path(self.path), f"{METADATA_FILE} can't be read: {error}") from error
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+    def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
+        file.seek(sinfo.offset)
+        content = file.read(sinfo.length)
+        expected = getattr(sinfo, PIECE_HASH, None)
+        is_right = xxhash.xxh3_64_hexdigest(content) == expected if self._has_hashes else len(content) == sinfo.length
+        if not is_right:
+            raise DamagedCheckpointError(
+                Path(self.path),
+                f"bytes {sinfo.offset:,} to {sinfo.offset + sinfo.length:,} of {sinfo.relative_path} are not what was "
+                "written",
+            )
+        return io.BytesIO(content)
+
+
+def write_checksums(folder: Path) -> None:
+    """Write checksums.json: the hashes of all files of a checkpoint that are not hashed piece by piece."""
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.suffix != ".distcp")
+    hashes = {name: xxhash.xxh3_64_hexdigest((folder / name).read_bytes()) for name in names}
+    write_text(folder / CHECKSUMS_FILE, json.dumps({"files": hashes, "xxh3": _hash_of(hashes)}, indent=2) + "\n")
+
+
+def check_small_files(folder: Path) -> bool:
+    """Check a checkpoint's small files against checksums.json; return whether it has such hashes.
+
+    Checkpoints of version 0.1 have none, which their state.json says by not saying "checksums".
+
+    Raises:
+        DamagedCheckpointError: if one of them is missing, or not what was written.
+    """
+    try:
+        state = json.loads((folder / STATE_FILE).read_text()) if (folder / STATE_FILE).exists() else {}
+        if not state.get("checksums") and not (folder / CHECKSUMS_FILE).exists():
+            return False
+        record = json.loads((folder / CHECKSUMS_FILE).read_text())
+        hashes, whole = record["files"], record["xxh3"]
+        found = {name: xxhash.xxh3_64_hexdigest((folder / name).read_bytes()) for name in hashes}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpointError(folder, str(error)) from error
+    wrong = [name for name in hashes if found[name] != hashes[name]]
+    if wrong or whole != _hash_of(hashes) or METADATA_FILE not in hashes:
+        raise DamagedCheckpointError(folder, f"{(wrong or [CHECKSUMS_FILE])[0]} is not what was written")
+    return True
+
+
+def _hash_of(hashes: dict[str, str]) -> str:
+    return xxhash.xxh3_64_hexdigest(json.dumps(hashes, sort_keys=True).encode())
