@@ -28,7 +28,7 @@ from tests.conftest import training
 from tests.flowar.ranks import run_ranks
 from tests.flowar.training.test_engines import LOSS_TOLERANCE
 
-NUM_IMAGES = 64
+NUM_IMAGES, ARRAY = 32, 2
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def pipeline(images, shards, root):
     """The same four steps, below `root`."""
     vae = VAEConfig(name="demo")
     train = dataclasses.replace(
-        training(shards, root / "run"), epochs=6, log_every_steps=1, parallel=ParallelConfig(timeout_s=20)
+        training(shards, root / "run"), epochs=2, log_every_steps=1, parallel=ParallelConfig(timeout_s=20)
     )
     model = dataclasses.replace(train.model, dropout=0.0)
     data = dataclasses.replace(train.data, path=str(root / "data"))
@@ -68,7 +68,7 @@ def pipeline(images, shards, root):
             samples=str(root / "samples"), reference=str(images / "images"),
             extractor=ExtractorConfig(name=DEMO_EXTRACTOR, weights=str(images / "classifier.safetensors")),
         ),
-        cluster={"prepare": {"nodes": 1}, "sample": {"nodes": 1, "array": 4}, "evaluate": {"nodes": 1}},
+        cluster={"prepare": {"nodes": 1}, "sample": {"nodes": 1, "array": ARRAY}, "evaluate": {"nodes": 1}},
     )  # fmt: skip
 
 
@@ -85,7 +85,7 @@ def test_a_pipeline_with_a_sampling_array_gives_the_metrics_of_a_local_run(slurm
     evaluate.main(local.evaluate)
 
     jobs = find_jobs(tmp_path / "chain" / "chain")
-    assert [job.verb for job in jobs] == ["prepare", "train", "sample", "evaluate"] and len(jobs[2].ids) == 4
+    assert [job.verb for job in jobs] == ["prepare", "train", "sample", "evaluate"] and len(jobs[2].ids) == ARRAY
     for job in jobs:
         slurm.wait_until_finished(job)
     for mine, theirs in zip(read_metrics(chain.train.run_dir), read_metrics(local.train.run_dir), strict=True):
