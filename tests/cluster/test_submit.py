@@ -111,6 +111,7 @@ def test_durations_of_slurm():
     assert parse_duration("UNLIMITED") is None and parse_duration("") is None and parse_duration("INVALID") is None
 
 
+@pytest.mark.slow
 def test_the_job_folder_records_code_environment_and_changes(slurm, shards, tmp_path):
     """The code comes from a repository with a change that is not committed."""
     root = tmp_path / "repository"
@@ -122,7 +123,10 @@ def test_the_job_folder_records_code_environment_and_changes(slurm, shards, tmp_
     source = root / "flowar" / "base" / "errors.py"
     source.write_text(source.read_text() + "\nCHANGED = True\n")
     words = train_words(shards, tmp_path / "run", "cluster.sbatch.begin=now+600", "--cluster", str(slurm.cluster_file))
-    code = f"import sys; sys.path.insert(0, {str(root)!r})\nfrom cluster.submit import main; main({words!r})"
+    code = (
+        f"import sys; sys.path.insert(0, {str(root)!r})\n"
+        f"from cluster.commands import submit_command; submit_command({words!r})"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
     job = newest_job(tmp_path / "run")
     recorded = json.loads((job.folder / "code.json").read_text())
@@ -141,7 +145,7 @@ def test_processes_on_this_machine_by_the_local_scheduler(shards, tmp_path, caps
     python.chmod(0o755)
     words = train_words(
         shards, Path("run"), "cluster.tasks_per_node=2", f"cluster.python={python}",
-        "--cluster", str(CLUSTERS / "local.yaml"),
+        "cluster.environment.OMP_NUM_THREADS=1", "--cluster", str(CLUSTERS / "local.yaml"),
     )  # fmt: skip
     submit(words)
     (job,) = find_jobs(Path("run"))
