@@ -154,8 +154,9 @@ def test_processes_on_this_machine_by_the_local_scheduler(shards, tmp_path, caps
     assert "RUNNING" in capsys.readouterr().out
     with pytest.raises(UserError, match=rf"is in use by job {job.ids[0]}"):
         submit(words)
+    processes = [psutil.Process(int(job_id)) for job_id in job.ids]
     (tmp_path / "go").touch()
-    _, alive = psutil.wait_procs([psutil.Process(int(job_id)) for job_id in job.ids], timeout=WAIT_S)
+    _, alive = psutil.wait_procs(processes, timeout=WAIT_S)
     assert not alive
     assert find_latest(tmp_path / "run").name == "step_00000030", (job.folder / f"{job.ids[0]}_0_log.err").read_text()
     assert len(read_metrics(tmp_path / "run")) == 6
