@@ -5,6 +5,7 @@ import re
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -118,6 +119,15 @@ def processes_of(job_id: str, node: str | None = None) -> list[psutil.Process]:
     return [found[rank] for rank in sorted(found)]
 
 
+@pytest.fixture(scope="package", autouse=True)
+def one_thread() -> Iterator[None]:
+    """One thread in this process: on a busy machine several wait for each other, beside the jobs, for minutes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def slurm(tmp_path_factory: pytest.TempPathFactory) -> object:
     """A Slurm with the nodes n1 to n4, and two that look like H100 nodes."""
@@ -146,6 +156,8 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> object:
         yield Slurm(folder, cluster_file)
         for job_id in run("squeue", "-h", "-o", "%A").split():
             subprocess.run(["scancel", job_id], capture_output=True)
+            for process in processes_of(job_id):  # of a test that failed: its run may be an endless one
+                process.kill()
         local_slurm.stop_slurm(folder)
 
 
