@@ -12,7 +12,7 @@ from cluster.commands import submit_command as submit
 from cluster.status import find_jobs
 from cluster.submit import plan_pipeline
 from data_prep import encode
-from flowar import evaluate
+from flowar import evaluate, sample
 from flowar.base.errors import UserError
 from flowar.config.data import PrepareConfig, VAEConfig
 from flowar.config.drawing import SampleConfig
@@ -22,7 +22,6 @@ from flowar.config.measuring import EvaluateConfig, ExtractorConfig
 from flowar.config.training import ParallelConfig
 from flowar.evaluation.digits import DigitClassifier, save_classifier
 from flowar.evaluation.extractors import DEMO_EXTRACTOR
-from flowar.sampling import worker as sample
 from flowar.training.report import read_metrics
 from tests.conftest import training
 from tests.flowar.ranks import run_ranks
