@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -24,29 +25,36 @@ from flowar.models.folders import load_model
 from tests.conftest import read_evaluations, training
 
 
-@pytest.fixture
-def followed(tmp_path, shards):
-    """A finished run of 30 steps with checkpoints after 24, 28 and 30, and how to follow it."""
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, shards):
+    """A finished run of 30 steps with checkpoints after 24, 28 and 30, real images and an untrained classifier."""
+    root = tmp_path_factory.mktemp("trained")
     random = np.random.default_rng(0)
-    (tmp_path / "real").mkdir()
+    (root / "real").mkdir()
     for index in range(20):
         pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "real" / f"{index}.png")
+        Image.fromarray(pixels).save(root / "real" / f"{index}.png")
     torch.manual_seed(0)
-    save_classifier(DigitClassifier().eval(), tmp_path / "judge.safetensors")
-    run = dataclasses.replace(training(shards, tmp_path / "run"), keep_checkpoints=3)
-    train.main(run)
-    judge = ExtractorConfig(name=DEMO_EXTRACTOR, weights=str(tmp_path / "judge.safetensors"))
+    save_classifier(DigitClassifier().eval(), root / "judge.safetensors")
+    train.main(dataclasses.replace(training(shards, root / "run"), keep_checkpoints=3))
+    return root
+
+
+@pytest.fixture
+def followed(trained, tmp_path):
+    """A copy of the run, and how to follow it."""
+    root = shutil.copytree(trained, tmp_path / "trained")
+    judge = ExtractorConfig(name=DEMO_EXTRACTOR, weights=str(root / "judge.safetensors"))
     drawing = SamplingConfig(
         vae=VAEConfig(name="demo"), batch_size=8, chunk_batches=1, num_steps=2, features_only=True, extractor=judge
     )
-    evaluation = FollowedConfig(reference=str(tmp_path / "real"), sample=drawing, extractor=judge, interval_groups=0)
+    evaluation = FollowedConfig(reference=str(root / "real"), sample=drawing, extractor=judge, interval_groups=0)
     config = FollowConfig(
         evaluate=evaluation, num_images=20, milestone_every_steps=14, milestone_images=24, every_steps=10, poll_s=1
     )
-    file = tmp_path / "follow.yaml"
+    file = root / "follow.yaml"
     file.write_text(describe_config(config))
-    return tmp_path / "run", file, config
+    return root / "run", file, config
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from cluster.commands import submit_command as submit
 from cluster.status import find_jobs
 from cluster.submit import plan_pipeline
 from data_prep import encode
-from flowar import evaluate
+from flowar import evaluate, sample
 from flowar.base.errors import UserError
 from flowar.config.data import PrepareConfig, VAEConfig
 from flowar.config.drawing import SampleConfig
@@ -22,13 +22,12 @@ from flowar.config.measuring import EvaluateConfig, ExtractorConfig
 from flowar.config.training import ParallelConfig
 from flowar.evaluation.digits import DigitClassifier, save_classifier
 from flowar.evaluation.extractors import DEMO_EXTRACTOR
-from flowar.sampling import worker as sample
 from flowar.training.report import read_metrics
 from tests.conftest import training
 from tests.flowar.ranks import run_ranks
 from tests.flowar.training.test_engines import LOSS_TOLERANCE
 
-NUM_IMAGES = 64
+NUM_IMAGES, ARRAY = 32, 2
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +49,7 @@ def pipeline(images, shards, root):
     """The same four steps, below `root`."""
     vae = VAEConfig(name="demo")
     train = dataclasses.replace(
-        training(shards, root / "run"), epochs=6, log_every_steps=1, parallel=ParallelConfig(timeout_s=20)
+        training(shards, root / "run"), epochs=2, log_every_steps=1, parallel=ParallelConfig(timeout_s=20)
     )
     model = dataclasses.replace(train.model, dropout=0.0)
     data = dataclasses.replace(train.data, path=str(root / "data"))
@@ -68,7 +67,7 @@ def pipeline(images, shards, root):
             samples=str(root / "samples"), reference=str(images / "images"),
             extractor=ExtractorConfig(name=DEMO_EXTRACTOR, weights=str(images / "classifier.safetensors")),
         ),
-        cluster={"prepare": {"nodes": 1}, "sample": {"nodes": 1, "array": 4}, "evaluate": {"nodes": 1}},
+        cluster={"prepare": {"nodes": 1}, "sample": {"nodes": 1, "array": ARRAY}, "evaluate": {"nodes": 1}},
     )  # fmt: skip
 
 
@@ -85,7 +84,7 @@ def test_a_pipeline_with_a_sampling_array_gives_the_metrics_of_a_local_run(slurm
     evaluate.main(local.evaluate)
 
     jobs = find_jobs(tmp_path / "chain" / "chain")
-    assert [job.verb for job in jobs] == ["prepare", "train", "sample", "evaluate"] and len(jobs[2].ids) == 4
+    assert [job.verb for job in jobs] == ["prepare", "train", "sample", "evaluate"] and len(jobs[2].ids) == ARRAY
     for job in jobs:
         slurm.wait_until_finished(job)
     for mine, theirs in zip(read_metrics(chain.train.run_dir), read_metrics(local.train.run_dir), strict=True):

@@ -5,7 +5,6 @@ import json
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -20,6 +19,7 @@ from flowar.base.errors import UserError
 from flowar.base.run_folder import find_latest
 from flowar.config.jobs import ClusterConfig
 from flowar.training.report import read_metrics
+from tests.cluster.conftest import WAIT_S
 from tests.conftest import training
 
 ROOT = Path(__file__).parents[2]
@@ -111,6 +111,7 @@ def test_durations_of_slurm():
     assert parse_duration("UNLIMITED") is None and parse_duration("") is None and parse_duration("INVALID") is None
 
 
+@pytest.mark.slow
 def test_the_job_folder_records_code_environment_and_changes(slurm, shards, tmp_path):
     """The code comes from a repository with a change that is not committed."""
     root = tmp_path / "repository"
@@ -119,23 +120,33 @@ def test_the_job_folder_records_code_environment_and_changes(slurm, shards, tmp_
     git = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "all"]):
         subprocess.run([*git, *command], check=True)
-    source = root / "flowar" / "errors.py"
+    source = root / "flowar" / "base" / "errors.py"
     source.write_text(source.read_text() + "\nCHANGED = True\n")
     words = train_words(shards, tmp_path / "run", "cluster.sbatch.begin=now+600", "--cluster", str(slurm.cluster_file))
-    code = f"import sys; sys.path.insert(0, {str(root)!r})\nfrom cluster.submit import main; main({words!r})"
+    code = (
+        f"import sys; sys.path.insert(0, {str(root)!r})\n"
+        f"from cluster.commands import submit_command; submit_command({words!r})"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
     job = newest_job(tmp_path / "run")
     recorded = json.loads((job.folder / "code.json").read_text())
     assert job.code == f"{recorded['commit'][:12]} + changes" and "+CHANGED" in (job.folder / "diff.patch").read_text()
-    assert "CHANGED" in (job.folder / "code" / "flowar" / "errors.py").read_text()
+    assert "CHANGED" in (job.folder / "code" / "flowar" / "base" / "errors.py").read_text()
     assert Job.load(job.folder) == job
     cancel([str(tmp_path / "run")])
 
 
 @pytest.mark.slow
 def test_processes_on_this_machine_by_the_local_scheduler(shards, tmp_path, capsys, monkeypatch):
+    """They wait for a file until all that is said about running processes has been seen."""
     monkeypatch.chdir(tmp_path)
-    words = train_words(shards, Path("run"), "cluster.tasks_per_node=2", "--cluster", str(CLUSTERS / "local.yaml"))
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nuntil [ -e {tmp_path}/go ]; do sleep 0.1; done\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    words = train_words(
+        shards, Path("run"), "cluster.tasks_per_node=2", f"cluster.python={python}",
+        "cluster.environment.OMP_NUM_THREADS=1", "--cluster", str(CLUSTERS / "local.yaml"),
+    )  # fmt: skip
     submit(words)
     (job,) = find_jobs(Path("run"))
     capsys.readouterr()
@@ -143,10 +154,12 @@ def test_processes_on_this_machine_by_the_local_scheduler(shards, tmp_path, caps
     assert "RUNNING" in capsys.readouterr().out
     with pytest.raises(UserError, match=rf"is in use by job {job.ids[0]}"):
         submit(words)
-    psutil.wait_procs([psutil.Process(int(job_id)) for job_id in job.ids], timeout=120)
+    processes = [psutil.Process(int(job_id)) for job_id in job.ids]
+    (tmp_path / "go").touch()
+    _, alive = psutil.wait_procs(processes, timeout=WAIT_S)
+    assert not alive
     assert find_latest(tmp_path / "run").name == "step_00000030", (job.folder / f"{job.ids[0]}_0_log.err").read_text()
     assert len(read_metrics(tmp_path / "run")) == 6
-    time.sleep(0.1)
     status([str(tmp_path / "run")])
     assert "FINISHED" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"has no log of rank 7; there are: \d+_0_log.err"):
