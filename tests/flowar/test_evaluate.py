@@ -1,6 +1,4 @@
 import json
-import multiprocessing
-import os
 import shutil
 
 import numpy as np
@@ -32,6 +30,7 @@ from flowar.models.folders import save_model
 from flowar.sample import main as sample
 from flowar.sampling.packing import pack_images
 from tests.conftest import randomise
+from tests.processes import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -117,29 +116,6 @@ def store_of(folder, start):
     )
 
 
-def evaluate_as_rank(config, rank, world_size, log):
-    """What one process does."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    output = log.open("a", buffering=1)
-    os.dup2(output.fileno(), 1)
-    os.dup2(output.fileno(), 2)
-    torch.set_num_threads(1)
-    evaluate.main(config)
-
-
-def run_ranks(config, world_size, log):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.flowar.test_evaluate"])
-    ranks = [
-        context.Process(target=evaluate_as_rank, args=(config, rank, world_size, log)) for rank in range(world_size)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(timeout=300)
-    assert [process.exitcode for process in ranks] == [0] * world_size, log.read_text()[-3000:]
-
-
 @pytest.mark.slow
 def test_inception_metrics_equal_torch_fidelitys_with_one_and_with_three_ranks(digits, inception, tmp_path):
     """On few images: an Inception takes a third of a second for each here."""
@@ -156,7 +132,8 @@ def test_inception_metrics_equal_torch_fidelitys_with_one_and_with_three_ranks(d
     )
     for world_size in (1, 3):
         out_dir = tmp_path / f"out{world_size}"
-        run_ranks(EvaluateConfig(out_dir=str(out_dir), **settings), world_size, tmp_path / f"log{world_size}")
+        config = EvaluateConfig(out_dir=str(out_dir), **settings)
+        run_ranks(evaluate.main, config, world_size=world_size, log=tmp_path / f"log{world_size}")
         found = values(json.loads((out_dir / "metrics.json").read_text()))
         for name, theirs in THEIR_NAMES.items():
             assert found[name] == pytest.approx(expected[theirs], rel=1e-4, abs=1e-9), (name, world_size)
