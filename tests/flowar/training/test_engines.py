@@ -131,8 +131,9 @@ def test_sigkill_at_random_moments_ends_in_the_same_bits(shards, on_two_ranks, t
     """Every step is saved; every other kill is in a save. FLOWAR_TEST_KILLS=20 for more."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
     config = settings(shards, run_dir, engine, save_every_steps=1)
-    anywhere = draw_deaths(NUM_KILLS, 90, run_dir)  # in the first three steps or so
-    saving = draw_deaths(NUM_KILLS, 20, run_dir / "checkpoints" / ".step_", least=5, seed=1)  # of 24 in a save
+    uses_of_a_save = 24  # and more
+    anywhere = draw_deaths(NUM_KILLS, 2 * EPOCHS * uses_of_a_save // NUM_KILLS, run_dir)
+    saving = draw_deaths(NUM_KILLS, uses_of_a_save - 3, run_dir / "checkpoints" / ".step_", least=5, seed=1)
     for number in range(NUM_KILLS):
         death = (anywhere, saving)[number % 2][number]
         ranks = start_ranks(config, 2, log, deaths={0: death})
