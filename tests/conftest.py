@@ -24,7 +24,9 @@ DATA = Path(__file__).parent / "data"
 # One more case of what another case tests already: `FLOWAR_TEST_ALL=1 make test` runs these too.
 ALL = bool(os.environ.get("FLOWAR_TEST_ALL"))
 MORE = pytest.mark.skipif(not ALL, reason="one more case; FLOWAR_TEST_ALL=1 runs it")
-NUM_KILLS = int(os.environ.get("FLOWAR_TEST_KILLS", "20" if ALL else "4"))  # of each of the tests with SIGKILL
+KILLS_ASKED = int(
+    os.environ.get("FLOWAR_TEST_KILLS", "20" if ALL else "0")
+)  # in a test with SIGKILL; 0: its own number
 SLOW_S = 5
 
 

@@ -24,9 +24,11 @@ from flowar.config.data import DataConfig, PrepareConfig, VAEConfig
 from flowar.latents.schema import read_passport
 from flowar.latents.shards import LatentShards
 from flowar.latents.vae import from_uint8, load_vae
-from tests.conftest import ALL, NUM_KILLS
+from tests.conftest import ALL, KILLS_ASKED
 from tests.data_prep.test_sources import images_of, write_parquet, write_tars
 from tests.processes import draw_deaths, join, run_with_deaths, start, wait_until
+
+NUM_KILLS = KILLS_ASKED or 4
 
 
 def preparing(images, out_dir, **changes):

@@ -19,8 +19,10 @@ from flowar.models.flowar.model import FlowAR
 from flowar.models.folders import save_model
 from flowar.models.solvers import released_time_grid, uniform_time_grid
 from flowar.sample import main
-from tests.conftest import ALL, NUM_KILLS, randomise, tiny_config
+from tests.conftest import ALL, KILLS_ASKED, randomise, tiny_config
 from tests.processes import draw_deaths, run_ranks, run_with_deaths
+
+NUM_KILLS = KILLS_ASKED or 4
 
 
 def make(**changes):

@@ -18,8 +18,10 @@ from flowar.training.engine import EngineSettings
 from flowar.training.report import read_metrics
 from flowar.training.setup import make_engine, split_batch
 from flowar.training.step import StepSettings, accumulate, draw_training_inputs
-from tests.conftest import NUM_KILLS, tiny_config, training, upload
+from tests.conftest import KILLS_ASKED, tiny_config, training, upload
 from tests.processes import draw_deaths, run_with_deaths
+
+NUM_KILLS = KILLS_ASKED or 4
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +117,7 @@ def test_another_model_or_seed_in_the_same_run_is_refused(shards, finished):
     main(training(shards, finished, log_every_steps=3), dry_run=True)  # changes no weight
 
 
+@pytest.mark.slow
 def test_a_run_on_remote_shards_gives_the_same_weights(bucket, shards, finished, tmp_path):
     path = upload(bucket, shards, "training")
     main(training(shards, tmp_path / "run", data=DataConfig(path=path, cache=str(tmp_path / "cache"), num_workers=2)))

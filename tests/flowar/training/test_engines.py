@@ -12,9 +12,11 @@ from flowar.config.training import EMAConfig, ParallelConfig
 from flowar.models.folders import load_model
 from flowar.training.engine import share_out
 from flowar.training.report import read_metrics
-from tests.conftest import ALL, MORE, NUM_KILLS, training
+from tests.conftest import ALL, KILLS_ASKED, MORE, training
 from tests.flowar.ranks import run_ranks, start_ranks
 from tests.processes import PATIENCE_S, Death, draw_deaths, join, stop, wait_until
+
+NUM_KILLS = KILLS_ASKED or 2
 
 ENGINES = {
     "ddp": ParallelConfig(engine="ddp"),

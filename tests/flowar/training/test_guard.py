@@ -101,6 +101,7 @@ def test_a_spike_is_skipped_and_its_replay_gives_the_same_numbers(shards, tmp_pa
         assert then == pytest.approx(now, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_run_rolls_back_past_bad_batches_and_then_stops(shards, tmp_path):
     bad = images_of_step(2)[3]
     changes = {
