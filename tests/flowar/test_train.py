@@ -247,6 +247,7 @@ def test_an_unstable_run_may_go_on_with_another_learning_rate(shards, finished, 
     assert "optim.lr was 0.001, now 0.0001" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_ddp_trains_in_one_process_too(shards, finished, tmp_path):
     config = training(shards, tmp_path / "run", parallel=ParallelConfig(engine="ddp"))
     main(config)
