@@ -8,7 +8,7 @@ from PIL import Image
 from flowar import cli
 from tests.processes import join, start
 
-SHORT = ["train.epochs=1", "num_samples=40", "num_steps=4", "train.preview.num_steps=2"]
+SHORT = ["train.epochs=1", "num_samples=40", "draw.num_steps=4", "train.preview.num_steps=2"]
 
 
 def demo(run_dir, log):
