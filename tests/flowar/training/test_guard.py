@@ -57,6 +57,7 @@ def test_what_is_not_finite_or_jumps_is_a_problem_and_what_is_usual_is_none():
     assert Guard(GuardConfig(), Progress()).judge(1e9, 1.0) is None
 
 
+@pytest.mark.slow
 def test_a_bad_sample_is_skipped_kept_and_replayed(shards, tmp_path, capsys):
     bad = images_of_step(2)[3]
     config = training(
@@ -81,6 +82,7 @@ def test_a_bad_sample_is_skipped_kept_and_replayed(shards, tmp_path, capsys):
     assert "gradient norm" in found and "nan" in found
 
 
+@pytest.mark.slow
 def test_a_spike_is_skipped_and_its_replay_gives_the_same_numbers(shards, tmp_path, capsys):
     bad = images_of_step(28)[0]
     path = poison(shards, tmp_path / "bad", [bad], factor=50)
