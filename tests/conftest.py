@@ -4,6 +4,7 @@ import json
 import os
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # these tests are about a CPU: bits, and processes without a GPU each
+os.environ["OMP_NUM_THREADS"] = "1"  # more would give other bits, and would wait for each other on a busy machine
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +22,26 @@ from flowar.latents.schema import read_passport
 
 DATA = Path(__file__).parent / "data"
 # One more case of what another case tests already: `FLOWAR_TEST_ALL=1 make test` runs these too.
-MORE = pytest.mark.skipif(not os.environ.get("FLOWAR_TEST_ALL"), reason="one more case; FLOWAR_TEST_ALL=1 runs it")
+ALL = bool(os.environ.get("FLOWAR_TEST_ALL"))
+MORE = pytest.mark.skipif(not ALL, reason="one more case; FLOWAR_TEST_ALL=1 runs it")
+KILLS_ASKED = int(
+    os.environ.get("FLOWAR_TEST_KILLS", "20" if ALL else "0")
+)  # in a test with SIGKILL; 0: its own number
+SLOW_S = 5
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
+    """Fail a test that takes too long to be unmarked, where FLOWAR_TEST_TIERS=1 says that the machine is idle.
+
+    On a busy one seconds say nothing of a test, and CPU time counts no forked process, so it is off by default.
+    """
+    report = yield
+    is_late = call.when == "call" and call.duration > SLOW_S and "slow" not in item.keywords
+    if os.environ.get("FLOWAR_TEST_TIERS") and is_late and report.passed:
+        report.outcome = "failed"
+        report.longrepr = f"{item.nodeid} took {call.duration:.1f} s, more than {SLOW_S}: mark it slow or make it quick"
+    return report
 
 
 def load_vectors(name: str) -> dict[str, torch.Tensor]:

@@ -1,9 +1,7 @@
-import contextlib
 import json
-import multiprocessing
 import os
-import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -20,14 +18,17 @@ from data_prep.chunks import ChunkWriter
 from data_prep.crops import decode_image, make_views
 from data_prep.encode import main
 from data_prep.sources import Source, open_source
+from flowar import cli
 from flowar.base.errors import UserError
 from flowar.config.data import DataConfig, PrepareConfig, VAEConfig
 from flowar.latents.schema import read_passport
 from flowar.latents.shards import LatentShards
 from flowar.latents.vae import from_uint8, load_vae
+from tests.conftest import ALL, KILLS_ASKED
 from tests.data_prep.test_sources import images_of, write_parquet, write_tars
+from tests.processes import draw_deaths, join, run_with_deaths, start, wait_until
 
-PRELOADED = ["data_prep.encode", "streaming", "diffusers", "tests.data_prep.test_encode"]  # for processes to fork from
+NUM_KILLS = KILLS_ASKED or 4
 
 
 def preparing(images, out_dir, **changes):
@@ -205,25 +206,31 @@ def test_only_unfinished_chunks_are_done_again(image_folder, shards, tmp_path, c
     assert read_passport(out).shard_hashes == read_passport(shards).shard_hashes
 
 
+def prepare_on_a_full_disk(words):
+    """Where no file gets larger than 2,000 bytes."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    cli.main(["prepare", *words])
+
+
+@pytest.mark.slow
 def test_a_full_disk_stops_with_a_message(image_folder, tmp_path):
-    code = (
-        "import resource, signal, sys; from flowar.cli import main\n"
-        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))\n"
-        "main(['prepare', *sys.argv[1:]])\n"
-    )
     words = [f"images={image_folder}", f"out_dir={tmp_path / 'out'}", "vae.name=demo", "image_size=32", "num_workers=0"]
-    found = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True)
-    assert found.returncode == 1
-    assert re.match(r"flowar prepare: can't write to .*out\.partial: .*File too large", found.stderr.splitlines()[-1])
+    log = tmp_path / "log"
+    join([start(prepare_on_a_full_disk, words, log=log)], log, code=1)
+    found = log.read_text().splitlines()[-1]
+    assert re.match(r"flowar prepare: can't write to .*out\.partial: .*File too large", found)
     assert not (tmp_path / "out").exists()
+
+
+NUM_CHUNKS, CHUNK_IMAGES = 40, 75 if ALL else 10
 
 
 @pytest.fixture(scope="module")
 def many_images(tmp_path_factory):
-    """3,000 images of five classes."""
+    """Images of five classes, for 40 chunks."""
     root = tmp_path_factory.mktemp("many")
-    noise = np.random.default_rng(0).integers(0, 256, (3000, 32, 32, 3), dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, (NUM_CHUNKS * CHUNK_IMAGES, 32, 32, 3), dtype=np.uint8)
     for number, pixels in enumerate(noise):
         folder = root / str(number % 5)
         folder.mkdir(exist_ok=True)
@@ -231,62 +238,21 @@ def many_images(tmp_path_factory):
     return root
 
 
-def worker(config, log):
-    """What one of the processes of the test below does."""
-    with one_thread(), log.open("a", buffering=1) as sys.stdout:
-        main(config)
-
-
-@contextlib.contextmanager
-def one_thread():
-    """As many threads in one process as in each of several: on a CPU they change last bits."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 @pytest.mark.slow
 def test_sigkill_of_workers_at_random_moments_ends_in_the_same_bytes(many_images, tmp_path):
-    settings = {"chunk_images": 75, "crop": "random", "views": 4, "lease_s": 5}
-    config = preparing(many_images, tmp_path / "killed", num_workers=1, **settings)
-    undisturbed = preparing(many_images, tmp_path / "undisturbed", **settings)
-    with one_thread():
-        main(undisturbed)
-
-    context = multiprocessing.get_context("forkserver")  # each worker is a new process, without new imports
-    context.set_forkserver_preload(PRELOADED)
-    log, moments = tmp_path / "log", random.Random(0)
-
-    def start():
-        process = context.Process(target=worker, args=(config, log))
-        process.start()
-        return process
-
-    workers, kills = [start() for _ in range(4)], 0
-    while kills < 10:
-        time.sleep(moments.uniform(0.1, 0.6))
-        victim = moments.randrange(4)
-        if workers[victim].is_alive():
-            os.kill(workers[victim].pid, moments.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGINT]))
-            workers[victim].join(timeout=3)
-            if workers[victim].is_alive():  # a SIGINT right after the fork is lost
-                workers[victim].kill()
-                workers[victim].join()
-            kills += workers[victim].exitcode == -signal.SIGKILL
-        assert kills == 10 or not (tmp_path / "killed").exists(), (
-            f"finished after {kills} kills: too quick for this test"
-        )
-        workers[victim] = start()
-    for process in workers:
-        process.join(timeout=120)
-    assert [process.exitcode for process in workers] == [0] * 4
+    """Four workers at a time; a third of the deaths is a SIGINT, which gives up what it had."""
+    settings = {"chunk_images": CHUNK_IMAGES, "crop": "random", "views": 4, "lease_s": 5}
+    main(preparing(many_images, tmp_path / "undisturbed", **settings))
+    config, log = preparing(many_images, tmp_path / "killed", num_workers=1, **settings), tmp_path / "log"
+    signals = (signal.SIGKILL, signal.SIGKILL, signal.SIGINT)
+    uses = 8 * NUM_CHUNKS  # and more, of files that begin with the name
+    deaths = draw_deaths(2 * NUM_KILLS, uses // (2 * NUM_KILLS), tmp_path / "killed", signals=signals)
+    assert len({death.signal for death in deaths}) == 2
+    run_with_deaths(main, config, num_workers=4, deaths=deaths, log=log)
     assert contents(tmp_path / "killed") == contents(tmp_path / "undisturbed")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["killed", "log", "undisturbed"]
     done = re.findall(r"chunk (\d+) done", log.read_text())
-    assert len(done) == len(set(done)) >= 38  # none was finished twice; who is killed in between can't say so
+    assert len(done) == len(set(done)) >= NUM_CHUNKS - len(deaths)  # who dies in between can't say that one is done
 
 
 @pytest.mark.slow
@@ -312,20 +278,17 @@ def test_workers_may_join_at_any_time_and_all_of_them_end_well(image_folder, tmp
     images = shutil.copytree(image_folder, tmp_path / "images")
     for number in range(12):
         (images / "dark" / f"{number}.png").write_bytes(b"")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
+    log = tmp_path / "log"
     (tmp_path / "out").mkdir()
     for attempt in range(4):
         out = tmp_path / "out" / str(attempt)
         config = preparing(images, out, skip_unreadable=True, chunk_images=3)
-        workers = []
-        for _ in range(8):
-            workers.append(context.Process(target=worker, args=(config, tmp_path / "log")))
-            workers[-1].start()
-            time.sleep(0.15)
-        for process in workers:
-            process.join(timeout=60)
-        assert [process.exitcode for process in workers] == [0] * 8
+        workers = [start(main, config, log=log) for _ in range(4)]
+        partial = out.with_name(f"{attempt}.partial")
+        for sight in (partial, partial / "plan.json", partial / "dataset.json"):
+            wait_until(lambda sights=(sight, out): any(path.exists() for path in sights), workers, log)
+            workers.append(start(main, config, log=log))
+        join([*workers, start(main, config, log=log)], log)
         assert len(open_shards(out)) == 24 and sorted(entry.name for entry in out.iterdir())[:4] == [
             "00004",
             "00005",
@@ -342,7 +305,7 @@ def test_a_chunk_of_a_silent_worker_of_another_machine_is_taken_over_after_a_lea
     (claims / "000001.0").write_text(json.dumps(owner))
     began = time.monotonic()
     main(preparing(image_folder, tmp_path / "out", lease_s=3))
-    assert time.monotonic() - began > 3
+    assert time.monotonic() - began > 3  # the least that it waits, on any machine
     assert contents(tmp_path / "out") == contents(shards)
     assert not claims.exists()
 

@@ -1,6 +1,4 @@
 import json
-import multiprocessing
-import os
 import shutil
 
 import numpy as np
@@ -20,7 +18,6 @@ from flowar.evaluation import protocols
 from flowar.evaluation.digits import (
     DigitClassifier,
     load_classifier,
-    load_splits,
     save_classifier,
     to_model_range,
     write_image_folders,
@@ -32,13 +29,21 @@ from flowar.models.folders import save_model
 from flowar.sample import main as sample
 from flowar.sampling.packing import pack_images
 from tests.conftest import randomise
+from tests.processes import run_ranks
+
+NUM_TRAIN, NUM_HELD_OUT = 300, 200
 
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    """The demo's image folders and an untrained classifier, which is a feature extractor as good as any here."""
+    """Some of the demo's images, and an untrained classifier, which is a feature extractor as good as any here."""
     root = tmp_path_factory.mktemp("digits")
     write_image_folders(root)
+    for split, count in (("train", NUM_TRAIN), ("held_out", NUM_HELD_OUT)):
+        for folder in (root / split).iterdir():
+            for file in sorted(folder.iterdir())[count // 10 :]:
+                file.unlink()
+        assert len(list((root / split).rglob("*.png"))) == count
     torch.manual_seed(0)
     save_classifier(DigitClassifier().eval(), root / "classifier.safetensors")
     return root
@@ -91,7 +96,7 @@ def measure_by_torch_fidelity(samples, reference, extractor, weights, subset):
 def test_metrics_equal_torch_fidelitys_own(digits, tmp_path):
     found = values(measure(digits, tmp_path))
     expected = measure_by_torch_fidelity(
-        digits / "train", digits / "held_out", DEMO_EXTRACTOR, digits / "classifier.safetensors", 360
+        digits / "train", digits / "held_out", DEMO_EXTRACTOR, digits / "classifier.safetensors", NUM_HELD_OUT
     )
     for name, theirs in THEIR_NAMES.items():
         assert found[name] == pytest.approx(expected[theirs], rel=1e-4, abs=1e-9), name
@@ -117,46 +122,22 @@ def store_of(folder, start):
     )
 
 
-def evaluate_as_rank(config, rank, world_size, log):
-    """What one process does."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-    output = log.open("a", buffering=1)
-    os.dup2(output.fileno(), 1)
-    os.dup2(output.fileno(), 2)
-    torch.set_num_threads(1)
-    evaluate.main(config)
-
-
-def run_ranks(config, world_size, log):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.flowar.test_evaluate"])
-    ranks = [
-        context.Process(target=evaluate_as_rank, args=(config, rank, world_size, log)) for rank in range(world_size)
-    ]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(timeout=300)
-    assert [process.exitcode for process in ranks] == [0] * world_size, log.read_text()[-3000:]
-
-
 @pytest.mark.slow
 def test_inception_metrics_equal_torch_fidelitys_with_one_and_with_three_ranks(digits, inception, tmp_path):
     """On few images: an Inception takes a third of a second for each here."""
-    for name, count in (("train", 24), ("held_out", 16)):
+    for name, count in (("train", 20), ("held_out", 8)):
         (tmp_path / name).mkdir()
-        for number, file in enumerate(sorted((digits / name).rglob("*.png"))[:: 1437 // 40 if name == "train" else 12]):
+        for number, file in enumerate(sorted((digits / name).rglob("*.png"))[:: 15 if name == "train" else 25]):
             if number < count:
                 shutil.copy(file, tmp_path / name / f"{number:03d}.png")
     settings = {"samples": str(tmp_path / "train"), "reference": str(tmp_path / "held_out"), "chunk_images": 8}
     settings |= {"protocol": "torch-fidelity", "batch_size": 8, "interval_groups": 0, "more": ()}
     settings["extractor"] = ExtractorConfig(weights=str(inception), other_weights=True)
-    expected = measure_by_torch_fidelity(
-        tmp_path / "train", tmp_path / "held_out", "inception-v3-compat", inception, 16
-    )
+    expected = measure_by_torch_fidelity(tmp_path / "train", tmp_path / "held_out", "inception-v3-compat", inception, 8)
     for world_size in (1, 3):
         out_dir = tmp_path / f"out{world_size}"
-        run_ranks(EvaluateConfig(out_dir=str(out_dir), **settings), world_size, tmp_path / f"log{world_size}")
+        config = EvaluateConfig(out_dir=str(out_dir), **settings)
+        run_ranks(evaluate.main, config, world_size=world_size, log=tmp_path / f"log{world_size}")
         found = values(json.loads((out_dir / "metrics.json").read_text()))
         for name, theirs in THEIR_NAMES.items():
             assert found[name] == pytest.approx(expected[theirs], rel=1e-4, abs=1e-9), (name, world_size)
@@ -169,7 +150,7 @@ def test_inception_metrics_equal_torch_fidelitys_with_one_and_with_three_ranks(d
     evaluate.main(adm)
     found = values(json.loads((tmp_path / "out1" / "metrics.json").read_text()))
     assert found["fid"] == pytest.approx(expected["frechet_inception_distance"], rel=1e-4) and found["sfid"] > 0
-    layers = read_features(stores[0], 24).layers
+    layers = read_features(stores[0], 20).layers
     assert {name: own.shape[1] for name, own in layers.items()} == {"features": 2048, "logits": 1008, "spatial": 2023}
 
 
@@ -251,8 +232,9 @@ def test_few_classes_lower_recall_and_not_precision(digits, tmp_path):
     assert found["precision"] > 2 * found["recall"]
 
 
+@pytest.mark.slow
 def test_blur_lowers_precision(digits, tmp_path):
-    for number, file in enumerate(sorted((digits / "train").rglob("*.png"))[::4]):
+    for number, file in enumerate(sorted((digits / "train").rglob("*.png"))):
         for name, radius in (("sharp", 0), ("blurred", 6)):
             (tmp_path / name).mkdir(exist_ok=True)
             with Image.open(file) as image:
@@ -263,8 +245,10 @@ def test_blur_lowers_precision(digits, tmp_path):
     assert blurred["precision"] < 0.7 * sharp["precision"] and blurred["fid"] > sharp["fid"]
 
 
+@pytest.mark.slow
 def test_saved_statistics_give_the_same_distance(digits, tmp_path):
-    images = load_splits()["held_out"][0]
+    files = sorted((digits / "held_out").rglob("*.png"))
+    images = np.stack([np.asarray(Image.open(file)) for file in files])
     classifier = load_classifier(digits / "classifier.safetensors")
     with torch.no_grad():
         statistics = fid_features_to_statistics(classifier(to_model_range(images))[0])
@@ -318,7 +302,7 @@ def test_images_of_the_evaluation_itself_are_not_measured(digits, tmp_path):
     for protocol in ("adm", "torch-fidelity", "adm"):
         evaluate.main(EvaluateConfig(protocol=protocol, interval_groups=0, **settings))
     record = json.loads((tmp_path / "images.evaluation" / "metrics.json").read_text())
-    assert record["num_samples"] == 360 and record["protocol"] == "adm"
+    assert record["num_samples"] == NUM_HELD_OUT and record["protocol"] == "adm"
 
 
 def test_a_reference_is_made_whole_or_not_at_all(digits, tmp_path, monkeypatch):
@@ -396,6 +380,7 @@ def test_packed_samples_give_the_same_distance(digits, drawn, tmp_path, kind):
     assert found["fid"] == pytest.approx(values(measure(digits, tmp_path / "b", samples=drawn / "a_images"))["fid"])
 
 
+@pytest.mark.slow
 def test_the_paired_difference_is_surer_than_two_distances(digits, drawn, tmp_path):
     same = measure(digits, tmp_path / "same", samples=drawn / "a_images", against=str(drawn / "a_features"))
     assert values(same)["fid_difference"] == pytest.approx(0, abs=1e-6)
@@ -407,7 +392,7 @@ def test_the_paired_difference_is_surer_than_two_distances(digits, drawn, tmp_pa
     assert metrics["fid_difference"]["value"] == pytest.approx(metrics["fid"]["value"] - values(other)["fid"])
     widths = [own["high"] - own["low"] for own in (metrics["fid_difference"], metrics["fid"], other["metrics"]["fid"])]
     assert 0 < widths[0] < (widths[1] ** 2 + widths[2] ** 2) ** 0.5
-    with pytest.raises(UserError, match="against=.* holds 360 images, samples=.* 60, or of other numbers"):
+    with pytest.raises(UserError, match=f"against=.* holds {NUM_HELD_OUT} images, samples=.* 60, or of other numbers"):
         measure(digits, tmp_path / "c", samples=drawn / "a_images", against=str(digits / "held_out"))
 
 

@@ -15,7 +15,7 @@ def run_dir(shards, tmp_path_factory):
     """A run that keeps averages, and follows the one of std 0.15 for comparison."""
     run_dir = tmp_path_factory.mktemp("runs") / "run"
     ema = EMAConfig(decays=(0.9,), stds=(0.1, 0.15, 0.2), keep_every_steps=3)
-    main(training(shards, run_dir, ema=ema, keep_checkpoints=1))
+    main(training(shards, run_dir, ema=ema, keep_checkpoints=1, save_every_steps=15))
     return run_dir
 
 

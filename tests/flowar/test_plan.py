@@ -1,6 +1,3 @@
-import multiprocessing
-import os
-
 import pytest
 import torch
 
@@ -9,7 +6,7 @@ from flowar.base.errors import UserError
 from flowar.config.models import variant_config
 from flowar.config.training import EMAConfig, ParallelConfig, PlanConfig
 from tests.conftest import tiny_config
-from tests.flowar.ranks import PRELOADED, free_port
+from tests.processes import fork_context, join, start_ranks
 
 
 def tiny_plan(**changes):
@@ -17,16 +14,17 @@ def tiny_plan(**changes):
     return PlanConfig(**(settings | {"ema": EMAConfig(decays=(0.9, 0.99))} | changes))
 
 
-def measure_rank(config, rank, port, answers):
+def measure_rank(config, answers):
     """What one real rank of FSDP2 holds after a step, in bytes."""
     from flowar.base.distributed import start_world, stop_world
     from flowar.models.build import create_model
     from flowar.training.averages import EMA
+    from flowar.training.engine import EngineSettings
     from flowar.training.setup import make_engine
 
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     world = start_world(torch.device("cpu"), with_group=True)
-    engine = make_engine(config, create_model(config.model), world, 1)
+    settings = EngineSettings(config.parallel, config.optim, config.precision, micro_batch_size=4, num_parts=1)
+    engine = make_engine(settings, create_model(config.model), world)
     ema = EMA(config.ema, engine.local_weights())
     for parameter in engine.parameters.values():
         parameter.grad = torch.zeros_like(parameter)
@@ -37,22 +35,16 @@ def measure_rank(config, rank, port, answers):
     parameters = engine.parameters.values()
     states = [engine.optimizer.state[p][key] for p in parameters for key in ("exp_avg", "exp_avg_sq")]
     averages = [tensor for average in ema.averages.values() for tensor in average.values()]
-    answers.put((rank, size(parameters), size(p.grad for p in parameters), size(states), size(averages)))
+    answers.put((world.rank, size(parameters), size(p.grad for p in parameters), size(states), size(averages)))
     stop_world()
 
 
 @pytest.mark.slow
-def test_planned_bytes_are_those_of_a_real_run():
+def test_planned_bytes_are_those_of_a_real_run(tmp_path):
     config = tiny_plan(parallel=ParallelConfig(engine="fsdp"))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    answers, port = context.Queue(), free_port()
-    ranks = [context.Process(target=measure_rank, args=(config, rank, port, answers)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    found = {answer[0]: answer[1:] for answer in (answers.get(timeout=120) for _ in ranks)}
-    for process in ranks:
-        process.join()
+    answers = fork_context().SimpleQueue()
+    join(start_ranks(measure_rank, config, answers, world_size=2, log=tmp_path / "log"), tmp_path / "log")
+    found = {answer[0]: answer[1:] for answer in (answers.get() for _ in range(2))}
     planned = plan.memory_of("fsdp", config, 2)
     assert found[0] == (planned.weights, planned.gradients, planned.optimizer, planned.averages)
 

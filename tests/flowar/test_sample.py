@@ -1,10 +1,6 @@
 import dataclasses
 import json
-import multiprocessing
-import os
-import random
 import shutil
-import time
 
 import numpy as np
 import pytest
@@ -23,7 +19,10 @@ from flowar.models.flowar.model import FlowAR
 from flowar.models.folders import save_model
 from flowar.models.solvers import released_time_grid, uniform_time_grid
 from flowar.sample import main
-from tests.conftest import randomise, tiny_config
+from tests.conftest import ALL, KILLS_ASKED, randomise, tiny_config
+from tests.processes import draw_deaths, run_ranks, run_with_deaths
+
+NUM_KILLS = KILLS_ASKED or 4
 
 
 def make(**changes):
@@ -269,55 +268,17 @@ def test_images_are_packed_when_all_are_there(demo_shaped, tmp_path):
     assert (tmp_path / "tar" / "samples-00000.tar").exists() and not (tmp_path / "claims").exists()
 
 
-NUM_DRAWN, NUM_KILLS = 2000, 10
-
-
-def draw_here(config, place, log):
-    """What one worker does."""
-    os.environ |= {key: str(value) for key, value in place.items()}
-    output = log.open("a", buffering=1)
-    os.dup2(output.fileno(), 1)
-    os.dup2(output.fileno(), 2)
-    torch.set_num_threads(1)
-    main(config)
-
-
-def start_workers(config, ranks, log):
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.flowar.test_sample"])
-    workers = [
-        context.Process(target=draw_here, args=(config, {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 4}, log))
-        for rank in ranks
-    ]
-    for worker in workers:
-        worker.start()
-    return workers
+NUM_DRAWN = 2000 if ALL else 320
 
 
 @pytest.mark.slow
 def test_one_process_four_ranks_and_killed_workers_draw_the_same_images(demo_shaped, tmp_path):
-    changes = {"num_images": NUM_DRAWN, "batch_size": 20, "chunk_batches": 1, "num_steps": 3}
+    changes = {"num_images": NUM_DRAWN, "batch_size": 10, "chunk_batches": 1, "num_steps": 3}
     configs = {name: sampling(demo_shaped, tmp_path / name, **changes) for name in ("alone", "ranks", "killed")}
     main(configs["alone"])
-    log = tmp_path / "log"
-    for worker in (workers := start_workers(configs["ranks"], range(4), log)):
-        worker.join(timeout=300)
-    assert [worker.exitcode for worker in workers] == [0] * 4, log.read_text()[-2000:]
-
-    moments, kills = random.Random(0), 0
-    workers = start_workers(configs["killed"], range(4), log)
-    while kills < NUM_KILLS:
-        time.sleep(moments.uniform(0, 0.5))
-        index = moments.randrange(4)
-        if (tmp_path / "killed" / "claims").exists() and workers[index].is_alive():
-            workers[index].kill()
-            workers[index].join()
-            kills += 1
-            workers[index] = start_workers(configs["killed"], [index], log)[0]
-        assert any(worker.is_alive() for worker in workers), "the work was done too early to be disturbed"
-    for worker in workers:
-        worker.join(timeout=300)
-    assert [worker.exitcode for worker in workers] == [0] * 4, log.read_text()[-2000:]
+    run_ranks(main, configs["ranks"], world_size=4, log=tmp_path / "log")
+    deaths = draw_deaths(NUM_KILLS, NUM_DRAWN // NUM_KILLS, tmp_path / "killed")  # each image is two uses and more
+    run_with_deaths(main, configs["killed"], num_workers=4, deaths=deaths, log=tmp_path / "log")
 
     needed = read(tmp_path / "alone")
     assert len(needed) == NUM_DRAWN

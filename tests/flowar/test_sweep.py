@@ -1,9 +1,8 @@
+import contextlib
+import io
 import json
-import multiprocessing
-import os
 
 import pytest
-import torch
 from PIL import Image
 
 from flowar import sweep
@@ -18,6 +17,7 @@ from flowar.evaluation.store import read_features
 from flowar.models.build import create_model
 from flowar.models.folders import save_model
 from tests.conftest import randomise
+from tests.processes import draw_deaths, run_with_deaths
 
 
 @pytest.fixture(scope="module")
@@ -47,32 +47,43 @@ def sweeping(root, out_dir, **changes):
     return SweepConfig(**paths, **(settings | changes))
 
 
-def test_half_of_the_settings_go_on_and_the_best_becomes_a_recipe(root, tmp_path, capsys):
-    config = sweeping(root, tmp_path)
-    sweep.main(config)
-    results = json.loads((tmp_path / "sweep.json").read_text())
+@pytest.fixture(scope="module")
+def alone(root, tmp_path_factory):
+    """The sweep of one process: its folder, and what it printed."""
+    out_dir = tmp_path_factory.mktemp("alone")
+    with contextlib.redirect_stdout(io.StringIO()) as output:
+        sweep.main(sweeping(root, out_dir))
+    return out_dir, output.getvalue()
+
+
+@pytest.mark.slow
+def test_half_of_the_settings_go_on_and_the_best_becomes_a_recipe(root, alone):
+    out_dir, printed = alone
+    config = sweeping(root, out_dir)
+    results = json.loads((out_dir / "sweep.json").read_text())
     rows = {row["name"]: row for row in results["settings"]}
     assert len(rows) == 6  # at guidance 1 the interval makes no difference
     assert sorted(row["num_images"] for row in rows.values()) == [40] * 3 + [80] * 3
-    first = {name: json.loads((tmp_path / "settings" / name / "score_40.json").read_text())["fid"] for name in rows}
+    first = {name: json.loads((out_dir / "settings" / name / "score_40.json").read_text())["fid"] for name in rows}
     assert {name for name, row in rows.items() if row["num_images"] == 80} == set(sorted(first, key=first.get)[:3])
     finalists = [row for row in rows.values() if row["num_images"] == 80]
     best = min(finalists, key=lambda row: row["fid"])
     assert results["winner"] == best["name"] and best["pareto"]
-    assert "best: " in capsys.readouterr().out and Image.open(tmp_path / "pareto.png").width > 500
+    assert "best: " in printed and Image.open(out_dir / "pareto.png").width > 500
 
-    recipe = load_config(SampleConfig, tmp_path / "recipe.yaml", ("model=a", "out_dir=b"))
+    recipe = load_config(SampleConfig, out_dir / "recipe.yaml", ("model=a", "out_dir=b"))
     drawn = next(own for own in sweep.list_settings(config) if own.name == results["winner"]).sample
     for name in ("guidance", "guidance_interval", "num_steps", "seed", "vae"):
         assert getattr(recipe, name) == getattr(drawn, name)
 
     # What was drawn in the first round belongs to the second; running again does nothing anew.
-    assert len(read_features(tmp_path / "settings" / best["name"] / "features-demo-classifier", 80)) == 80
-    stamp = (tmp_path / "settings" / best["name"] / "score_80.json").stat().st_mtime_ns
+    assert len(read_features(out_dir / "settings" / best["name"] / "features-demo-classifier", 80)) == 80
+    stamp = (out_dir / "settings" / best["name"] / "score_80.json").stat().st_mtime_ns
     sweep.main(config)
-    assert (tmp_path / "settings" / best["name"] / "score_80.json").stat().st_mtime_ns == stamp
+    assert (out_dir / "settings" / best["name"] / "score_80.json").stat().st_mtime_ns == stamp
 
 
+@pytest.mark.slow
 def test_cost_grows_with_steps_and_annealing_lowers_it(root, tmp_path):
     config = sweeping(
         root, tmp_path, guidance=(2.0,), interval_ends=(1.0,), num_steps=(4, 8), last_step_shares=(1.0, 0.5),
@@ -99,32 +110,11 @@ def test_other_settings_in_the_same_folder_are_refused(root, tmp_path):
             sweeping(root, tmp_path, **change)
 
 
-def sweep_here(config, log):
-    """What one worker does."""
-    output = log.open("a", buffering=1)
-    os.dup2(output.fileno(), 1)
-    os.dup2(output.fileno(), 2)
-    torch.set_num_threads(1)
-    sweep.main(config)
-
-
 @pytest.mark.slow
-def test_three_workers_and_a_late_one_find_what_one_finds(root, tmp_path):
-    sweep.main(sweeping(root, tmp_path / "alone"))
-    config, log = sweeping(root, tmp_path / "together"), tmp_path / "log"
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.flowar.test_sweep"])
-    workers = [context.Process(target=sweep_here, args=(config, log)) for _ in range(3)]
-    for worker in workers:
-        worker.start()
-    workers[0].join(timeout=4)
-    workers[0].kill()
-    workers[0] = context.Process(target=sweep_here, args=(config, log))
-    workers[0].start()
-    for worker in workers:
-        worker.join(timeout=200)
-    assert [worker.exitcode for worker in workers] == [0] * 3, log.read_text()[-3000:]
-    found, needed = (json.loads((tmp_path / name / "sweep.json").read_text()) for name in ("together", "alone"))
+def test_three_workers_that_die_late_ones_and_their_heirs_find_what_one_finds(root, alone, tmp_path):
+    config, log = sweeping(root, tmp_path), tmp_path / "log"
+    run_with_deaths(sweep.main, config, num_workers=3, deaths=draw_deaths(5, 40, tmp_path / "settings"), log=log)
+    found, needed = (json.loads((out_dir / "sweep.json").read_text()) for out_dir in (tmp_path, alone[0]))
     for mine, theirs in zip(found["settings"], needed["settings"], strict=True):
         assert mine["name"] == theirs["name"] and mine["num_images"] == theirs["num_images"]
         assert mine["fid"] == pytest.approx(theirs["fid"], rel=1e-3, abs=1e-6)

@@ -5,7 +5,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from itertools import chain
 
 import numpy as np
@@ -18,25 +17,18 @@ from flowar.latents.schema import read_passport
 from flowar.latents.shards import LatentShards
 from flowar.latents.vae import load_vae
 from tests.conftest import MORE, tiny_config
+from tests.processes import Death, join, run_ranks, start_ranks
 
-READER = """
-import json, os, sys, time
-from flowar.config.data import DataConfig
-from flowar.latents.batches import read_batches
-from flowar.latents.shards import LatentShards
 
-path, out, workers, first, last, pause = sys.argv[1], sys.argv[2], *map(float, sys.argv[3:])
-rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-config = DataConfig(path=path, num_workers=int(workers))
-steps = range(int(first), int(last))
-batches = read_batches(
-    LatentShards(config), config, batch_size=8, seed=0, steps=steps, rank=rank, world_size=world_size
-)
-with open(f"{out}/{world_size}.{rank}", "a", buffering=1) as log:
-    for step, batch in zip(steps, batches):
-        print(json.dumps([step, batch.samples.tolist(), batch.moments.double().sum().item()]), file=log)
-        time.sleep(pause)
-"""
+def read(config, out, steps=range(12), *, rank=None, world_size=None):
+    """Read a rank's batches, and add a line for each to a file; the rank is that of this process if none is given."""
+    rank = int(os.environ["RANK"]) if rank is None else rank
+    world_size = int(os.environ["WORLD_SIZE"]) if world_size is None else world_size
+    shares = {"rank": rank, "world_size": world_size}
+    batches = read_batches(LatentShards(config), config, batch_size=8, seed=0, steps=steps, **shares)
+    for step, batch in zip(steps, batches, strict=False):
+        with (out / f"{world_size}.{rank}").open("a") as log:
+            print(json.dumps([step, batch.samples.tolist(), batch.moments.double().sum().item()]), file=log)
 
 
 def order(num_images=10, views=1, *, batch_size=4, seed=0, steps=range(10), **ranks):
@@ -101,12 +93,6 @@ def test_batches_hold_what_was_stored(shards):
         assert np.array_equal(batch.labels.numpy(), stored["label"][batch.samples])
 
 
-def start_ranks(script, path, out, world_size, *, workers=0, steps=(0, 12), pause=0.0):
-    command = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world_size}", str(script)]
-    words = map(str, (path, out, workers, *steps, pause))
-    return subprocess.Popen([sys.executable, *command, *words], start_new_session=True)
-
-
 def read_log(out, world_size):
     """The rows of each step, of all ranks in rank order, as far as all of them have come."""
     logs = [
@@ -119,20 +105,13 @@ def read_log(out, world_size):
     }
 
 
-@pytest.fixture
-def script(tmp_path):
-    file = tmp_path / "reader.py"
-    file.write_text(READER)
-    return file
-
-
-@pytest.mark.slow
-def test_ranks_and_workers_do_not_change_the_global_order(shards, script, tmp_path):
+def test_ranks_and_workers_do_not_change_the_global_order(shards, tmp_path):
     found = {}
     for world_size, workers in ((1, 0), (1, 2), (2, 0), (2, 2), (4, 0), (4, 2)):
         out = tmp_path / f"{world_size}_{workers}"
         out.mkdir()
-        assert start_ranks(script, shards, out, world_size, workers=workers).wait(timeout=120) == 0
+        for rank in range(world_size):
+            read(DataConfig(path=str(shards), num_workers=workers), out, rank=rank, world_size=world_size)
         found[world_size, workers] = read_log(out, world_size)
     first = found[1, 0]
     assert list(first) == list(range(12))
@@ -142,21 +121,18 @@ def test_ranks_and_workers_do_not_change_the_global_order(shards, script, tmp_pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("after", [pytest.param(4, marks=MORE), 2], ids=["4 -> 4 ranks", "4 -> 2 ranks"])
-def test_killed_mid_epoch_the_rest_is_read_once_and_in_order(shards, script, tmp_path, after):
+def test_killed_mid_epoch_the_rest_is_read_once_and_in_order(shards, tmp_path, after):
+    """Four processes, each killed when it would write down a step, the first of them the fifth: epochs have three."""
     undisturbed, killed, resumed = (tmp_path / name for name in ("undisturbed", "killed", "resumed"))
     for folder in (undisturbed, killed, resumed):
         folder.mkdir()
-    assert start_ranks(script, shards, undisturbed, 1).wait(timeout=120) == 0
-    ranks = start_ranks(script, shards, killed, 4, workers=2, pause=0.3)
-    while not all((killed / f"4.{rank}").exists() for rank in range(4)) or len(read_log(killed, 4)) < 2:
-        time.sleep(0.05)
-    os.killpg(ranks.pid, signal.SIGKILL)
-    ranks.wait()
-    for line in subprocess.run(["pgrep", "-f", str(script)], capture_output=True, text=True).stdout.split():
-        os.kill(int(line), signal.SIGKILL)  # torchrun's ranks have sessions of their own
+    config, log = DataConfig(path=str(shards), num_workers=2), tmp_path / "log"
+    read(config, undisturbed, rank=0, world_size=1)
+    deaths = {rank: Death(at, str(killed / "4.")) for rank, at in enumerate((7, 5, 9, 5))}
+    join(start_ranks(read, config, killed, world_size=4, log=log, deaths=deaths), log, code=-signal.SIGKILL)
     before = read_log(killed, 4)
-    assert 2 <= len(before) < 12
-    assert start_ranks(script, shards, resumed, after, workers=2, steps=(len(before), 12)).wait(timeout=120) == 0
+    assert list(before) == [0, 1, 2, 3]
+    run_ranks(read, config, resumed, range(4, 12), world_size=after, log=log)
     assert before | read_log(resumed, after) == read_log(undisturbed, 1)
 
 
@@ -196,7 +172,7 @@ for child in psutil.Process().children():
 for batch in batches:
     pass
 """
-    found = subprocess.run([sys.executable, "-c", code, str(shards)], capture_output=True, text=True, timeout=60)
+    found = subprocess.run([sys.executable, "-c", code, str(shards)], capture_output=True, text=True, timeout=600)
     assert found.returncode == 1
     messages = (
         r"DataLoader worker \(pid\(?s?\)? .*\) (is killed by signal|exited unexpectedly)|Connection reset by peer"

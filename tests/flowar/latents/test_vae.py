@@ -181,6 +181,7 @@ def test_another_kind_of_autoencoder_is_refused(tmp_path):
         load_vae(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_weights_that_are_neither_here_nor_at_the_hub_are_named_with_what_to_do(tmp_path, image_folder):
     words = [f"images={image_folder}", f"out_dir={tmp_path / 'out'}", "vae.name=sd-vae-ft-ema"]
     environment = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}

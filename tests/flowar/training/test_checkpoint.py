@@ -3,7 +3,6 @@ import resource
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -29,6 +28,7 @@ from flowar.training.engine import EngineSettings
 from flowar.training.owner import take_over
 from flowar.training.setup import make_engine
 from tests.conftest import randomise, tiny_config
+from tests.processes import join, start
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 
@@ -160,23 +160,20 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(run_dir, shards):
         load_model(run_dir)
 
 
-def test_a_full_disk_stops_with_a_message_and_leaves_the_older_checkpoint_whole(run_dir, shards):
-    """A real write error: the child may write files of 20 kB at most."""
-    code = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parents[3])!r})
-from pathlib import Path
-from tests.flowar.training.test_checkpoint import make_parts, save
-save(Path({str(run_dir)!r}), int(sys.argv[1]), make_parts(), Path({str(shards)!r}))
-"""
-
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+def save_where_files_stay_small(run_dir, step, shards, most_bytes):
+    if most_bytes:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+    save(run_dir, step, make_parts(), shards)
 
-    assert subprocess.run([sys.executable, "-c", code, "5"], capture_output=True).returncode == 0
-    failed = subprocess.run([sys.executable, "-c", code, "6"], capture_output=True, text=True, preexec_fn=limit)
-    assert failed.returncode != 0
-    assert "can't save checkpoint" in failed.stderr and "older checkpoints are intact" in failed.stderr
+
+@pytest.mark.slow
+def test_a_full_disk_stops_with_a_message_and_leaves_the_older_checkpoint_whole(run_dir, shards):
+    """A real write error: the second process may write files of 20 kB at most."""
+    for step, most_bytes, code in ((5, 0, 0), (6, 20_000, 1)):
+        log = run_dir / f"log{step}"
+        join([start(save_where_files_stay_small, run_dir, step, shards, most_bytes, log=log)], log, code=code)
+    found = log.read_text()
+    assert "can't save checkpoint" in found and "older checkpoints are intact" in found
     assert find_latest(run_dir).name == "step_00000005"
     assert restore(*make_parts(), find_latest(run_dir)).step == 5

@@ -1,20 +1,22 @@
 import dataclasses
-import os
-import random
+import functools
 import signal
-import time
 
 import pytest
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
+from flowar.base.errors import EXIT_AGAIN
 from flowar.base.run_folder import find_latest, list_checkpoints
 from flowar.config.training import EMAConfig, ParallelConfig
 from flowar.models.folders import load_model
 from flowar.training.engine import share_out
 from flowar.training.report import read_metrics
-from tests.conftest import MORE, training
+from tests.conftest import ALL, KILLS_ASKED, MORE, training
 from tests.flowar.ranks import run_ranks, start_ranks
+from tests.processes import PATIENCE_S, Death, draw_deaths, join, stop, wait_until
+
+NUM_KILLS = KILLS_ASKED or 2
 
 ENGINES = {
     "ddp": ParallelConfig(engine="ddp"),
@@ -23,8 +25,8 @@ ENGINES = {
     "zero2": ParallelConfig(engine="deepspeed", zero_stage=2),
     "zero3": ParallelConfig(engine="deepspeed", zero_stage=3),
 }
+EPOCHS = 25 if ALL else 12  # of two steps
 # After 50 steps in float32, as ranks add up in another order: relative for losses and norms, absolute for weights.
-NUM_KILLS = int(os.environ.get("FLOWAR_TEST_KILLS", "2"))
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 2e-5, 2e-5
 
 
@@ -32,7 +34,7 @@ def settings(shards, run_dir, engine, **changes):
     model = dataclasses.replace(training(shards, run_dir).model, dropout=0.0)
     fixed = {
         "model": model,
-        "epochs": 25,  # 50 steps of 12
+        "epochs": EPOCHS,
         "batch_size": 12,
         "micro_batch_size": 3,
         "log_every_steps": 1,
@@ -51,6 +53,19 @@ def alone(shards, tmp_path_factory):
     return run_dir
 
 
+@pytest.fixture(scope="module")
+def on_two_ranks(shards, tmp_path_factory):
+    """-> the undisturbed run of an engine on two ranks."""
+
+    @functools.cache
+    def run(engine):
+        run_dir = tmp_path_factory.mktemp(engine) / "run"
+        run_ranks(settings(shards, run_dir, engine), 2, run_dir.parent / "log")
+        return run_dir
+
+    return run
+
+
 def assert_same_run(run_dir, needed):
     mine, theirs = read_metrics(run_dir), read_metrics(needed)
     assert [record["step"] for record in mine] == [record["step"] for record in theirs]
@@ -67,13 +82,13 @@ def assert_same_run(run_dir, needed):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ENGINES)
-def test_all_engines_train_the_same_model(shards, alone, tmp_path, engine):
-    run_ranks(settings(shards, tmp_path / "run", engine), 2, tmp_path / "log")
-    assert len(read_metrics(tmp_path / "run")) == 50
-    assert_same_run(tmp_path / "run", alone)
+def test_all_engines_train_the_same_model(alone, on_two_ranks, engine):
+    run_dir = on_two_ranks(engine)
+    assert len(read_metrics(run_dir)) == 2 * EPOCHS
+    assert_same_run(run_dir, alone)
     if engine.startswith("zero"):
-        theirs = get_fp32_state_dict_from_zero_checkpoint(str(find_latest(tmp_path / "run") / "deepspeed"))
-        ours = load_model(tmp_path / "run", "raw").state_dict()
+        theirs = get_fp32_state_dict_from_zero_checkpoint(str(find_latest(run_dir) / "deepspeed"))
+        ours = load_model(run_dir, "raw").state_dict()
         assert all(torch.equal(theirs[name], ours[name]) for name in ours)
 
 
@@ -96,57 +111,44 @@ def test_two_copies_of_two_parts_train_the_same_model(shards, alone, tmp_path):
 )
 def test_a_run_goes_on_with_another_engine_and_another_number_of_ranks(shards, alone, tmp_path, chain):
     """Stopped by a signal in the middle of an epoch, twice; batches of 12 on 4, 2 and 3 ranks, or on one."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
     for place, engine in enumerate(chain):
-        config = settings(shards, tmp_path / "run", engine, save_every_steps=1000, micro_batch_size=None)
-        ranks = start_ranks(config, 1 if engine == "single" else (4, 2, 3)[place], tmp_path / "log")
-        if place < 2:
-            wait_for_step(tmp_path / "run", (13, 31)[place], ranks)
-            os.kill(ranks[-1].pid, (signal.SIGTERM, signal.SIGUSR2)[place])
-        for process in ranks:
-            process.join(timeout=120)
-        codes = [process.exitcode for process in ranks]
-        assert codes == [0 if place == 2 else 75] * len(ranks), (tmp_path / "log").read_text()[-3000:]
-    assert_same_run(tmp_path / "run", alone)
+        config = settings(shards, run_dir, engine, save_every_steps=1000, micro_batch_size=None)
+        stopped = place < 2
+        asked = Death(at=8, below=str(run_dir / "metrics.jsonl"), signal=(signal.SIGTERM, signal.SIGUSR2)[place % 2])
+        world_size = 1 if engine == "single" else (4, 2, 3)[place]
+        ranks = start_ranks(config, world_size, log, last_ones=asked if stopped else None)
+        join(ranks, log, code=EXIT_AGAIN if stopped else 0)
+    assert_same_run(run_dir, alone)
 
 
-def wait_for_step(run_dir, step, ranks):
+def wait_for_step(run_dir, step, ranks, log):
     """Wait until the run has logged this step."""
-    while not (records := read_metrics(run_dir)) or records[-1]["step"] < step:
-        assert any(process.is_alive() for process in ranks)
-        time.sleep(0.02)
+    wait_until(lambda: (records := read_metrics(run_dir)) and records[-1]["step"] >= step, ranks, log)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero2", marks=MORE), "zero3"])
-def test_sigkill_at_random_moments_ends_in_the_same_bits(shards, tmp_path, engine):
-    """Every step is saved; every other kill waits for the beginning of a save. FLOWAR_TEST_KILLS=20 for more."""
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    short = {"save_every_steps": 1, "epochs": max(8, 1.5 * NUM_KILLS)}  # 2 steps each: enough for all kills
-    run_ranks(settings(shards, undisturbed, engine, **short), 2, tmp_path / "log")
-    config = settings(shards, killed, engine, **short)
-    moments, kills, in_a_save = random.Random(0), 0, 0
-    while kills < NUM_KILLS:
-        before = find_latest(killed)
-        ranks = start_ranks(config, 2, tmp_path / "log")
-        while find_latest(killed) == before and all(process.is_alive() for process in ranks):
-            time.sleep(0.01)
-        time.sleep(moments.uniform(0, 0.25))
-        while kills % 2 and not is_saving(killed) and ranks[0].is_alive():
-            time.sleep(0.001)
-        for process in ranks:
-            process.kill()
-        for process in ranks:
-            process.join()
-        kills += ranks[0].exitcode == -signal.SIGKILL
-        in_a_save += is_saving(killed)
-        if ranks[0].exitcode == 0:
-            break
-    assert kills == NUM_KILLS and in_a_save >= NUM_KILLS // 2
-    run_ranks(config, 2, tmp_path / "log")
+def test_sigkill_at_random_moments_ends_in_the_same_bits(shards, on_two_ranks, tmp_path, engine):
+    """Every step is saved; every other kill is in a save. FLOWAR_TEST_KILLS=20 for more."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    config = settings(shards, run_dir, engine, save_every_steps=1)
+    uses_of_a_save = 24  # and more
+    anywhere = draw_deaths(NUM_KILLS, 2 * EPOCHS * uses_of_a_save // NUM_KILLS, run_dir)
+    saving = draw_deaths(NUM_KILLS, uses_of_a_save - 3, run_dir / "checkpoints" / ".step_", least=5, seed=1)
+    for number in range(NUM_KILLS):
+        death = (anywhere, saving)[number % 2][number]
+        ranks = start_ranks(config, 2, log, deaths={0: death})
+        ranks[0].join(PATIENCE_S)
+        stop(ranks)  # as a launcher does with the others
+        assert ranks[0].exitcode == -signal.SIGKILL, log.read_text()[-3000:]
+        assert number % 2 == 0 or is_saving(run_dir)
+    run_ranks(config, 2, log)
+    undisturbed = on_two_ranks(engine)
     for weights in ("raw", "decay_0.9", "std_0.1"):
-        found, expected = load_model(killed, weights).state_dict(), load_model(undisturbed, weights).state_dict()
+        found, expected = load_model(run_dir, weights).state_dict(), load_model(undisturbed, weights).state_dict()
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
-    assert list_checkpoints(killed)[-1].name == list_checkpoints(undisturbed)[-1].name
+    assert list_checkpoints(run_dir)[-1].name == list_checkpoints(undisturbed)[-1].name
 
 
 def is_saving(run_dir):

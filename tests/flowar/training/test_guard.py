@@ -2,12 +2,12 @@ import math
 import os
 import shutil
 import signal
-import time
 
 import pytest
 import torch
 
 from flowar import replay
+from flowar.base.distributed import SETUP_TIMEOUT
 from flowar.base.errors import UserError
 from flowar.base.run_folder import Progress, find_latest, read_progress
 from flowar.config.data import DataConfig
@@ -22,6 +22,7 @@ from flowar.training.report import read_metrics
 from tests.conftest import MORE, training
 from tests.flowar.ranks import run_ranks, start_ranks
 from tests.flowar.training.test_engines import settings, wait_for_step
+from tests.processes import PATIENCE_S, stop
 
 
 def poison(shards, folder, images, factor=math.nan):
@@ -56,6 +57,7 @@ def test_what_is_not_finite_or_jumps_is_a_problem_and_what_is_usual_is_none():
     assert Guard(GuardConfig(), Progress()).judge(1e9, 1.0) is None
 
 
+@pytest.mark.slow
 def test_a_bad_sample_is_skipped_kept_and_replayed(shards, tmp_path, capsys):
     bad = images_of_step(2)[3]
     config = training(
@@ -80,6 +82,7 @@ def test_a_bad_sample_is_skipped_kept_and_replayed(shards, tmp_path, capsys):
     assert "gradient norm" in found and "nan" in found
 
 
+@pytest.mark.slow
 def test_a_spike_is_skipped_and_its_replay_gives_the_same_numbers(shards, tmp_path, capsys):
     bad = images_of_step(28)[0]
     path = poison(shards, tmp_path / "bad", [bad], factor=50)
@@ -100,6 +103,7 @@ def test_a_spike_is_skipped_and_its_replay_gives_the_same_numbers(shards, tmp_pa
         assert then == pytest.approx(now, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_the_run_rolls_back_past_bad_batches_and_then_stops(shards, tmp_path):
     bad = images_of_step(2)[3]
     changes = {
@@ -126,32 +130,40 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(shards, tmp_path):
         main(config)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero2", marks=MORE), "zero3"])
-def test_all_ranks_skip_what_one_of_them_met_with(shards, tmp_path, engine):
-    """A sample that isn't finite in every epoch, and from about the 30th step on one whose loss jumps."""
-    path = poison(shards, tmp_path / "nan", [images_of_step(2)[3]])
-    path = poison(path, tmp_path / "bad", [images_of_step(28)[0]], factor=50)
+@pytest.fixture(scope="module")
+def troubled(shards, tmp_path_factory):
+    """A run on one process with a sample that isn't finite and one whose loss jumps: its folder, what it was told."""
+    root = tmp_path_factory.mktemp("troubled")
+    path = poison(shards, root / "nan", [images_of_step(2)[3]])
+    path = poison(path, root / "bad", [images_of_step(28)[0]], factor=50)
     changes = {
         "data": DataConfig(path=str(path), num_workers=0),
         "guard": GuardConfig(spike_factor=2, skips_before_rollback=9),
-        "save_every_steps": 2,
-        "ema": EMAConfig(decays=(0.9,), stds=(0.1,), keep_every_steps=6),
+        "save_every_steps": 5,
+        "ema": EMAConfig(decays=(0.9,), stds=(0.1,), keep_every_steps=10),
         "epochs": 13,
         "batch_size": 8,
         "micro_batch_size": 2,
     }
-    run_ranks(settings(shards, tmp_path / "alone", "single", **changes), 1, tmp_path / "log")
-    run_ranks(settings(shards, tmp_path / "ranks", engine, **changes), 2, tmp_path / "log")
+    run_ranks(settings(shards, root / "alone", "single", **changes), 1, root / "log")
+    return root / "alone", changes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero2", marks=MORE), "zero3"])
+def test_all_ranks_skip_what_one_of_them_met_with(shards, troubled, tmp_path, engine):
+    """A sample that isn't finite in every epoch, and from about the 30th step on one whose loss jumps."""
+    alone, changes = troubled
+    together = tmp_path / "run"
+    run_ranks(settings(shards, together, engine, **changes), 2, tmp_path / "log")
     skipped = [
-        [record["step"] for record in read_metrics(tmp_path / name) if record["skipped_steps"]]
-        for name in ("ranks", "alone")
+        [record["step"] for record in read_metrics(run_dir) if record["skipped_steps"]] for run_dir in (together, alone)
     ]
     assert skipped[0] == skipped[1] and len(skipped[0]) > 13
-    found, needed = (load_model(tmp_path / name, "raw").state_dict() for name in ("ranks", "alone"))
+    found, needed = (load_model(run_dir, "raw").state_dict() for run_dir in (together, alone))
     for name in needed:
         torch.testing.assert_close(found[name], needed[name], rtol=0, atol=2e-5)
-    bundles = [load_bundle(tmp_path / name / "anomalies" / "batch_00000002") for name in ("ranks", "alone")]
+    bundles = [load_bundle(run_dir / "anomalies" / "batch_00000002") for run_dir in (together, alone)]
     assert bundles[0]["samples"].tolist() == bundles[1]["samples"].tolist()
     assert not math.isfinite(bundles[0]["grad_norm"]) and not math.isfinite(bundles[1]["grad_norm"])
 
@@ -159,16 +171,16 @@ def test_all_ranks_skip_what_one_of_them_met_with(shards, tmp_path, engine):
 @pytest.mark.slow
 @pytest.mark.parametrize("harm", [signal.SIGSTOP, signal.SIGKILL], ids=["stalls", "dies"])
 def test_a_rank_that_stalls_or_dies_ends_the_others_with_a_message(shards, tmp_path, harm):
-    config = settings(
-        shards, tmp_path / "run", "fsdp", epochs=1000, parallel=ParallelConfig(engine="fsdp", timeout_s=5)
-    )
+    """In a run of 20,000 steps. Without parallel.timeout_s they would wait for longer than this test does."""
+    assert SETUP_TIMEOUT.total_seconds() > PATIENCE_S
+    parallel = ParallelConfig(engine="fsdp", timeout_s=10)
+    config = settings(shards, tmp_path / "run", "fsdp", epochs=10_000, parallel=parallel, save_every_steps=2)
     ranks = start_ranks(config, 2, tmp_path / "log")
-    wait_for_step(tmp_path / "run", 21, ranks)
+    wait_for_step(tmp_path / "run", 5, ranks, tmp_path / "log")
     os.kill(ranks[1].pid, harm)
-    began = time.monotonic()
-    ranks[0].join(timeout=60)
-    assert ranks[0].exitcode not in (0, None) and time.monotonic() - began < 60
-    ranks[1].kill()
-    ranks[1].join()
+    ranks[0].join(PATIENCE_S)
+    code = ranks[0].exitcode
+    stop(ranks)
+    assert code not in (0, None)
     text = (tmp_path / "log").read_text()
     assert "rank 0 has lost the others" in text and "resumes from" in text
