@@ -22,10 +22,10 @@ check: $(VENV)/.installed
 
 test: check
 	@echo "== tests: about ten minutes on two CPU cores =="
-	@$(RUN)/pytest --deselect tests/test_structure.py
+	@$(RUN)/pytest -n 2 --dist loadgroup --deselect tests/test_structure.py
 
 test-all: check
-	@FLOWAR_TEST_ALL=1 FLOWAR_TEST_KILLS=20 $(RUN)/pytest --deselect tests/test_structure.py
+	@FLOWAR_TEST_ALL=1 FLOWAR_TEST_TIERS=1 $(RUN)/pytest --deselect tests/test_structure.py
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flowar needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'

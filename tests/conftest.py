@@ -30,6 +30,13 @@ KILLS_ASKED = int(
 SLOW_S = 5
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file, and all that share a Slurm, in one of the processes of `pytest -n 2`."""
+    for item in items:
+        folder, name = item.path.parent.name, str(item.path)
+        item.add_marker(pytest.mark.xdist_group("cluster" if folder == "cluster" else name))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
     """Fail a test that takes too long to be unmarked, where FLOWAR_TEST_TIERS=1 says that the machine is idle.

@@ -201,7 +201,7 @@ def run_with_deaths(target: Callable, *arguments: object, num_workers: int, deat
         assert ended, log.read_text()[-3000:]
         for death, process in ended:
             process.join()
-            is_as_told = process.exitcode == -death.signal or (death.signal == signal.SIGINT and process.exitcode == 1)
+            is_as_told = process.exitcode == -death.signal
             if not is_as_told:
                 stop([process for _, process in working])
             assert is_as_told, f"{death}, but exit code {process.exitcode}\n{log.read_text()[-3000:]}"

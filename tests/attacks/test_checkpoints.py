@@ -1,5 +1,6 @@
 """Checkpoints that were damaged, swapped, or made by somebody else: refused by name, or survived with the same bits."""
 
+import dataclasses
 import json
 import pickle
 import random
@@ -11,9 +12,10 @@ import torch
 from flowar import export, train
 from flowar.base.errors import UserError
 from flowar.base.run_folder import find_latest, list_checkpoints
-from flowar.config.training import ExportConfig
+from flowar.config.training import ExportConfig, ParallelConfig
 from flowar.models.folders import load_model
 from tests.conftest import MORE, flip_bit, training
+from tests.flowar.ranks import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +118,28 @@ def test_a_damaged_checkpoint_is_not_exported(at_20, tmp_path, attack):
     with pytest.raises(UserError, match="step_00000020.* is damaged"):
         export.export(ExportConfig(model=str(at_20), out_dir=str(tmp_path / "model"), weights="raw"))
     assert not (tmp_path / "model").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("engine", "file"), [("fsdp", "__1_0.distcp"), ("fsdp", ".metadata"), ("zero2", "__0_0.distcp")]
+)
+def test_all_ranks_agree_on_the_newest_whole_checkpoint(shards, finished, tmp_path, engine, file):
+    """The damage is in a file that one of two ranks meets with."""
+    parallel = ParallelConfig(engine="fsdp") if engine == "fsdp" else ParallelConfig(engine="deepspeed", zero_stage=2)
+    config = dataclasses.replace(attacked_training(shards, tmp_path / "run"), parallel=parallel)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0))
+    run_ranks(config, 2, tmp_path / "log")
+    needed = load_model(tmp_path / "run", "raw").state_dict()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000030")
+    content = bytearray(newest(tmp_path / "run", file).read_bytes())
+    content[len(content) // 3 :: len(content) // 50] = b"\0" * len(content[len(content) // 3 :: len(content) // 50])
+    newest(tmp_path / "run", file).write_bytes(content)
+    run_ranks(config, 2, tmp_path / "again")
+    printed = (tmp_path / "again").read_text()
+    assert "DAMAGED: " in printed and "resuming from" in printed and "step_00000010" in printed
+    found = load_model(tmp_path / "run", "raw").state_dict()
+    assert [name for name in needed if not torch.equal(found[name], needed[name])] == []
 
 
 class Trap:

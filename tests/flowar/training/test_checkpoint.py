@@ -156,7 +156,7 @@ def test_a_damaged_checkpoint_is_an_error_that_names_it(run_dir, shards):
     folder = save(run_dir, 5, make_parts(), shards)
     data = next(folder.glob("*.distcp"))
     data.write_bytes(data.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"checkpoint .*step_00000005 can't be read: "):
+    with pytest.raises(UserError, match=r"checkpoint .*step_00000005 is damaged: bytes .* of __0_0.distcp are not"):
         load_model(run_dir)
 
 

@@ -128,7 +128,7 @@ def wait_for_step(run_dir, step, ranks, log):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero2", marks=MORE), "zero3"])
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero2", marks=MORE), pytest.param("zero3", marks=MORE)])
 def test_sigkill_at_random_moments_ends_in_the_same_bits(shards, on_two_ranks, tmp_path, engine):
     """Every step is saved; every other kill is in a save. FLOWAR_TEST_KILLS=20 for more."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
