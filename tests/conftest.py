@@ -30,11 +30,19 @@ KILLS_ASKED = int(
 SLOW_S = 5
 
 
+LONGEST = ("test_engines", "test_guard", "test_evaluate", "test_encode", "test_demo")  # files, after those with a Slurm
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file, and all that share a Slurm, in one of the processes of `pytest -n 2`."""
+    """Keep the tests of a file, and all that share a Slurm, in one of the processes of `pytest -n 2`; longest first."""
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.stem
+        return 0 if item.path.parent.name == "cluster" else 1 + (*LONGEST, name).index(name)
+
     for item in items:
-        folder, name = item.path.parent.name, str(item.path)
-        item.add_marker(pytest.mark.xdist_group("cluster" if folder == "cluster" else name))
+        item.add_marker(pytest.mark.xdist_group("cluster" if place(item) == 0 else str(item.path)))
+    items.sort(key=place)
 
 
 @pytest.hookimpl(wrapper=True)

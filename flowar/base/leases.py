@@ -44,6 +44,10 @@ class _Sighting:
     looked_at: float
 
 
+# Of all `Leases` of this process: one that is made anew for each look must not begin to wait for a dead holder anew.
+_sightings: dict[Path, _Sighting] = {}
+
+
 class Leases:
     """The claims of this process in `folder`; use it as a context, which keeps them alive and gives them up."""
 
@@ -52,7 +56,7 @@ class Leases:
         self.lease_s = lease_s
         self._mine: dict[str, Path] = {}
         self._created: set[str] = set()
-        self._seen: dict[str, _Sighting] = {}
+        self._began = time.monotonic()
         self._lock = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._keep_alive, daemon=True)
@@ -146,17 +150,21 @@ class Leases:
     def _is_free(self, path: Path) -> bool:
         """Return whether the holder has given up or is dead."""
         now = time.monotonic()
-        if now - self._last_beat > 2 * self.lease_s / BEATS_PER_LEASE:
-            self._seen.clear()  # this process slept, and the others may have slept with it
-        seen = self._seen.get(path.name)
-        if seen is not None and now - seen.looked_at < self.lease_s / BEATS_PER_LEASE:
+        longest_gap = 2 * self.lease_s / BEATS_PER_LEASE
+        if now - self._last_beat > longest_gap:
+            _sightings.clear()  # this process slept, and the others may have slept with it
+        seen = _sightings.get(path.absolute())
+        is_ours = seen is not None and seen.looked_at >= self._began  # else it is of an earlier `Leases` here
+        if seen is not None and is_ours and now - seen.looked_at < self.lease_s / BEATS_PER_LEASE:
             return False  # it was alive a moment ago: spare the file system
+        if seen is not None and not is_ours and now - seen.looked_at > longest_gap:
+            seen = None  # this process may have slept since
         try:
             content = path.read_text()
         except FileNotFoundError:
             return False  # all work is done, and somebody tidies up
         since = seen.unchanged_since if seen is not None and seen.content == content else now
-        self._seen[path.name] = _Sighting(content, since, now)
+        _sightings[path.absolute()] = _Sighting(content, since, now)
         return content == GIVEN_UP or now - since > self.lease_s or _holder_is_gone(content)
 
     def _check_alive(self) -> None:

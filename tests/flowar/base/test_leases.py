@@ -121,3 +121,14 @@ def test_a_dead_finisher_of_another_machine_is_replaced_and_all_wait_until_it_is
         assert not finish_together(ours, done.exists, done.unlink)  # nothing to do any more
     with Leases(claims, SHORT_S) as failing, pytest.raises(ZeroDivisionError):
         finish_together(failing, lambda: False, lambda: 1 / 0)
+
+
+def test_a_claim_that_a_dead_holder_left_empty_is_taken_over_by_one_who_looks_anew_each_time(tmp_path):
+    """Killed between making the file and writing into it; a sweep makes new `Leases` for each look."""
+    (tmp_path / "a.0").touch()
+    deadline, is_mine = time.monotonic() + PATIENCE_S, False
+    while not is_mine:
+        assert time.monotonic() < deadline
+        with Leases(tmp_path, SHORT_S) as ours:
+            is_mine = ours.claim("a")
+        time.sleep(SHORT_S / 20)
