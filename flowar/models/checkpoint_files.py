@@ -48,10 +48,12 @@ METADATA_CLASSES = {
 
 
 class DamagedCheckpointError(UserError):
-    """A checkpoint isn't what was written."""
+    """A checkpoint isn't what was written. Made by `of`, so that ranks can send it to each other."""
 
-    def __init__(self, folder: Path, problem: str) -> None:
-        super().__init__(f"checkpoint {folder} is damaged: {' '.join(problem.split())}")
+    @classmethod
+    def of(cls, folder: Path, problem: str) -> "DamagedCheckpointError":
+        """Return the error about a folder."""
+        return cls(f"checkpoint {folder} is damaged: {' '.join(problem.split())}")
 
     @classmethod
     def find_in(cls, error: BaseException, folder: Path) -> "DamagedCheckpointError | None":
@@ -61,12 +63,12 @@ class DamagedCheckpointError(UserError):
             if isinstance(cause, cls):
                 return cause
             if isinstance(cause, FileNotFoundError):
-                return cls(folder, str(cause))
+                return cls.of(folder, str(cause))
         start = f"checkpoint {folder} is damaged: "
         if start not in str(error):
             return None
         problem = str(error).partition(start)[2].partition("; rank local")[0]
-        return cls(folder, problem.splitlines()[0])
+        return cls.of(folder, problem.splitlines()[0])
 
 
 class HashingStream:
@@ -166,7 +168,7 @@ class CheckedReader(FileSystemReader):
             if not isinstance(metadata, Metadata):
                 raise TypeError(f"it holds a {type(metadata).__name__}")
         except Exception as error:  # damaged pickles raise any kind
-            raise DamagedCheckpointError(Path(self.path), f"{METADATA_FILE} can't be read: {error}") from error
+            raise DamagedCheckpointError.of(Path(self.path), f"{METADATA_FILE} can't be read: {error}") from error
         metadata.storage_meta = metadata.storage_meta or StorageMeta()
         metadata.storage_meta.load_id = self.load_id
         return metadata
@@ -177,7 +179,7 @@ class CheckedReader(FileSystemReader):
         expected = getattr(sinfo, PIECE_HASH, None)
         is_right = xxhash.xxh3_64_hexdigest(content) == expected if self._has_hashes else len(content) == sinfo.length
         if not is_right:
-            raise DamagedCheckpointError(
+            raise DamagedCheckpointError.of(
                 Path(self.path),
                 f"bytes {sinfo.offset:,} to {sinfo.offset + sinfo.length:,} of {sinfo.relative_path} are not what was "
                 "written",
@@ -208,10 +210,10 @@ def check_small_files(folder: Path) -> bool:
         hashes, whole = record["files"], record["xxh3"]
         found = {name: xxhash.xxh3_64_hexdigest((folder / name).read_bytes()) for name in hashes}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedCheckpointError(folder, str(error)) from error
+        raise DamagedCheckpointError.of(folder, str(error)) from error
     wrong = [name for name in hashes if found[name] != hashes[name]]
     if wrong or whole != _hash_of(hashes) or METADATA_FILE not in hashes:
-        raise DamagedCheckpointError(folder, f"{(wrong or [CHECKSUMS_FILE])[0]} is not what was written")
+        raise DamagedCheckpointError.of(folder, f"{(wrong or [CHECKSUMS_FILE])[0]} is not what was written")
     return True
 
 
