@@ -21,8 +21,8 @@ check: $(VENV)/.installed
 	@$(RUN)/pytest -q --no-header --durations=0 --durations-min=5 tests/test_structure.py
 
 test: check
-	@echo "== tests: about ten minutes on two CPU cores =="
-	@$(RUN)/pytest -n 2 --dist loadgroup --deselect tests/test_structure.py
+	@echo "== tests: about a quarter of an hour on two CPU cores =="
+	@$(RUN)/pytest --deselect tests/test_structure.py
 
 test-all: check
 	@FLOWAR_TEST_ALL=1 FLOWAR_TEST_TIERS=1 $(RUN)/pytest --deselect tests/test_structure.py

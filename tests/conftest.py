@@ -30,21 +30,6 @@ KILLS_ASKED = int(
 SLOW_S = 5
 
 
-LONGEST = ("test_engines", "test_guard", "test_evaluate", "test_encode", "test_demo")  # files, after those with a Slurm
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file, and all that share a Slurm, in one of the processes of `pytest -n 2`; longest first."""
-
-    def place(item: pytest.Item) -> int:
-        name = item.path.stem
-        return 0 if item.path.parent.name == "cluster" else 1 + (*LONGEST, name).index(name)
-
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group("cluster" if place(item) == 0 else str(item.path)))
-    items.sort(key=place)
-
-
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo) -> Iterator[None]:
     """Fail a test that takes too long to be unmarked, where FLOWAR_TEST_TIERS=1 says that the machine is idle.
