@@ -1,1 +1,1 @@
-"""TODO"""
+"""Speed and memory, measured side by side in one run: `python -m benchmarks.NAME`."""
