@@ -6,10 +6,12 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
 import torch.distributed.checkpoint as dcp
+import xxhash
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed import ProcessGroup
@@ -17,6 +19,8 @@ from torch.distributed.checkpoint import CheckpointException
 
 from flowar.base.distributed import has_lost_ranks
 from flowar.base.errors import UserError
+from flowar.base.files import publish_folder
+from flowar.base.records import read_record, write_record
 from flowar.base.run_folder import (
     CHECKPOINTS,
     average_key,
@@ -34,6 +38,7 @@ from flowar.models.state_dicts import load_strictly
 
 # The layout of huggingface_hub's PyTorchModelHubMixin.
 WEIGHTS_FILE, MODEL_CONFIG_FILE = "model.safetensors", "config.json"
+HASHES = "xxh3"  # key of the metadata of a .safetensors file: the hash of each tensor
 
 
 def load_state(state: dict[str, Tensor], folder: Path, group: ProcessGroup | None = None) -> None:
@@ -74,13 +79,32 @@ def load_model(path: str | Path, weights: str = "ema") -> Model:
             "the run_dir of a training run"
         )
     try:
-        config = config_from_dict(json.loads((folder / MODEL_CONFIG_FILE).read_text()))
+        config = config_from_dict(read_record(folder / MODEL_CONFIG_FILE, "export or convert it again"))
         state = load_file(folder / WEIGHTS_FILE)
-    except (json.JSONDecodeError, SafetensorError) as error:
-        raise UserError(f"{folder} is damaged: {error}") from error
+        check_hashes(folder / WEIGHTS_FILE, state)
+    except SafetensorError as error:
+        raise UserError(f"{folder / WEIGHTS_FILE} is damaged ({error}); export or convert it again") from error
     model = create_model(config)
     load_strictly(model, state, str(folder / WEIGHTS_FILE))
     return model
+
+
+def check_hashes(file: Path, state: dict[str, Tensor]) -> None:
+    """Raise a UserError if a tensor is not what `save_model` wrote; files of others have no hashes."""
+    with safe_open(file, "pt") as opened:
+        text = (opened.metadata() or {}).get(HASHES, "{}")
+    try:
+        hashes = dict(json.loads(text))
+    except ValueError as error:
+        raise UserError(f"{file} is damaged ({error}); export or convert it again") from error
+    wrong = [name for name in hashes if name not in state or hash_tensor(state[name]) != hashes[name]]
+    if wrong:
+        raise UserError(f"{file} is damaged ({wrong[0]} is not what was written); export or convert it again")
+
+
+def hash_tensor(tensor: Tensor) -> str:
+    """Return the hash of a tensor's bytes."""
+    return xxhash.xxh3_64_hexdigest(tensor.contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")
 
 
 def _load_from_checkpoint(folder: Path, weights: str) -> Model:
@@ -110,8 +134,10 @@ def save_model(config: ModelConfig, state: dict[str, Tensor], folder: str | Path
     """Write model.safetensors and config.json into `folder`, which `load_model` reads back bit for bit."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS_FILE)
-    (folder / MODEL_CONFIG_FILE).write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    hashes = {name: hash_tensor(tensor) for name, tensor in tensors.items()}
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={HASHES: json.dumps(hashes)})
+    write_record(folder / MODEL_CONFIG_FILE, dataclasses.asdict(config))
 
 
 def save_model_whole(
@@ -129,7 +155,7 @@ def save_model_whole(
     save_model(config, state, partial)
     if passport_of is not None and (passport_of / PASSPORT_FILE).is_file():
         shutil.copy(passport_of / PASSPORT_FILE, partial / PASSPORT_FILE)
-    partial.rename(folder)
+    publish_folder(partial, folder)
 
 
 def export_model(source: str | Path, weights: str, folder: Path) -> Model:

@@ -102,8 +102,8 @@ class TrainingReport:
                 file.write(json.dumps(record) + "\n")
         except OSError as error:
             raise UserError(
-                f"can't write to {self.file}: {error.strerror or error}; checkpoints are intact; free some space or fix "
-                "the folder's permissions, then run the same command again"
+                f"can't write to {self.file}: {error.strerror or error}; checkpoints are intact; free some space or "
+                "fix the folder's permissions, then run the same command again"
             ) from error
         if self.wandb_run is not None:
             (self.file.parent / LIVE_FILE).touch()
