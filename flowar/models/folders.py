@@ -6,13 +6,9 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
 import torch.distributed.checkpoint as dcp
-import xxhash
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import CheckpointException
@@ -29,6 +25,7 @@ from flowar.base.run_folder import (
     read_progress,
     weight_key,
 )
+from flowar.base.tensors import load_tensors, save_tensors
 from flowar.config.models import ModelConfig
 from flowar.latents.schema import PASSPORT_FILE
 from flowar.models.build import config_from_dict, create_model
@@ -38,7 +35,7 @@ from flowar.models.state_dicts import load_strictly
 
 # The layout of huggingface_hub's PyTorchModelHubMixin.
 WEIGHTS_FILE, MODEL_CONFIG_FILE = "model.safetensors", "config.json"
-HASHES = "xxh3"  # key of the metadata of a .safetensors file: the hash of each tensor
+CURE = "export or convert it again"
 
 
 def load_state(state: dict[str, Tensor], folder: Path, group: ProcessGroup | None = None) -> None:
@@ -78,33 +75,10 @@ def load_model(path: str | Path, weights: str = "ema") -> Model:
             f"{folder} is not a model: it has no {' and no '.join(missing)}; write one with `flowar convert`, or give "
             "the run_dir of a training run"
         )
-    try:
-        config = config_from_dict(read_record(folder / MODEL_CONFIG_FILE, "export or convert it again"))
-        state = load_file(folder / WEIGHTS_FILE)
-        check_hashes(folder / WEIGHTS_FILE, state)
-    except SafetensorError as error:
-        raise UserError(f"{folder / WEIGHTS_FILE} is damaged ({error}); export or convert it again") from error
+    config = config_from_dict(read_record(folder / MODEL_CONFIG_FILE, CURE))
     model = create_model(config)
-    load_strictly(model, state, str(folder / WEIGHTS_FILE))
+    load_strictly(model, load_tensors(folder / WEIGHTS_FILE, CURE), str(folder / WEIGHTS_FILE))
     return model
-
-
-def check_hashes(file: Path, state: dict[str, Tensor]) -> None:
-    """Raise a UserError if a tensor is not what `save_model` wrote; files of others have no hashes."""
-    with safe_open(file, "pt") as opened:
-        text = (opened.metadata() or {}).get(HASHES, "{}")
-    try:
-        hashes = dict(json.loads(text))
-    except ValueError as error:
-        raise UserError(f"{file} is damaged ({error}); export or convert it again") from error
-    wrong = [name for name in hashes if name not in state or hash_tensor(state[name]) != hashes[name]]
-    if wrong:
-        raise UserError(f"{file} is damaged ({wrong[0]} is not what was written); export or convert it again")
-
-
-def hash_tensor(tensor: Tensor) -> str:
-    """Return the hash of a tensor's bytes."""
-    return xxhash.xxh3_64_hexdigest(tensor.contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")
 
 
 def _load_from_checkpoint(folder: Path, weights: str) -> Model:
@@ -134,9 +108,7 @@ def save_model(config: ModelConfig, state: dict[str, Tensor], folder: str | Path
     """Write model.safetensors and config.json into `folder`, which `load_model` reads back bit for bit."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
-    hashes = {name: hash_tensor(tensor) for name, tensor in tensors.items()}
-    save_file(tensors, folder / WEIGHTS_FILE, metadata={HASHES: json.dumps(hashes)})
+    save_tensors(state, folder / WEIGHTS_FILE)
     write_record(folder / MODEL_CONFIG_FILE, dataclasses.asdict(config))
 
 
