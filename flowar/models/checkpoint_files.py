@@ -78,12 +78,17 @@ class HashingStream:
         self._stream = cast(IO[bytes], stream)
         self._digest = xxhash.xxh3_64()
         self._start = 0
+        self.error: OSError | None = None  # of the system; torch hides it behind one of its own
         self.hashes: dict[tuple[int, int], str] = {}  # (offset, length) -> hash
 
     def write(self, content: Any) -> int:
         """Write and hash."""
         self._digest.update(content)
-        return self._stream.write(content)
+        try:
+            return self._stream.write(content)
+        except OSError as error:
+            self.error = error
+            raise
 
     def tell(self) -> int:
         """Return the place; end a piece."""
@@ -133,7 +138,10 @@ class HashingWriter(FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's pieces; the hashes go with the results to whoever writes the metadata."""
-        results = super().write_data(plan, planner).value()
+        try:
+            results = super().write_data(plan, planner).value()
+        except RuntimeError as error:
+            raise next((stream.error for stream in self.files.streams.values() if stream.error), error) from error
         for result in results:
             place = result.storage_data
             hashes = self.files.streams[place.relative_path].hashes

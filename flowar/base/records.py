@@ -1,0 +1,60 @@
+"""Records: JSON files that say themselves whether they are what was written. Every JSON that flowar reads back is one.
+
+The hash is taken of the values, not of the text, so that formatting doesn't matter. A record without a hash was written
+by version 0.1, and is accepted.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from flowar.base.errors import UserError
+from flowar.base.files import write_text
+
+HASH_KEY = "xxh3"
+
+
+class DamagedRecordError(UserError):
+    """A record is half-written, edited or damaged."""
+
+
+def hash_record(values: Mapping[str, Any]) -> str:
+    """Return the hash of a record's values."""
+    plain = {key: value for key, value in values.items() if key != HASH_KEY}
+    return xxhash.xxh3_64_hexdigest(json.dumps(plain, sort_keys=True).encode())
+
+
+def record_text(values: Mapping[str, Any]) -> str:
+    """Return a record as JSON text with its hash."""
+    return json.dumps(dict(values) | {HASH_KEY: hash_record(values)}, indent=2) + "\n"
+
+
+def write_record(file: Path, values: Mapping[str, Any]) -> None:
+    """Write a record, whole or not at all."""
+    write_text(file, record_text(values))
+
+
+def read_record(file: Path, cure: str) -> dict[str, Any]:
+    """Return the values of a record, without its hash.
+
+    Args:
+        file: what `write_record` wrote.
+        cure: what to do about a damaged one; it ends the error's sentence.
+
+    Raises:
+        DamagedRecordError: if it is not what was written.
+        FileNotFoundError: if there is none.
+    """
+    try:
+        values = json.loads(file.read_text())
+        if not isinstance(values, dict):
+            raise TypeError(f"it holds a {type(values).__name__}, not a JSON object")
+        if HASH_KEY in values and values[HASH_KEY] != hash_record(values):
+            raise ValueError("its values don't have the hash that it names: it was edited or damaged")
+    except (ValueError, TypeError, RecursionError) as error:
+        raise DamagedRecordError(f"{file} is damaged ({error}); {cure}") from error
+    values.pop(HASH_KEY, None)
+    return values
