@@ -35,7 +35,7 @@ from flowar.models.state_dicts import load_strictly
 
 # The layout of huggingface_hub's PyTorchModelHubMixin.
 WEIGHTS_FILE, MODEL_CONFIG_FILE = "model.safetensors", "config.json"
-CURE = "export or convert it again"
+MODEL_CURE = "export or convert it again"
 
 
 def load_state(state: dict[str, Tensor], folder: Path, group: ProcessGroup | None = None) -> None:
@@ -75,9 +75,9 @@ def load_model(path: str | Path, weights: str = "ema") -> Model:
             f"{folder} is not a model: it has no {' and no '.join(missing)}; write one with `flowar convert`, or give "
             "the run_dir of a training run"
         )
-    config = config_from_dict(read_record(folder / MODEL_CONFIG_FILE, CURE))
+    config = config_from_dict(read_record(folder / MODEL_CONFIG_FILE, MODEL_CURE))
     model = create_model(config)
-    load_strictly(model, load_tensors(folder / WEIGHTS_FILE, CURE), str(folder / WEIGHTS_FILE))
+    load_strictly(model, load_tensors(folder / WEIGHTS_FILE, MODEL_CURE), str(folder / WEIGHTS_FILE))
     return model
 
 
