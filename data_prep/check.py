@@ -26,7 +26,7 @@ from flowar.base.errors import UserError
 from flowar.base.files import MIB
 from flowar.base.hashes import hash_file
 from flowar.base.pictures import save_grid
-from flowar.check import find_problems, kind_of
+from flowar.check import check_folder, kind_of
 from flowar.config.data import CheckConfig, DataConfig, PrepareConfig
 from flowar.latents.batches import check_same_vae
 from flowar.latents.schema import INDEX_FILE, LISTING_FILE, PASSPORT_FILE, SHARD_HASH, Passport, row_checksum
@@ -60,7 +60,7 @@ def main(config: CheckConfig, dry_run: bool = False) -> None:
     is_dataset = (folder / INDEX_FILE).exists() or ((folder / PASSPORT_FILE).exists() and kind_of(folder) is None)
     if folder.is_dir() and not is_dataset:
         if not dry_run:
-            report_problems(config.path, list(find_problems(folder)), "copy it again from where it is whole")
+            report_problems(config.path, list(check_folder(folder)), "copy it again from where it is whole")
         return
     check_dataset(config, dry_run)
 

@@ -37,7 +37,7 @@ def kind_of(folder: Path) -> str | None:
     return next((kind for kind, mark in marks.items() if (folder / mark).exists()), None)
 
 
-def find_problems(folder: Path) -> Iterator[str]:
+def check_folder(folder: Path) -> Iterator[str]:
     """Yield what in a folder is not what was written; print what is.
 
     Raises:
