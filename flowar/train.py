@@ -117,7 +117,7 @@ def train(config: TrainConfig, world: World) -> None:
         if world.is_main:
             print(f"resuming from {restored[1]}")
     if world.is_main and progress.step < run.num_steps:
-        record_settings(run_dir, config, progress.step, world)
+        record_settings(owner, config, passport, progress.step, world)
     contents = CheckpointContents(config.model, passport)
     kept = Kept(config.keep_checkpoints, config.keep_every_steps)
     checkpoints = Checkpoints(owner, world, contents, CHECKPOINTS, kept)

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
+from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import Tensor
@@ -35,6 +36,7 @@ from flowar.models.state_dicts import load_strictly
 
 # The layout of huggingface_hub's PyTorchModelHubMixin.
 WEIGHTS_FILE, MODEL_CONFIG_FILE = "model.safetensors", "config.json"
+LOCK_FILE = ".lock"
 MODEL_CURE = "export or convert it again"
 
 
@@ -122,12 +124,19 @@ def save_model_whole(
         folder: where to.
         passport_of: checkpoint whose dataset's passport goes along, so that sampling refuses another VAE.
     """
-    partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # what an interrupted run left
-    save_model(config, state, partial)
-    if passport_of is not None and (passport_of / PASSPORT_FILE).is_file():
-        shutil.copy(passport_of / PASSPORT_FILE, partial / PASSPORT_FILE)
-    publish_folder(partial, folder)
+    partial = folder.with_name(folder.name + ".partial")  # an interrupted run's is overwritten
+    partial.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(partial / LOCK_FILE, timeout=0):
+            save_model(config, state, partial)
+            if passport_of is not None and (passport_of / PASSPORT_FILE).is_file():
+                shutil.copy(passport_of / PASSPORT_FILE, partial / PASSPORT_FILE)
+            publish_folder(partial, folder)
+            (folder / LOCK_FILE).unlink()
+    except Timeout as error:
+        raise UserError(f"another process is writing {folder}; wait for it, or give another out_dir") from error
+    except OSError as error:
+        raise UserError(f"can't write {folder}: {error}; give another out_dir, or fix that and run it again") from error
 
 
 def export_model(source: str | Path, weights: str, folder: Path) -> Model:

@@ -9,6 +9,8 @@ import secrets
 from pathlib import Path
 from typing import NamedTuple
 
+from filelock import FileLock
+
 from flowar.base.errors import UserError
 from flowar.base.leases import describe_process, is_of_this_machine, process_is_gone
 from flowar.base.records import read_record, write_record
@@ -48,14 +50,20 @@ def take_over(run_dir: Path) -> Owner:
     """
     file = run_dir / OWNER_FILE
     job = os.environ.get("FLOWAR_JOB", "")
-    if file.exists():
-        owner = read_record(file, OWNER_CURE)
-        is_mine = owner["pid"] == os.getpid() or (job and owner["job"] == job)
-        if not is_mine and is_of_this_machine(owner) and not process_is_gone(owner):
-            raise UserError(
-                f"run_dir={run_dir} is in use by process {owner['pid']} on this machine; end that one first "
-                f"(kill {owner['pid']} has it save and stop), or give another run_dir"
-            )
-    token = secrets.token_hex(8)
-    write_record(file, describe_process() | {"token": token, "job": job})
+    with owner_lock(run_dir):
+        if file.exists():
+            owner = read_record(file, OWNER_CURE)
+            is_mine = owner["pid"] == os.getpid() or (job and owner["job"] == job)
+            if not is_mine and is_of_this_machine(owner) and not process_is_gone(owner):
+                raise UserError(
+                    f"run_dir={run_dir} is in use by process {owner['pid']} on this machine; end that one first "
+                    f"(kill {owner['pid']} has it save and stop), or give another run_dir"
+                )
+        token = secrets.token_hex(8)
+        write_record(file, describe_process() | {"token": token, "job": job})
     return Owner(run_dir, token)
+
+
+def owner_lock(run_dir: Path) -> FileLock:
+    """Return the lock to hold between looking at who owns a run and writing what depends on it."""
+    return FileLock(run_dir / ".owner.lock")

@@ -24,7 +24,7 @@ from flowar.models.family import Model
 from flowar.training.checkpoint import remove_unfinished
 from flowar.training.engine import Engine, EngineSettings, engine_name
 from flowar.training.optim import learning_rate
-from flowar.training.owner import Owner, take_over
+from flowar.training.owner import Owner, owner_lock, take_over
 from flowar.training.step import StepSettings
 from flowar.training.torch_engine import TorchEngine
 from flowar.training.zero_engine import ZeROEngine
@@ -198,8 +198,13 @@ def prepare_run_dir(run_dir: Path, passport: Passport) -> Owner:
     return owner
 
 
-def record_settings(run_dir: Path, config: TrainConfig, step: int, world: World) -> None:
-    """Write with which settings the steps after `step` are trained: config.yaml, and a line more in history.jsonl."""
+def record_settings(owner: Owner, config: TrainConfig, passport: Passport, step: int, world: World) -> None:
+    """Write with which settings the steps after `step` are trained: config.yaml, and a line more in history.jsonl.
+
+    Raises:
+        UserError: if another process has taken over the run, or begun it with other settings, since this one looked.
+    """
+    run_dir = owner.run_dir
     start = {
         "after_step": step,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -209,8 +214,11 @@ def record_settings(run_dir: Path, config: TrainConfig, step: int, world: World)
         "settings": dataclasses.asdict(config),
     }
     try:
-        write_text(run_dir / CONFIG_FILE, describe_config(config))
-        with (run_dir / HISTORY_FILE).open("a") as file:
-            file.write(json.dumps(start) + "\n")
+        with owner_lock(run_dir):
+            owner.check()
+            check_resumable(run_dir, config, passport, say=False)
+            write_text(run_dir / CONFIG_FILE, describe_config(config))
+            with (run_dir / HISTORY_FILE).open("a") as file:
+                file.write(json.dumps(start) + "\n")
     except OSError as error:
         raise UserError(f"can't write to run_dir={run_dir}: {error.strerror or error}") from error

@@ -15,9 +15,11 @@ from flowar.base.errors import EXIT_AGAIN, EXIT_INTERRUPTED, UserError
 from flowar.base.run_folder import find_latest
 from flowar.config.load import load_config
 from flowar.config.training import OptimConfig, ParallelConfig, TrainConfig
+from flowar.models import folders
+from flowar.models.build import create_model
 from flowar.training.report import read_metrics
-from tests.conftest import training
-from tests.processes import join, start
+from tests.conftest import tiny_config, training
+from tests.processes import PATIENCE_S, fork_context, join, start
 
 
 @pytest.fixture
@@ -132,3 +134,44 @@ def test_a_full_disk_stops_the_report_with_a_message(shards, tmp_path):
     log = tmp_path / "log"
     join([start(train_where_files_stay_small, config, 3_000, log=log)], log, code=1)
     assert "UserError: can't write to" in log.read_text() and "metrics.jsonl: File too large" in log.read_text()
+
+
+@pytest.mark.slow
+def test_of_two_runs_begun_in_one_folder_one_goes_on_and_it_has_its_own_settings(shards, tmp_path):
+    configs = [training(shards, tmp_path / "run", seed=seed, epochs=20, log_every_steps=1) for seed in (1, 2)]
+    logs = [tmp_path / f"log{seed}" for seed in (1, 2)]
+    both = [start(train.main, config, log=log) for config, log in zip(configs, logs, strict=True)]
+    for process in both:
+        process.join()
+    assert sorted(process.exitcode for process in both) == [0, 1]
+    winner, loser = (0, 1) if both[0].exitcode == 0 else (1, 0)
+    assert load_config(TrainConfig, tmp_path / "run" / "config.yaml") == configs[winner]
+    assert {start["settings"]["seed"] for start in history(configs[winner])} == {configs[winner].seed}
+    said = logs[loser].read_text()
+    assert "is in use by process" in said or "was taken over by process" in said or "holds another run" in said
+
+
+def save_and_wait(folder, written, go):
+    """Write a model folder, and wait in the middle."""
+    save_model = folders.save_model
+
+    def save_model_and_wait(*arguments):
+        save_model(*arguments)
+        written.set()
+        go.wait(PATIENCE_S)
+
+    folders.save_model = save_model_and_wait
+    folders.save_model_whole(tiny_config(), create_model(tiny_config()).state_dict(), folder)
+
+
+def test_two_exports_to_one_folder_do_not_mix(tmp_path):
+    written, go = fork_context().Event(), fork_context().Event()
+    first = start(save_and_wait, tmp_path / "model", written, go, log=tmp_path / "log")
+    assert written.wait(PATIENCE_S)
+    try:
+        with pytest.raises(UserError, match="another process is writing"):
+            folders.save_model_whole(tiny_config(), create_model(tiny_config()).state_dict(), tmp_path / "model")
+    finally:
+        go.set()
+    join([first], tmp_path / "log")
+    assert {file.name for file in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors"}
