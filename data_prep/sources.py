@@ -336,9 +336,11 @@ def _parquet_images(file: str, group: int, column: str) -> tuple[list[bytes], St
     stamp = file_stamp(Path(file).stat())
     try:
         images = pyarrow.parquet.ParquetFile(file).read_row_group(group, columns=[column])[column].to_pylist()
-    except MemoryError:
+    except MemoryError:  # some of pyarrow's are of both kinds
         raise
-    except pyarrow.ArrowException as error:
+    except (OSError, pyarrow.ArrowException) as error:
+        if getattr(error, "errno", None) is not None:  # of the storage, not of what is in the file
+            raise
         raise UserError(f"row group {group} of {file} is damaged: {error}; copy the file again") from error
     return [image["bytes"] if isinstance(image, dict) else image for image in images], stamp
 

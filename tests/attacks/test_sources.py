@@ -1,4 +1,4 @@
-"""Sources and half-made datasets that change under `flowar prepare`: refused by name, or the same dataset in the end."""
+"""Sources and half-made datasets that change under `flowar prepare`: refused by name, or the same in the end."""
 
 import contextlib
 import io
