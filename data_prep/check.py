@@ -115,22 +115,21 @@ def check_shard(shards: LatentShards, shard: Shard) -> Findings:
     except (UserError, OSError) as error:
         findings.problems.append(str(error))
         return findings
+    damaged: list[int] = []
+    for rows, first in read_blocks(shards, shard, file):
+        damaged += [first + n for n, row in enumerate(rows) if not shards.is_row(row, shard, first + n)]
+        findings.labels.update(rows["label"].tolist())
+        findings.statistics += MomentSums.of(rows["moments"])
+    where = ", ".join(map(str, damaged[:NAMED_ROWS])) or "none: what comes before the rows is"
+    more = f" and {len(damaged) - NAMED_ROWS} more" if len(damaged) > NAMED_ROWS else ""
     if found != shard.file_hash:
-        damaged = [
-            first + place
-            for rows, first in read_blocks(shards, shard, file)
-            for place, row in enumerate(rows)
-            if not shards.is_row(row, shard, first + place)
-        ]
-        where = ", ".join(map(str, damaged[:NAMED_ROWS])) or "none: what comes before the rows is"
-        more = f" and {len(damaged) - NAMED_ROWS} more" if len(damaged) > NAMED_ROWS else ""
         findings.problems.append(
             f"shard {shard.name} has {SHARD_HASH} {found}, its index {shard.file_hash}; damaged rows: {where}{more}"
         )
-        return findings
-    for rows, _ in read_blocks(shards, shard, file):
-        findings.labels.update(rows["label"].tolist())
-        findings.statistics += MomentSums.of(rows["moments"])
+    elif damaged:
+        findings.problems.append(
+            f"shard {shard.name} has rows that were changed, or are of another place: {where}{more}"
+        )
     return findings
 
 

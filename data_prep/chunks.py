@@ -31,6 +31,7 @@ from flowar.latents.schema import (
     PASSPORT_FILE,
     SHARD_HASH,
     Passport,
+    hash_row_settings,
     row_checksum,
     row_place,
     shard_columns,
@@ -67,6 +68,7 @@ class ChunkWriter:
         self.dtype = np.dtype(settings["moments_dtype"])
         self.encoded_with = encoded_with
         self.plan_hash = plan_hash
+        self.made_how = hash_row_settings(settings)
         self.num_rows = 0
         self.stamps: list[Stamp | None] = []  # of the image files that were read, in order
         self.statistics = MomentSums()
@@ -100,7 +102,7 @@ class ChunkWriter:
         self.class_counts.update(labels)
         for row, sample in enumerate(stored):
             label = labels[row // views]
-            checksum = row_checksum(sample, label, row_place(self.chunk, self.num_rows))
+            checksum = row_checksum(sample, label, row_place(self.made_how, self.chunk, self.num_rows))
             self.writer.write({"checksum": checksum, "label": label, "moments": sample})
             self.num_rows += 1
 

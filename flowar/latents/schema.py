@@ -12,7 +12,7 @@ Read next: encode.py, which writes it; flowar/data.py, which reads it.
 
 import dataclasses
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from flowar.base.errors import UserError
-from flowar.base.records import HASH_KEY, DamagedRecordError, read_record, write_record
+from flowar.base.records import HASH_KEY, DamagedRecordError, hash_record, read_record, write_record
 from flowar.config.data import Crop
 from flowar.config.load import free
 
@@ -34,6 +34,11 @@ PASSPORT_FILE = "dataset.json"
 LISTING_FILE = "listing.json.gz"
 INDEX_FILE = "index.json"
 SHARD_HASH = "xxh64"
+# What one view of one image, and its row, follows from.
+ROW_SETTINGS = (
+    *("image_size", "crop", "resize", "flip", "views", "seed"),
+    *("vae_sha256", "latent_shift", "moments_shape", "moments_dtype"),
+)
 PASSPORT_CURE = "copy it again from where the dataset or the run came from, or prepare the dataset again"
 
 
@@ -61,13 +66,23 @@ def row_checksum(moments: NDArray[Any], label: int, place: int = 0) -> int:
     return int.from_bytes(xxhash.xxh3_64_digest(moments.tobytes(), seed=seed), "big", signed=True)
 
 
-def row_place(chunk: int, row: int) -> int:
-    """Return what tells a row's place from all others: a shard or a row that was swapped has another checksum.
+def hash_row_settings(settings: Mapping[str, Any]) -> int:
+    """Return a hash, 64 bits, of how the rows of a dataset were made, from its settings or its passport's fields."""
+    return int(hash_record({key: settings[key] for key in ROW_SETTINGS}), 16)
 
-    Labels are below 2^20 (sources.py), and a chunk has fewer than 2^24 rows in any sensible dataset; where it has more,
-    two far places share a number.
+
+def row_place(made_how: int, chunk: int, row: int) -> int:
+    """Return what tells a row's place from all others: a row or shard that was swapped has another checksum.
+
+    Labels are below 2^20 (data_prep/limits.py), and a chunk has fewer than 2^24 rows in any sensible dataset; where it
+    has more, two far places share a number.
+
+    Args:
+        made_how: from `hash_row_settings`: rows that were made in another way are of another place.
+        chunk: its number.
+        row: the row's number in the chunk.
     """
-    return ((chunk + 1) << 44) + (row << 20)
+    return made_how + (chunk << 44) + (row << 20)
 
 
 @dataclass(frozen=True, kw_only=True)

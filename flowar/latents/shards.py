@@ -33,6 +33,7 @@ from flowar.latents.schema import (
     PASSPORT_FILE,
     SHARD_HASH,
     Passport,
+    hash_row_settings,
     read_passport,
     row_checksum,
     row_dtype,
@@ -75,6 +76,7 @@ class LatentShards:
         self.passport: Passport = read_passport(self.folder)
         self.shards = _read_index(self.folder, self.path)
         self.dtype = row_dtype(self.passport.moments_shape, self.passport.moments_dtype)
+        self._made_how = hash_row_settings(vars(self.passport))
         self._first_rows = np.array([shard.first_row for shard in self.shards])
         _check_index(self.shards, self.passport, self.path)
         if self.is_remote:
@@ -123,7 +125,7 @@ class LatentShards:
         """Return what the checksum of row `number` has of its place: nothing in datasets of version 0.1."""
         if self.passport.schema_version == FIRST_READ_VERSION:
             return 0
-        return row_place(shard.chunk, shard.row_in_chunk + int(number) - shard.first_row)
+        return row_place(self._made_how, shard.chunk, shard.row_in_chunk + int(number) - shard.first_row)
 
     def describe(self, shard: Shard) -> str:
         """Return the name of a shard for messages."""
