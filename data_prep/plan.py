@@ -101,22 +101,25 @@ class Plan:
                     self._check_images(chunk, pool)
 
     def _check_images(self, chunk: int, pool: ThreadPoolExecutor) -> None:
-        stamps = read_chunk_record(self.partial, chunk)["stamps"]
-        numbers = self.images_of(chunk)
+        record = read_chunk_record(self.partial, chunk)
+        numbers, stamps = self.images_of(chunk), record["stamps"]
+        again = CHUNK_CURE.format(self.partial / chunk_folder(chunk))
         if len(stamps) != len(numbers):
-            folder = self.partial / chunk_folder(chunk)
-            raise UserError(f"{folder} has {len(stamps)} images, not {len(numbers)}; {CHUNK_CURE.format(folder)}")
+            raise UserError(f"chunk {chunk} has {len(stamps)} images, not {len(numbers)}; {again}")
         files = [Path(self.source.root, self.source.names[number]) for number in numbers]
         for number, file, needed, found in zip(numbers, files, stamps, pool.map(_stat, files), strict=True):
-            if needed is None:
-                continue  # left out, as it had been removed
+            if isinstance(found, OSError) and str(number) in record["skipped"]:
+                continue  # it was left out anyway
             if isinstance(found, OSError):
-                gone = self.describe_removed(number) if self.was_removed(number) else None
-                raise UserError(gone or self.describe_unreachable(number, found))
-            if tuple(needed) != file_stamp(found):
+                if not self.was_removed(number):
+                    raise UserError(self.describe_unreachable(number, found))
                 raise UserError(
-                    f"{describe_change(file, needed, file_stamp(found))}; put it back as it was, or "
-                    f"{CHUNK_CURE.format(self.partial / chunk_folder(chunk))}"
+                    f"{self.source.names[number]} in {self.source.root} was removed after it had been encoded; put it "
+                    f"back as it was; or {again} and leaves it out with skip_unreadable=true; or {self._start_again()}"
+                )
+            if needed is not None and tuple(needed) != file_stamp(found):
+                raise UserError(
+                    f"{describe_change(file, needed, file_stamp(found))}; put it back as it was, or {again}"
                 )
 
     def was_removed(self, number: int) -> bool:

@@ -162,7 +162,7 @@ def read_passport(folder: str | Path) -> Passport:
         has_hash = f'"{HASH_KEY}"' in file.read_text()
     except OSError as error:
         raise UserError(f"can't read {file}: {error}; check its storage and its permissions") from error
-    version = content.get("schema_version")
+    version: Any = content.get("schema_version")
     if version not in range(FIRST_READ_VERSION, SCHEMA_VERSION + 1):
         raise UserError(
             f"{file} has schema version {version}, this flowar reads {FIRST_READ_VERSION} to {SCHEMA_VERSION}; prepare "

@@ -252,6 +252,20 @@ def test_a_removed_image_can_be_left_out(images, tmp_path, capsys):
     assert list(read_passport(tmp_path / "out").skipped.values()) == ["light/9.png (removed after it was listed)"]
 
 
+def test_a_broken_image_can_be_removed_once_it_was_left_out(images, tmp_path):
+    """It is broken in the first chunk; another one stops the run in the last."""
+    (images / "dark" / "0.png").write_bytes(b"no image")
+    (images / "light" / "9.png").unlink()
+    (images / "light" / "9.png").symlink_to("nowhere")
+    config = preparing(images, tmp_path / "out", skip_unreadable=True)
+    with pytest.raises(UserError, match="cannot read light/9.png"):
+        prepare(config)
+    (images / "dark" / "0.png").unlink()
+    (images / "light" / "9.png").unlink()
+    prepare(config)
+    assert len(read_passport(tmp_path / "out").skipped) == 2
+
+
 def test_a_storage_that_is_away_is_no_removed_image(images, tmp_path):
     broken(images)
     (images / "light").rename(tmp_path / "away")

@@ -232,6 +232,16 @@ def test_only_the_chunk_of_a_changed_image_is_encoded_again(resume, capsys):
     assert read_passport("out").shard_hashes == read_passport("fresh").shard_hashes
 
 
+def test_an_image_that_was_read_and_removed_can_be_left_out_too(resume):
+    again = resume("folder")
+    Path("source/dark/0.png").unlink()
+    with pytest.raises(UserError, match="remove out.partial/00000 and run .* skip_unreadable=true") as caught:
+        again()
+    follow(caught.value)
+    prepare(preparing("source", "out", chunk_images=CHUNK_IMAGES, skip_unreadable=True))
+    assert list(read_passport("out").skipped.values()) == ["dark/0.png (removed after it was listed)"]
+
+
 def path_of(name):
     return Path("out.partial", name)
 
