@@ -23,6 +23,7 @@ from data_prep.chunks import ChunkWriter, merge_chunks
 from data_prep.sources import Source
 from flowar.config.data import DataConfig
 from flowar.latents.batches import read_batches
+from flowar.latents.schema import SCHEMA_VERSION
 from flowar.latents.shards import LatentShards
 
 SHAPE = (32, 16, 16)
@@ -62,7 +63,7 @@ def write_all(root: Path, moments: NDArray[np.float16]) -> None:
     settings: dict[str, Any] = {
         "images": "random", "image_size": 256, "crop": "center", "flip": False, "seed": 0, "moments_dtype": "float16",
         "batch_size": 1, "chunk_images": len(moments), "shard_size_mib": 256, "precision": "fp32",
-        "skip_unreadable": False, "resize": 256, "views": 1, "vae_name": "none", "vae_sha256": "",
+        "schema_version": SCHEMA_VERSION, "resize": 256, "views": 1, "vae_name": "none", "vae_sha256": "",
         "latent_multiplier": 1.0, "latent_shift": 0.0, "moments_shape": list(SHAPE), "source_kind": "folder",
         "listing_sha256": "",
     }  # fmt: skip
@@ -72,7 +73,7 @@ def write_all(root: Path, moments: NDArray[np.float16]) -> None:
         part = moments[start : start + BATCH]
         writer.add(part.astype(np.float32), [0] * len(part), [""] * len(part))
     writer.publish()
-    merge_chunks(root / "mds", settings, ["0"])
+    merge_chunks(root / "mds", settings, ["0"], num_chunks=1, plan_hash="")
     Source("", "folder", ["0"], [], [], []).save(root / "mds" / "listing.json.gz")
     np.save(root / "array.npy", moments)
     (root / "npz").mkdir()

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from rich.progress import track
 
 from data_prep.crops import decode_image, make_views
-from data_prep.sources import Source, open_source
+from data_prep.sources import DamagedListingError, Source, open_source
 from data_prep.statistics import MomentSums
 from flowar.base.devices import pick_device
 from flowar.base.errors import UserError
@@ -29,8 +29,9 @@ from flowar.base.pictures import save_grid
 from flowar.check import check_folder, kind_of
 from flowar.config.data import CheckConfig, DataConfig, PrepareConfig
 from flowar.latents.batches import check_same_vae
-from flowar.latents.schema import INDEX_FILE, LISTING_FILE, PASSPORT_FILE, SHARD_HASH, Passport, row_checksum
-from flowar.latents.shards import LatentShards, Shard, fetch
+from flowar.latents.cache import fetch
+from flowar.latents.schema import INDEX_FILE, LISTING_FILE, PASSPORT_FILE, SHARD_HASH, Passport
+from flowar.latents.shards import LatentShards, Shard
 from flowar.latents.vae import VAE, from_uint8, load_vae, to_uint8
 
 ROWS_AT_ONCE = 256
@@ -134,24 +135,25 @@ def check_shard(shards: LatentShards, shard: Shard) -> Findings:
     try:
         file = shards.local_file(shard)
         shards.check_size(shard)
-        needed = shards.passport.shard_hashes.get(shard.name)
         found = hash_file(file)
     except (UserError, OSError) as error:
         findings.problems.append(str(error))
         return findings
-    if needed != shard.file_hash:
-        findings.problems.append(f"{shard.name}: {INDEX_FILE} has hash {shard.file_hash}, {PASSPORT_FILE} has {needed}")
+    damaged: list[int] = []
+    for rows, first in read_blocks(shards, shard, file):
+        damaged += [first + n for n, row in enumerate(rows) if not shards.is_row(row, shard, first + n)]
+        findings.labels.update(rows["label"].tolist())
+        findings.statistics += MomentSums.of(rows["moments"])
+    where = ", ".join(map(str, damaged[:NAMED_ROWS])) or "none: what comes before the rows is"
+    more = f" and {len(damaged) - NAMED_ROWS} more" if len(damaged) > NAMED_ROWS else ""
     if found != shard.file_hash:
-        damaged = [row for rows, place in read_blocks(shards, shard, file) for row in damaged_rows(rows, place)]
-        where = ", ".join(map(str, damaged[:NAMED_ROWS])) or "none: what comes before the rows is"
-        more = f" and {len(damaged) - NAMED_ROWS} more" if len(damaged) > NAMED_ROWS else ""
         findings.problems.append(
             f"shard {shard.name} has {SHARD_HASH} {found}, its index {shard.file_hash}; damaged rows: {where}{more}"
         )
-        return findings
-    for rows, _ in read_blocks(shards, shard, file):
-        findings.labels.update(rows["label"].tolist())
-        findings.statistics += MomentSums.of(rows["moments"])
+    elif damaged:
+        findings.problems.append(
+            f"shard {shard.name} has rows that were changed, or are of another place: {where}{more}"
+        )
     return findings
 
 
@@ -162,15 +164,6 @@ def read_blocks(shards: LatentShards, shard: Shard, file: Path) -> Iterator[tupl
         count = min(ROWS_AT_ONCE, shard.num_rows - first)
         offset = begin + first * shards.dtype.itemsize
         yield np.fromfile(file, shards.dtype, count=count, offset=offset), shard.first_row + first
-
-
-def damaged_rows(rows: NDArray[np.void], first_row: int) -> list[int]:
-    """Return the numbers of the rows whose checksum is wrong."""
-    return [
-        first_row + place
-        for place, row in enumerate(rows)
-        if row["label"] < 0 or row_checksum(row["moments"], int(row["label"])) != row["checksum"]
-    ]
 
 
 def stray_files(shards: LatentShards) -> list[str]:
@@ -207,6 +200,8 @@ def check_against_source(config: CheckConfig, shards: LatentShards) -> list[str]
             problems.append(f"image {image} ({name}) has class {row['label'][0]}, not {source.labels[kept[image]]}")
         try:
             made = make_views(decode_image(source.read(kept[image])), crops, kept[image])[view]
+        except MemoryError as error:
+            raise UserError(f"there is not enough memory to decode image {image} ({name})") from error
         except Exception as error:  # Pillow raises many kinds
             problems.append(f"image {image} ({name}) can't be read any more: {error}")
             continue
@@ -233,15 +228,14 @@ def check_against_source(config: CheckConfig, shards: LatentShards) -> list[str]
 def open_same_source(config: CheckConfig, shards: LatentShards) -> Source | str:
     """Return the source that the dataset was made from, or what is wrong with it."""
     file = shards.folder / LISTING_FILE
-    if shards.is_remote and not file.exists():
+    if shards.is_remote:
+        file.unlink(missing_ok=True)
         fetch(f"{config.path.rstrip('/')}/{LISTING_FILE}", file)
+    columns = {"image_column": config.image_column, "label_column": config.label_column}
     try:
-        columns = {"image_column": config.image_column, "label_column": config.label_column}
         source = open_source(config.images, **columns) if config.images else Source.load(file)
-    except (OSError, EOFError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        return f"{file} can't be read: {error}"
+    except DamagedListingError as error:
+        return str(error)
     if source.sha256() != shards.passport.listing_sha256:
         what = f"images={config.images}" if config.images else LISTING_FILE
         return f"{what} lists other images or classes than those that the dataset was made from ({PASSPORT_FILE})"

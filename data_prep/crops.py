@@ -1,6 +1,7 @@
 """Image bytes -> the square views of it that are stored, by a crop policy. Read next: encode.py."""
 
 import io
+import warnings
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,10 +9,12 @@ from PIL import Image, ImageOps
 from torchvision.transforms import functional as F
 from torchvision.transforms.functional import InterpolationMode
 
+from data_prep.limits import LARGEST_ASPECT, LARGEST_IMAGE
 from flowar.base.seeding import Stream, derive_seed
 from flowar.config.data import PrepareConfig
 
 RANDOM_RESIZE = 288 / 256  # the authors' recipe: short side 288, then a random crop of 256
+OUT_OF_MEMORY = "out of memory"  # what Pillow's decoders say of it, as an OSError
 TEN_CROP_RESIZE = 1.1  # the usual ratio where autoregressive image models store ten crops (LlamaGen)
 
 
@@ -32,9 +35,29 @@ def decode_image(content: bytes) -> Image.Image:
     """Return an upright RGB image; the first frame of an animated one, the 8 highest bits of a 16-bit one.
 
     Raises:
-        Exception: if it can't be read; Pillow raises many kinds.
+        MemoryError: if there isn't enough of it: that says nothing about the image.
+        Exception: if it can't be read, or is beyond the limits (limits.py); Pillow raises many kinds.
     """
-    image: Image.Image = Image.open(io.BytesIO(content))
+    with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):  # LARGEST_IMAGE says more
+        image: Image.Image = Image.open(io.BytesIO(content))
+    check_image_size(*image.size)
+    try:
+        return _to_rgb(image)
+    except OSError as error:
+        if OUT_OF_MEMORY in str(error):
+            raise MemoryError(str(error)) from error
+        raise
+
+
+def check_image_size(width: int, height: int) -> None:
+    """Raise a ValueError if an image is beyond the limits."""
+    if width * height > LARGEST_IMAGE:
+        raise ValueError(f"{width} x {height} pixels; at most {LARGEST_IMAGE:,} in all are accepted")
+    if max(width, height) > LARGEST_ASPECT * min(width, height):
+        raise ValueError(f"{width} x {height} pixels; at most {LARGEST_ASPECT} times as long as wide is accepted")
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(
         image
     )  # ADM and the authors ignore EXIF; ImageNet's few turned images are upright here

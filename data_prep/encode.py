@@ -8,11 +8,9 @@ Read next: chunks.py for the files, sources.py and crops.py for the images, sche
 import contextlib
 import errno
 import itertools
-import json
 import shutil
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,25 +21,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data_prep.chunks import (
-    PLAN_FILE,
-    ChunkWriter,
-    finished_chunks,
-    has_dataset,
-    merge_chunks,
-    publish_dataset,
-)
+from data_prep.chunks import ChunkWriter, has_dataset, merge_chunks, publish_dataset
 from data_prep.crops import decode_image, make_views, num_views, resize_side
+from data_prep.plan import EncodingJob, Plan, agree_on_plan, check_same_settings, describe_plan, list_images
 from data_prep.progress import PrepareProgress
-from data_prep.sources import Source, open_source
+from data_prep.sources import ChangedSourceError, Stamp
 from flowar import __version__
 from flowar.base.devices import convolution_precision, pick_device
 from flowar.base.errors import UserError
-from flowar.base.files import MIB, write_text
 from flowar.base.leases import WAIT_S, Leases, claim_name, claimed_chunks
 from flowar.config.data import PrepareConfig
 from flowar.config.load import decisive_settings
-from flowar.latents.schema import LISTING_FILE, PASSPORT_FILE, Passport, read_passport
+from flowar.latents.schema import PASSPORT_FILE, SCHEMA_VERSION, Passport, read_passport
 from flowar.latents.vae import VAE, from_uint8, load_vae
 from flowar.latents.workers import BATCHES_AHEAD, check_shared_memory, from_workers
 
@@ -81,7 +72,7 @@ def prepare(config: PrepareConfig, vae: VAE, device: torch.device) -> None:
             except OSError as error:
                 if error.errno not in GONE or not another_finished(job):
                     raise
-        check_same_settings(settings, vars(read_passport(out_dir)), f"out_dir={out_dir} holds a dataset with")
+        check_finished(config, settings, read_passport(out_dir))
     except OSError as error:
         raise UserError(f"can't write to {job.partial}: {error}; fix that and run the same command again") from error
     finally:
@@ -91,7 +82,18 @@ def prepare(config: PrepareConfig, vae: VAE, device: torch.device) -> None:
                 job.partial.rmdir()
 
 
-def another_finished(job: "EncodingJob") -> bool:
+def check_finished(config: PrepareConfig, settings: dict[str, Any], passport: Passport) -> None:
+    """Raise a UserError if the dataset that is there is not the one that was asked for."""
+    found = vars(passport) | {"schema_version": settings["schema_version"]}  # an older one is as good
+    check_same_settings(settings, found, f"out_dir={config.out_dir} holds a dataset with")
+    if passport.skipped and not config.skip_unreadable:
+        raise UserError(
+            f"out_dir={config.out_dir} holds a dataset without {len(passport.skipped)} unreadable images; "
+            "accept that with skip_unreadable=true, or give another out_dir"
+        )
+
+
+def another_finished(job: EncodingJob) -> bool:
     """Return whether files went away because another worker gave the dataset its name.
 
     Network file systems may show that late, so that it is asked for a minute.
@@ -109,17 +111,6 @@ def any_file(folder: Path) -> bool:
     return False
 
 
-class EncodingJob(NamedTuple):
-    """What a worker needs to know."""
-
-    config: PrepareConfig
-    settings: dict[str, Any]
-    out_dir: Path
-    partial: Path
-    vae: VAE
-    device: torch.device
-
-
 def settings_of_dataset(config: PrepareConfig, vae: VAE) -> dict[str, Any]:
     """Return all settings that the bytes of the dataset depend on, as they stand in the passport.
 
@@ -133,7 +124,9 @@ def settings_of_dataset(config: PrepareConfig, vae: VAE) -> dict[str, Any]:
     side = config.image_size // vae.stride
     given = decisive_settings(config)
     del given["vae"]  # its weights' hash says more
+    del given["skip_unreadable"]  # changes nothing where all can be read
     return given | {
+        "schema_version": SCHEMA_VERSION,
         "resize": resize_side(config),
         "views": num_views(config),
         "vae_name": vae.name,
@@ -144,33 +137,10 @@ def settings_of_dataset(config: PrepareConfig, vae: VAE) -> dict[str, Any]:
     }
 
 
-def check_same_settings(settings: dict[str, Any], found: dict[str, Any], where: str) -> None:
-    """Raise a UserError that names the settings in which two workers, or a worker and a dataset, differ."""
-    differing = [f"{key}={found.get(key)}, not {value}" for key, value in settings.items() if found.get(key) != value]
-    if differing:
-        raise UserError(f"{where} {'; '.join(differing)}; use the same settings, or another out_dir")
-
-
-def list_images(config: PrepareConfig) -> Source:
-    """Return the listing of the source."""
-    return open_source(config.images, image_column=config.image_column, label_column=config.label_column)
-
-
 def check_images_exist(config: PrepareConfig) -> None:
     """Raise the source's UserError before anything is written, where that takes no listing."""
     if not Path(config.images).exists() and not any(mark in config.images for mark in "*?["):
         list_images(config)
-
-
-def describe_plan(source: Source, settings: dict[str, Any], config: PrepareConfig) -> str:
-    """Return what will be done, in one line."""
-    rows = len(source) * settings["views"]
-    num_bytes = rows * int(np.prod(settings["moments_shape"])) * np.dtype(settings["moments_dtype"]).itemsize
-    return (
-        f"{len(source):,} images of {len(source.class_names):,} classes in {config.images} ({source.kind}) x "
-        f"{settings['views']} views ({config.crop}) -> moments {tuple(settings['moments_shape'])} of VAE "
-        f"{settings['vae_name']}, {num_bytes / MIB:,.1f} MiB in {config.out_dir}"
-    )
 
 
 def encode_chunks(job: EncodingJob, leases: Leases) -> None:
@@ -189,7 +159,7 @@ def encode_chunks(job: EncodingJob, leases: Leases) -> None:
                 time.sleep(WAIT_S)
 
 
-def merge(job: EncodingJob, plan: "Plan", leases: Leases) -> None:
+def merge(job: EncodingJob, plan: Plan, leases: Leases) -> None:
     """Finish the dataset, or wait a moment for the worker that does."""
     if has_dataset(job.out_dir):
         return
@@ -197,69 +167,17 @@ def merge(job: EncodingJob, plan: "Plan", leases: Leases) -> None:
         time.sleep(WAIT_S)
         return
     if not has_dataset(job.partial):
-        merge_chunks(job.partial, job.settings | plan.identity(), plan.source.class_names)
+        plan.check_files()
+        plan.check_images()
+        merge_chunks(
+            job.partial,
+            job.settings | plan.identity(),
+            plan.source.class_names,
+            num_chunks=plan.num_chunks,
+            plan_hash=plan.hash,
+        )
     if leases.is_mine("merge"):
         publish_dataset(job.partial, job.out_dir)
-
-
-@dataclass
-class Plan:
-    """Which images there are, cut into which chunks: the same for all workers."""
-
-    source: Source
-    listing_sha256: str
-    chunk_images: int
-    partial: Path
-
-    def identity(self) -> dict[str, str]:
-        """Return the source's fields of the passport."""
-        return {"source_kind": self.source.kind, "listing_sha256": self.listing_sha256}
-
-    def images_of(self, chunk: int) -> range:
-        """Return the numbers of a chunk's images."""
-        return range(chunk * self.chunk_images, min((chunk + 1) * self.chunk_images, len(self.source)))
-
-    def unfinished(self) -> list[int]:
-        """Return the chunks that are still to do; none once they are merged."""
-        if has_dataset(self.partial):
-            return []
-        done = finished_chunks(self.partial)
-        return [chunk for chunk in range(-(-len(self.source) // self.chunk_images)) if chunk not in done]
-
-    def done(self) -> int:
-        """Return how many images are in finished chunks."""
-        return len(self.source) - sum(len(self.images_of(chunk)) for chunk in self.unfinished())
-
-
-def agree_on_plan(job: EncodingJob, leases: Leases) -> Plan | None:
-    """Return the plan that the first worker made, or make it; None if the dataset is finished.
-
-    Raises:
-        UserError: if the plan was made with other settings.
-    """
-    file = job.partial / PLAN_FILE
-    has_said = False
-    while not has_dataset(job.out_dir):
-        if file.exists():
-            recorded = json.loads(file.read_text())
-            check_same_settings(job.settings, recorded, f"{job.partial} was begun with")
-            source = Source.load(job.partial / LISTING_FILE)
-            return Plan(source, recorded["listing_sha256"], job.config.chunk_images, job.partial)
-        is_merged = has_dataset(job.partial)  # and was cut off while it was tidied up
-        task = "merge" if is_merged else "plan"
-        if not leases.claim(task):
-            if not has_said:
-                print(f"waiting for {leases.holder(task)}, which lists the images or tidies up")
-                has_said = True
-            time.sleep(WAIT_S)
-        elif is_merged:
-            publish_dataset(job.partial, job.out_dir)
-        elif not file.exists() and not has_dataset(job.out_dir):
-            source = list_images(job.config)
-            source.save(job.partial / LISTING_FILE)
-            write_text(file, json.dumps(job.settings | {"listing_sha256": source.sha256()}))
-            leases.release("plan")
-    return None
 
 
 class Decoded(NamedTuple):
@@ -268,30 +186,54 @@ class Decoded(NamedTuple):
     chunk: int
     number: int
     views: Tensor | None  # (V, 3, size, size) uint8
+    stamp: Stamp | None = None  # of the file that it was read from
     damage: str = ""  # the file is there, but is no image
-    trouble: str = ""  # the file can't be got at: no fault of the image
+    trouble: str = ""  # the run has to stop: the image can't be got at, and that is no fault of the image
 
 
 class DecodedImages(Dataset[Decoded]):
     """The views of the images, by (chunk, number)."""
 
-    def __init__(self, source: Source, config: PrepareConfig) -> None:
-        self.source = source
+    def __init__(self, plan: Plan, config: PrepareConfig) -> None:
+        self.plan = plan
+        self.source = plan.source
         self.config = config
 
     def __getitem__(self, key: tuple[int, int]) -> Decoded:
         chunk, number = key
         name = self.source.names[number]
         try:
-            content = self.source.read(number)
+            content, stamp = self.source.read_stamped(number)
+        except FileNotFoundError as error:
+            if self.plan.was_removed(number):
+                if self.config.skip_unreadable:
+                    return Decoded(chunk, number, None, damage=f"{name} (removed after it was listed)")
+                return Decoded(chunk, number, None, trouble=self.plan.describe_removed(number))
+            return Decoded(chunk, number, None, trouble=self.plan.describe_unreachable(number, error))
         except OSError as error:
-            return Decoded(chunk, number, None, trouble=f"{name} in {self.source.root}: {error}")
+            return Decoded(chunk, number, None, trouble=self.plan.describe_unreachable(number, error))
+        except ChangedSourceError as error:
+            return Decoded(chunk, number, None, trouble=f"{error}; {self.plan.cure_of_change()}")
+        except UserError as error:
+            return Decoded(chunk, number, None, trouble=str(error))
+        except MemoryError:
+            return Decoded(chunk, number, None, trouble=describe_lack_of_memory(name, self.config))
         try:
             views = make_views(decode_image(content), self.config, number)
+        except MemoryError:
+            return Decoded(chunk, number, None, trouble=describe_lack_of_memory(name, self.config))
         except Exception as error:  # Pillow raises many kinds; the image is named, and stops the run or is left out
             problem = (str(error) or type(error).__name__).splitlines()[0]
-            return Decoded(chunk, number, None, damage=f"{name} ({problem})")
-        return Decoded(chunk, number, torch.from_numpy(views).permute(0, 3, 1, 2))
+            return Decoded(chunk, number, None, stamp, damage=f"{name} ({problem})")
+        return Decoded(chunk, number, torch.from_numpy(views).permute(0, 3, 1, 2), stamp)
+
+
+def describe_lack_of_memory(name: str, config: PrepareConfig) -> str:
+    """Return the error about an image that there is no memory for."""
+    return (
+        f"there is not enough memory to decode {name}, which says nothing about the image; use fewer processes than "
+        f"num_workers={config.num_workers}, or ask for more memory, and run the same command again"
+    )
 
 
 def encode_free_chunks(job: EncodingJob, plan: Plan, leases: Leases, progress: PrepareProgress) -> int:
@@ -308,7 +250,7 @@ def encode_free_chunks(job: EncodingJob, plan: Plan, leases: Leases, progress: P
         return 0
     check_shared_memory(config.num_workers, images_per_batch * views * 3 * config.image_size**2, "num_workers")
     loader = DataLoader(
-        DecodedImages(plan.source, config),
+        DecodedImages(plan, config),
         batch_sampler=itertools.chain([first], batches),
         num_workers=config.num_workers,
         collate_fn=list,
@@ -321,8 +263,8 @@ def encode_free_chunks(job: EncodingJob, plan: Plan, leases: Leases, progress: P
         for batch, moments in encode_ahead(from_workers(loader, config.images, "num_workers"), job):
             chunk = batch[0].chunk
             if writer is None:
-                writer = ChunkWriter(job.partial, chunk, job.settings, encoded_with)
-            add_images(writer, batch, moments, plan.source, config)
+                writer = ChunkWriter(job.partial, chunk, job.settings, encoded_with, plan.hash)
+            add_images(writer, batch, moments, plan, config)
             progress.advance(len(batch))
             if batch[-1].number == plan.images_of(chunk)[-1]:
                 writer.publish()
@@ -341,25 +283,22 @@ def encode_free_chunks(job: EncodingJob, plan: Plan, leases: Leases, progress: P
 
 
 def add_images(
-    writer: ChunkWriter, batch: list[Decoded], moments: NDArray[np.float32], source: Source, config: PrepareConfig
+    writer: ChunkWriter, batch: list[Decoded], moments: NDArray[np.float32], plan: Plan, config: PrepareConfig
 ) -> None:
     """Write one batch, or stop because of an image that can't be read."""
     troubles = [image.trouble for image in batch if image.trouble]
     if troubles:
-        raise UserError(
-            f"cannot read {troubles[0]}; check that its storage is mounted, then run the same command again"
-        )
+        raise UserError(troubles[0])
     for image in batch:
+        if plan.source.kind == "folder":
+            writer.stamps.append(image.stamp)
         if image.damage:
             writer.skip(image.number, image.damage)
     if writer.skipped and not config.skip_unreadable:
-        raise UserError(
-            f"images can't be read: {', '.join(writer.skipped.values())}; fix or remove them, or leave such images "
-            "out, with a list in dataset.json, by skip_unreadable=true"
-        )
+        raise UserError(f"images can't be read: {', '.join(writer.skipped.values())}; {plan.cure_of_damage()}")
     numbers = [image.number for image in batch if image.views is not None]
     if numbers:
-        writer.add(moments, [source.labels[n] for n in numbers], [source.names[n] for n in numbers])
+        writer.add(moments, [plan.source.labels[n] for n in numbers], [plan.source.names[n] for n in numbers])
 
 
 def claimed_batches(plan: Plan, leases: Leases, images_per_batch: int) -> Iterator[list[tuple[int, int]]]:

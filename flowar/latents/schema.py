@@ -11,9 +11,9 @@ Read next: encode.py, which writes it; flowar/data.py, which reads it.
 """
 
 import dataclasses
-import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,24 @@ import xxhash
 from numpy.typing import NDArray
 
 from flowar.base.errors import UserError
-from flowar.base.files import write_text
+from flowar.base.records import HASH_KEY, DamagedRecordError, hash_record, read_record, write_record
 from flowar.config.data import Crop
 from flowar.config.load import free
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
+FIRST_READ_VERSION = (
+    2  # of flowar 0.1: its passport is no record, and a row's checksum doesn't say where the row belongs
+)
 PASSPORT_FILE = "dataset.json"
 LISTING_FILE = "listing.json.gz"
 INDEX_FILE = "index.json"
 SHARD_HASH = "xxh64"
+# What one view of one image, and its row, follows from.
+ROW_SETTINGS = (
+    *("image_size", "crop", "resize", "flip", "views", "seed"),
+    *("vae_sha256", "latent_shift", "moments_shape", "moments_dtype"),
+)
+PASSPORT_CURE = "copy it again from where the dataset or the run came from, or prepare the dataset again"
 
 
 def shard_columns(moments_shape: Sequence[int], moments_dtype: str) -> dict[str, str]:
@@ -45,9 +54,35 @@ def row_dtype(moments_shape: Sequence[int], moments_dtype: str) -> np.dtype[np.v
     return np.dtype([("checksum", "<i8"), ("label", "<i8"), ("moments", moments, tuple(moments_shape))])
 
 
-def row_checksum(moments: NDArray[Any], label: int) -> int:
-    """Return the checksum of one row, 64 bits with a sign: XXH3 of the moments' bytes, seeded with the label."""
-    return int.from_bytes(xxhash.xxh3_64_digest(moments.tobytes(), seed=label), "big", signed=True)
+def row_checksum(moments: NDArray[Any], label: int, place: int = 0) -> int:
+    """Return the checksum of one row, 64 bits with a sign: XXH3 of the moments' bytes, seeded with label and place.
+
+    Args:
+        moments: of the row, as stored.
+        label: its class number.
+        place: where the row belongs, from `row_place`; 0 in datasets of version 0.1, whose rows don't say that.
+    """
+    seed = (place + label) % 2**64
+    return int.from_bytes(xxhash.xxh3_64_digest(moments.tobytes(), seed=seed), "big", signed=True)
+
+
+def hash_row_settings(settings: Mapping[str, Any]) -> int:
+    """Return a hash, 64 bits, of how the rows of a dataset were made, from its settings or its passport's fields."""
+    return int(hash_record({key: settings[key] for key in ROW_SETTINGS}), 16)
+
+
+def row_place(made_how: int, chunk: int, row: int) -> int:
+    """Return what tells a row's place from all others: a row or shard that was swapped has another checksum.
+
+    Labels are below 2^20 (data_prep/limits.py), and a chunk has fewer than 2^24 rows in any sensible dataset; where it
+    has more, two far places share a number.
+
+    Args:
+        made_how: from `hash_row_settings`: rows that were made in another way are of another place.
+        chunk: its number.
+        row: the row's number in the chunk.
+    """
+    return made_how + (chunk << 44) + (row << 20)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +124,7 @@ class Passport:
     rounding_error_max: float  # of the moments by moments_dtype, absolute
     rounding_error_rms: float
     shard_hashes: dict[str, str]  # file -> xxh64
+    shards: list[list[Any]] = field(default_factory=list)  # [file, rows, bytes] in order; none in datasets of 0.1
 
     @property
     def latent_channels(self) -> int:
@@ -105,14 +141,14 @@ class Passport:
 
 def write_passport(passport: Passport, folder: Path) -> None:
     """Write dataset.json into `folder`."""
-    write_text(folder / PASSPORT_FILE, json.dumps(dataclasses.asdict(passport), indent=2) + "\n")
+    write_record(folder / PASSPORT_FILE, dataclasses.asdict(passport))
 
 
 def read_passport(folder: str | Path) -> Passport:
     """Return the passport of a prepared dataset.
 
     Raises:
-        UserError: if the folder is missing, unfinished, or of another schema version.
+        UserError: if the folder is missing, unfinished, or of another schema version, or the passport is damaged.
     """
     file = Path(folder) / PASSPORT_FILE
     if not Path(folder).is_dir():
@@ -122,12 +158,39 @@ def read_passport(folder: str | Path) -> Passport:
             f"data.path={folder} has no {PASSPORT_FILE}, so it is no finished dataset; write one with `flowar prepare`"
         )
     try:
-        content = json.loads(file.read_text())
-        version = content.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise UserError(
-                f"{file} has schema version {version}, this flowar reads {SCHEMA_VERSION}; prepare it again"
-            )
-        return Passport(**content)
-    except (json.JSONDecodeError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} is damaged: {error}; prepare the dataset again") from error
+        content = read_record(file, PASSPORT_CURE)
+        has_hash = f'"{HASH_KEY}"' in file.read_text()
+    except OSError as error:
+        raise UserError(f"can't read {file}: {error}; check its storage and its permissions") from error
+    version: Any = content.get("schema_version")
+    if version not in range(FIRST_READ_VERSION, SCHEMA_VERSION + 1):
+        raise UserError(
+            f"{file} has schema version {version}, this flowar reads {FIRST_READ_VERSION} to {SCHEMA_VERSION}; prepare "
+            "it again"
+        )
+    problem = _problem_of(content)
+    if problem is None and not has_hash and version > FIRST_READ_VERSION:
+        problem = f'its hash "{HASH_KEY}" is missing: it was edited'
+    if problem is not None:
+        raise DamagedRecordError(f"{file} is damaged ({problem}); {PASSPORT_CURE}")
+    return Passport(**content)
+
+
+def _problem_of(content: dict[str, Any]) -> str | None:
+    """Return what keeps values from being a passport's: a field that is missing, unknown, or of another type."""
+    hints = typing.get_type_hints(Passport)
+    needed = {item.name for item in dataclasses.fields(Passport) if item.default_factory is dataclasses.MISSING}
+    strange = sorted((needed - content.keys()) | (content.keys() - hints.keys()))
+    if strange:
+        return f"{strange[0]} is {'missing' if strange[0] in hints else 'not a field of a passport'}"
+    for name, value in content.items():
+        kind = typing.get_origin(hints[name]) or hints[name]
+        if kind is typing.Literal:
+            is_right = value in typing.get_args(hints[name])
+        else:
+            is_right = isinstance(value, (int, float) if kind is float else kind)
+        if not is_right:
+            return f"{name} is {str(value)[:40]!r}, but {hints[name]} is needed"
+    if len(content["class_counts"]) != len(content["class_names"]):
+        return f"{len(content['class_names'])} classes have {len(content['class_counts'])} class_counts"
+    return None

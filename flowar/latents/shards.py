@@ -3,47 +3,44 @@
 The shards are plain MDS, which mosaicml-streaming reads too; here they are read by their row numbers with one `pread`
 each, and every row is checked against its checksum. A read error is an error, where a memory map would end the process
 with a bus error, and StreamingDataset its epoch in silence. Remote shards are fetched whole, by mosaicml-streaming.
-Read next: data.py for the order, data_prep/schema.py for what a row is.
+The index is compared with the passport, which has a hash of its own.
+Read next: cache.py for the copies of remote shards, batches.py for the order, schema.py for what a row is.
 """
 
-import getpass
-import hashlib
 import json
-import logging
 import os
 import resource
 import shutil
-import tempfile
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import FileIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 from rich.progress import track
 
 from flowar.base.errors import UserError
-from flowar.base.files import MIB, write_whole
-from flowar.base.hashes import hash_file
+from flowar.base.files import MIB
 from flowar.config.data import DataConfig
+from flowar.latents.cache import fetch_passport, fetch_verified
 from flowar.latents.schema import (
+    FIRST_READ_VERSION,
     INDEX_FILE,
     PASSPORT_FILE,
     SHARD_HASH,
     Passport,
+    hash_row_settings,
     read_passport,
     row_checksum,
     row_dtype,
+    row_place,
 )
 
 SPARE_FILES = 200  # open files that are left to everything else
-FETCH_TIMEOUT_S = 60
-FETCH_ATTEMPTS = 3
 FETCHED_AT_ONCE = 8
 
 
@@ -56,30 +53,32 @@ class Shard:
     num_rows: int
     num_bytes: int
     file_hash: str
+    row_in_chunk: int  # its first row's number among those of its chunk
+
+    @property
+    def chunk(self) -> int:
+        """Number of the chunk that it is of: the name of its folder."""
+        return int(self.name.partition("/")[0])
 
 
 class LatentShards:
     """The rows of a prepared dataset, by number.
 
     Raises:
-        UserError: if it is not finished, or (with `check_sizes`) a local shard is missing or has another size than the
-            index says.
+        UserError: if it is not finished, its index isn't the one that its passport was written with, or (with
+            `check_sizes`) a local shard is missing or has another size than the index says.
     """
 
     def __init__(self, config: DataConfig, *, check_sizes: bool = True) -> None:
         self.path = config.path
         self.is_remote = "://" in config.path
-        self.folder = _fetch_passport(config) if self.is_remote else Path(config.path)
+        self.folder = fetch_passport(config) if self.is_remote else Path(config.path)
         self.passport: Passport = read_passport(self.folder)
         self.shards = _read_index(self.folder, self.path)
         self.dtype = row_dtype(self.passport.moments_shape, self.passport.moments_dtype)
+        self._made_how = hash_row_settings(vars(self.passport))
         self._first_rows = np.array([shard.first_row for shard in self.shards])
-        found = sum(shard.num_rows for shard in self.shards)
-        if found != self.passport.num_rows:
-            raise UserError(
-                f"data.path={self.path}: index.json has {found:,} rows, dataset.json {self.passport.num_rows:,}; "
-                "they are not of one dataset; copy or prepare it again"
-            )
+        _check_index(self.shards, self.passport, self.path)
         if self.is_remote:
             self._check_room()
         elif check_sizes:
@@ -109,13 +108,24 @@ class LatentShards:
                 read = os.preadv(self._open(number).fileno(), [memory[place * size : (place + 1) * size]], offset)
             except OSError as error:
                 raise UserError(f"can't read {self.describe(shard)}: {error}") from error
-            label = int(found["label"][place])
-            if read < size or label < 0 or row_checksum(found["moments"][place], label) != found["checksum"][place]:
+            if read < size or not self.is_row(found[place], shard, row):
                 cure = f"delete {self.folder / shard.name}" if self.is_remote else "copy it again, or prepare it"
                 raise UserError(
                     f"row {row} in {self.describe(shard)} is damaged; `flowar check {self.path}` says what else; {cure}"
                 )
         return found
+
+    def is_row(self, row: np.void, shard: Shard, number: int) -> bool:
+        """Return whether a row read from `shard` has its checksum, as the dataset's row `number`."""
+        label = int(row["label"])
+        place = self.place_of(shard, number)
+        return label >= 0 and row_checksum(row["moments"], label, place) == int(row["checksum"])
+
+    def place_of(self, shard: Shard, number: int) -> int:
+        """Return what the checksum of row `number` has of its place: nothing in datasets of version 0.1."""
+        if self.passport.schema_version == FIRST_READ_VERSION:
+            return 0
+        return row_place(self._made_how, shard.chunk, shard.row_in_chunk + int(number) - shard.first_row)
 
     def describe(self, shard: Shard) -> str:
         """Return the name of a shard for messages."""
@@ -135,30 +145,26 @@ class LatentShards:
     def local_file(self, shard: Shard) -> Path:
         """Return the file of a shard on this machine; fetch it first if it is remote and not here yet.
 
+        A remote one is hashed once per machine, also where it was here already.
+
         Raises:
-            UserError: if it can't be fetched, or what comes doesn't have the hash of the index.
+            UserError: if it can't be fetched, or what comes doesn't have the hash of the passport.
         """
         file = self.folder / shard.name
-        if not self.is_remote or file.exists():
-            return file
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{file}.lock"):  # once for all processes of this machine
-            if not file.exists():
-                for leftover in file.parent.glob(f".{file.name}.*"):  # of killed processes
-                    leftover.unlink()
-                write_whole(file, lambda hidden: self._fetch_shard(shard, hidden))
+        if self.is_remote:
+            fetch_verified(f"{self.path.rstrip('/')}/{shard.name}", file, shard.file_hash, self.describe(shard))
         return file
 
     def fetch_all(self) -> None:
-        """Fetch all shards that are not here yet: a random batch needs nearly all of them.
+        """Fetch all shards that are not here yet, and verify the others: a random batch needs nearly all of them.
 
         Raises:
             UserError: if one can't be fetched.
         """
         missing = [shard for shard in self.shards if not (self.folder / shard.name).exists()]
         with ThreadPoolExecutor(FETCHED_AT_ONCE) as pool:
-            fetched = pool.map(self.local_file, missing)
-            for _ in track(fetched, f"fetching {self.path}", total=len(missing), disable=not missing):
+            here = pool.map(self.local_file, self.shards)
+            for _ in track(here, f"fetching {self.path}", total=len(self.shards), disable=not missing):
                 pass
 
     def _shards_of(self, rows: Sequence[int]) -> list[int]:
@@ -167,11 +173,6 @@ class LatentShards:
 
     def _open_shard(self, number: int) -> FileIO:
         return self.local_file(self.shards[number]).open("rb", buffering=0)
-
-    def _fetch_shard(self, shard: Shard, file: Path) -> None:
-        fetch(f"{self.path.rstrip('/')}/{shard.name}", file)
-        if hash_file(file) != shard.file_hash:
-            raise UserError(f"{self.describe(shard)} does not have the {SHARD_HASH} of its index; upload it again")
 
     def _check_room(self) -> None:
         missing = sum(shard.num_bytes for shard in self.shards if not (self.folder / shard.name).exists())
@@ -183,54 +184,67 @@ class LatentShards:
             )
 
 
-def fetch(remote: str, file: Path) -> None:
-    """Copy a remote file to a local one that doesn't exist yet.
-
-    Raises:
-        UserError: if it can't be fetched.
-    """
-    from streaming.base.storage.download import CloudDownloader
-
-    logging.getLogger("streaming").setLevel(logging.ERROR)
-    for attempt in range(FETCH_ATTEMPTS):
-        try:
-            CloudDownloader.direct_download(remote, str(file), timeout=FETCH_TIMEOUT_S)
-        except Exception as error:  # each kind of storage has exceptions of its own
-            file.unlink(missing_ok=True)
-            if attempt == FETCH_ATTEMPTS - 1:
-                raise UserError(f"can't fetch {remote}: {' '.join(str(error).split())}") from error
-            time.sleep(2**attempt)
-        else:
-            return
-
-
-def _fetch_passport(config: DataConfig) -> Path:
-    """Return the cache folder of a remote dataset, with its passport and index in it.
-
-    The folder is named after the passport, which has the hash of every shard: jobs that share it can't mix datasets up.
-    """
-    root = Path(config.cache or Path(tempfile.gettempdir()) / f"flowar-{getpass.getuser()}")
-    root.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=root) as fetched:
-        for name in (PASSPORT_FILE, INDEX_FILE):
-            fetch(f"{config.path.rstrip('/')}/{name}", Path(fetched) / name)
-        folder = root / hashlib.sha256((Path(fetched) / PASSPORT_FILE).read_bytes()).hexdigest()[:16]
-        folder.mkdir(exist_ok=True)
-        for name in (PASSPORT_FILE, INDEX_FILE):
-            (Path(fetched) / name).replace(folder / name)
-    return folder
-
-
 def _read_index(folder: Path, path: str) -> list[Shard]:
+    """Return the shards that the index names, in its order."""
     try:
         entries = json.loads((folder / INDEX_FILE).read_text())["shards"]
-        shards, first_row = [], 0
+        shards: list[Shard] = []
         for entry in entries:
             data = entry["raw_data"]
-            shards.append(
-                Shard(data["basename"], first_row, entry["samples"], data["bytes"], data["hashes"][SHARD_HASH])
-            )
-            first_row += entry["samples"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"data.path={path} has no readable index.json ({error}); prepare the dataset again") from error
+            shards.append(_next_shard(shards, data["basename"], entry["samples"], data["bytes"], data["hashes"]))
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(
+            f"data.path={path} has no readable {INDEX_FILE} ({error}); copy the dataset again, or prepare it again"
+        ) from error
     return shards
+
+
+def _next_shard(before: list[Shard], name: Any, num_rows: Any, num_bytes: Any, hashes: dict[str, str]) -> Shard:
+    """Return the shard that follows those before.
+
+    Raises:
+        ValueError: if a name leaves the dataset's folder, or a number can't be one.
+    """
+    parts = PurePosixPath(name).parts
+    if (
+        len(parts) != 2
+        or not (parts[0].isascii() and parts[0].isdecimal())
+        or parts[1] == ".."
+        or "/".join(parts) != name
+    ):
+        raise ValueError(f"it names the file {name!r}; CHUNK/FILE below the dataset's folder is needed")
+    if not (isinstance(num_rows, int) and isinstance(num_bytes, int) and 0 < num_rows < num_bytes):
+        raise ValueError(f"{name} has {num_rows!r} rows in {num_bytes!r} bytes")
+    first_row = before[-1].first_row + before[-1].num_rows if before else 0
+    shard = Shard(name, first_row, num_rows, num_bytes, hashes[SHARD_HASH], 0)
+    if before and before[-1].chunk == shard.chunk:
+        return replace(shard, row_in_chunk=before[-1].row_in_chunk + before[-1].num_rows)
+    return shard
+
+
+def _check_index(shards: list[Shard], passport: Passport, path: str) -> None:
+    """Raise a UserError if the index isn't the one that the passport was written with: names, order, sizes, hashes."""
+
+    def refuse(problem: str) -> None:
+        raise UserError(
+            f"data.path={path}: {problem}; they are not of one dataset; copy both again, or prepare it again"
+        )
+
+    needed = passport.shards or [[name, None, None] for name in passport.shard_hashes]
+    for number, (shard, (name, num_rows, num_bytes)) in enumerate(zip(shards, needed, strict=False)):
+        if shard.name != name:
+            refuse(f"{INDEX_FILE} has {shard.name} as shard {number}, {PASSPORT_FILE} has {name}")
+        if passport.shards and (shard.num_rows, shard.num_bytes) != (num_rows, num_bytes):
+            refuse(
+                f"{INDEX_FILE} has {shard.num_rows} rows in {shard.num_bytes} bytes of {name}, {PASSPORT_FILE} has "
+                f"{num_rows} in {num_bytes}"
+            )
+        if shard.file_hash != passport.shard_hashes.get(name):
+            recorded = passport.shard_hashes.get(name)
+            refuse(f"{name}: {INDEX_FILE} has hash {shard.file_hash}, {PASSPORT_FILE} has {recorded}")
+    num_rows = sum(shard.num_rows for shard in shards)
+    if len(shards) != len(needed) or num_rows != passport.num_rows:
+        refuse(
+            f"{INDEX_FILE} has {num_rows:,} rows, {PASSPORT_FILE} {passport.num_rows:,}, in {len(shards):,} and "
+            f"{len(needed):,} shards"
+        )

@@ -3,6 +3,7 @@
 The networks are diffusers' AutoencoderKL and AutoencoderDC; MAR's weights are mapped onto the former.
 """
 
+import math
 import pickle
 import re
 from functools import cached_property
@@ -24,6 +25,9 @@ HUB_NAMES = {
 }
 
 DIFFUSERS_CLASSES = ("AutoencoderKL", "AutoencoderDC")
+SCALE = "scaling_factor"
+# What loading raises where a file is damaged or holds something else.
+NOT_A_VAE = (ValueError, TypeError, AttributeError, LookupError, RuntimeError)
 
 MIN_LOG_VARIANCE, MAX_LOG_VARIANCE = -30.0, 20.0  # the bounds of diffusers' DiagonalGaussianDistribution
 MAR_LATENT_MULTIPLIER = 0.2325  # the released code of MAR and FlowAR: 1 / std of the latents of ImageNet
@@ -64,6 +68,9 @@ class VAE(nn.Module):
     `latent_multiplier` is what brings its latents to about unit std: latents = multiplier x a sample of the moments.
     Where the autoencoder has a shift too, the means are given with it taken off. A deterministic one (DC-AE) has
     moments whose variance is as good as none.
+
+    Raises:
+        UserError: if its configuration has no such multiplier or shift.
     """
 
     def __init__(self, autoencoder: Any, name: str) -> None:
@@ -73,6 +80,9 @@ class VAE(nn.Module):
         config = autoencoder.config
         self.latent_multiplier: float = config.scaling_factor
         self.latent_shift: float = config.get("shift_factor") or 0.0
+        for setting, value in ((SCALE, self.latent_multiplier), ("shift_factor", self.latent_shift)):
+            if not isinstance(value, int | float) or not math.isfinite(value) or (setting, value) == (SCALE, 0):
+                raise UserError(f"vae.name={name} has {setting}={value!r} in its config.json; a number is needed")
         self.latent_channels: int = config.latent_channels
         blocks = config.get("block_out_channels") or config.encoder_block_out_channels
         self.stride: int = 2 ** (len(blocks) - 1)
@@ -147,14 +157,24 @@ def _load_diffusers(source: str | Path, name: str) -> nn.Module:
         kind = diffusers.AutoencoderKL.load_config(source).get("_class_name")
         if kind not in DIFFUSERS_CLASSES:
             raise UserError(f"vae.name={name} is a {kind}, but one of {', '.join(DIFFUSERS_CLASSES)} is needed")
-        autoencoder: nn.Module = getattr(diffusers, kind).from_pretrained(source, low_cpu_mem_usage=False)
+        autoencoder: nn.Module
+        autoencoder, loaded = getattr(diffusers, kind).from_pretrained(
+            source, low_cpu_mem_usage=False, output_loading_info=True
+        )
+        if loaded["missing_keys"]:  # diffusers would draw them at random
+            missing = sorted(loaded["missing_keys"])
+            raise UserError(
+                f"vae.name={name} lacks {len(missing)} of its weights, the first is {missing[0]}; copy it again, or "
+                "use a config.json that fits the weights"
+            )
         return autoencoder
-    except (OSError, ValueError) as error:
+    except (OSError, *NOT_A_VAE) as error:
         if isinstance(error, UserError):
             raise
         where = f"huggingface.co/{source}" if name in HUB_NAMES else "its source"
+        problem = (str(error) or repr(error)).splitlines()[0]
         raise UserError(
-            f"can't load vae.name={name}: {str(error).splitlines()[0]}; use mar, {', '.join(HUB_NAMES)}, demo, or a "
+            f"can't load vae.name={name}: {problem}; use mar, {', '.join(HUB_NAMES)}, demo, or a "
             "folder or hub id in diffusers' layout. Without a network: copy config.json and "
             f"diffusion_pytorch_model.safetensors from {where} into a folder and set vae.name to the folder"
         ) from error
@@ -169,7 +189,7 @@ def _load_mar(weights: str | Path | None) -> nn.Module:
     try:
         checkpoint = torch.load(weights, map_location="cpu", weights_only=True)
         return mar_autoencoder(checkpoint["model"])
-    except (RuntimeError, pickle.UnpicklingError, EOFError, KeyError, TypeError) as error:
+    except (pickle.UnpicklingError, EOFError, *NOT_A_VAE) as error:
         problem = " ".join(str(error).split())[:300]
         raise UserError(f"vae.weights={weights} is not MAR's kl16.ckpt: {problem}") from error
 

@@ -8,6 +8,7 @@ from PIL import Image
 from data_prep.check import main
 from data_prep.encode import main as prepare
 from flowar.base.errors import UserError
+from flowar.base.records import write_record
 from flowar.config.data import CheckConfig, VAEConfig
 from tests.conftest import flip_bit, upload
 from tests.data_prep.test_encode import preparing
@@ -21,8 +22,8 @@ def copied(shards, tmp_path):
 
 
 def change(folder, file, **values):
-    content = json.loads((folder / file).read_text())
-    (folder / file).write_text(json.dumps(content | values))
+    """Change a record, as somebody would who gives it a new hash."""
+    write_record(folder / file, json.loads((folder / file).read_text()) | values)
 
 
 def test_a_good_dataset_passes_and_its_contact_sheet_shows_source_and_decoded(image_folder, copied, capsys):

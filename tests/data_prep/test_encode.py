@@ -173,6 +173,18 @@ def test_a_finished_dataset_is_left_alone_and_refused_for_other_settings(image_f
     assert contents(shards) == before
 
 
+def test_a_finished_dataset_of_version_0_1_is_left_alone(image_folder, shards, tmp_path):
+    """Its passport is of schema version 2, and has no hash."""
+    out = shutil.copytree(shards, tmp_path / "out")
+    passport = json.loads((out / "dataset.json").read_text()) | {"schema_version": 2, "skip_unreadable": True}
+    for name in ("xxh3", "shards"):
+        del passport[name]
+    (out / "dataset.json").write_text(json.dumps(passport))
+    before = contents(out)
+    main(preparing(image_folder, out))
+    assert contents(out) == before
+
+
 def test_a_foreign_folder_is_not_written_into(image_folder, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="is not empty, but not a dataset"):

@@ -9,6 +9,7 @@ import xxhash
 from PIL import Image
 
 from flowar.base.errors import UserError
+from flowar.base.records import write_record
 from flowar.base.seeding import draw_image_noise
 from flowar.config.data import VAEConfig
 from flowar.config.drawing import SampleConfig
@@ -230,7 +231,7 @@ def test_another_vae_than_the_models_is_refused(demo_shaped, shards, tmp_path):
     passport = json.loads((shards / "dataset.json").read_text())
     folder = tmp_path / "model"
     shutil.copytree(demo_shaped, folder)
-    (folder / "dataset.json").write_text(json.dumps(passport | {"vae_name": "other", "vae_sha256": "0" * 64}))
+    write_record(folder / "dataset.json", passport | {"vae_name": "other", "vae_sha256": "0" * 64})
     with pytest.raises(UserError, match=r"made with VAE other \(weights 000000000000\), but vae.name=demo"):
         main(sampling(folder, tmp_path / "out"))
     assert DEMO_VAE.is_dir()

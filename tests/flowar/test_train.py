@@ -7,6 +7,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from flowar.base.distributed import World
 from flowar.base.errors import UserError
+from flowar.base.records import write_record
 from flowar.base.run_folder import find_latest, list_checkpoints
 from flowar.config.data import DataConfig, VAEConfig
 from flowar.config.training import OptimConfig, ParallelConfig, PreviewConfig, TrainConfig, WandbConfig
@@ -128,7 +129,7 @@ def test_other_shards_in_the_same_run_are_refused(shards, finished, tmp_path):
     other = tmp_path / "shards"
     shutil.copytree(shards, other)
     content = json.loads((shards / "dataset.json").read_text())
-    (other / "dataset.json").write_text(json.dumps(content | {"vae_sha256": "0" * 64}))
+    write_record(other / "dataset.json", content | {"vae_sha256": "0" * 64})
     with pytest.raises(UserError, match=r"was trained on other shards: vae_sha256 was"):
         main(training(shards, finished, data=DataConfig(path=str(other), num_workers=0)))
 
@@ -137,7 +138,7 @@ def test_shards_of_another_vae_are_refused(shards, tmp_path):
     other = tmp_path / "shards"
     shutil.copytree(shards, other)
     content = json.loads((shards / "dataset.json").read_text())
-    (other / "dataset.json").write_text(json.dumps(content | {"vae_name": "mar", "vae_sha256": "0" * 64}))
+    write_record(other / "dataset.json", content | {"vae_name": "mar", "vae_sha256": "0" * 64})
     config = training(shards, tmp_path / "run", data=DataConfig(path=str(other)), preview=PreviewConfig(every_steps=10))
     with pytest.raises(UserError, match=r"made with VAE mar \(weights 000000000000\), but vae.name=demo has"):
         main(config)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from flowar.base.errors import UserError
+from flowar.base.records import write_record
 from flowar.config.data import DataConfig
 from flowar.latents.batches import StepOrder, check_fits, check_same_vae, read_batches
 from flowar.latents.schema import read_passport
@@ -186,7 +187,7 @@ def test_an_unfinished_or_foreign_dataset_is_refused(shards, tmp_path):
     with pytest.raises(UserError, match=r"has no dataset.json, so it is no finished dataset"):
         read_passport(tmp_path)
     content = json.loads((shards / "dataset.json").read_text())
-    (tmp_path / "dataset.json").write_text(json.dumps(content | {"schema_version": 99}))
+    write_record(tmp_path / "dataset.json", content | {"schema_version": 99})
     with pytest.raises(UserError, match="has schema version 99"):
         read_passport(tmp_path)
     (tmp_path / "dataset.json").write_text("{")

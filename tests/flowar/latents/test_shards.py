@@ -1,9 +1,11 @@
+import json
 import shutil
 
 import numpy as np
 import pytest
 
 from flowar.base.errors import UserError
+from flowar.base.records import write_record
 from flowar.config.data import DataConfig
 from flowar.latents.shards import LatentShards
 from tests.conftest import flip_bit, upload
@@ -92,7 +94,7 @@ def test_remote_shards_are_fetched_when_they_are_needed_and_once(bucket, shards,
 def test_another_dataset_at_the_same_address_gets_a_cache_of_its_own(bucket, copied, tmp_path):
     first = open_shards(upload(bucket, copied, "changing"), cache=str(tmp_path / "cache"))
     passport = copied / "dataset.json"
-    passport.write_text(passport.read_text().replace('"seed": 0', '"seed": 1'))
+    write_record(passport, json.loads(passport.read_text()) | {"seed": 1})
     upload(bucket, copied, "changing")
     assert open_shards("s3://data/changing", cache=str(tmp_path / "cache")).folder != first.folder
 
@@ -102,7 +104,7 @@ def test_missing_and_damaged_remote_shards_are_errors_with_their_name(bucket, co
     path = upload(bucket, copied, "damaged")
     bucket.delete_object(Bucket="data", Key="damaged/00002/shard.00000.mds")
     remote = open_shards(path, cache=str(tmp_path / "cache"))
-    with pytest.raises(UserError, match=rf"shard {SHARD} of data.path=s3://.* does not have the xxh64 of its index"):
+    with pytest.raises(UserError, match=rf"shard {SHARD} of data.path=s3://.* does not have the xxh64 of its dataset"):
         remote.read([20])
     with pytest.raises(UserError, match=r"can't fetch s3://data/damaged/00002/shard.00000.mds: "):
         remote.read([40])

@@ -34,7 +34,7 @@ def poison(shards, folder, images, factor=math.nan):
             found = opened.read([row])
             shard = opened.shards[opened._shards_of([row])[0]]
             found["moments"] *= factor
-            found["checksum"] = row_checksum(found["moments"][0], int(found["label"][0]))
+            found["checksum"] = row_checksum(found["moments"][0], int(found["label"][0]), opened.place_of(shard, row))
             offset = shard.num_bytes - (shard.num_rows - (row - shard.first_row)) * opened.dtype.itemsize
             with (folder / shard.name).open("r+b") as file:
                 os.pwrite(file.fileno(), found.tobytes(), offset)
