@@ -23,9 +23,9 @@ from flowar.sampling.folder import (
     IMAGES_FOLDER,
     SAMPLES_FILE,
     HashBook,
+    drawn_names,
     hash_json,
     identify,
-    list_images,
     number_of,
     read_drawn,
     read_hashes,
@@ -131,7 +131,7 @@ def _open_samples(path: Path, setting: str) -> ImageSet:
         )
     count, file = record["num_images"], path / HASHES_FILE
     hashes = read_hashes(file) if file.exists() else {}
-    there = set(list_images(path))
+    there = set(drawn_names(path))
     found = sorted((number_of(name), name) for name in there & hashes.keys())[:count]
     if [number for number, _ in found] != list(range(count)) or HashBook(path).new_files():
         raise UserError(

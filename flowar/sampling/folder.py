@@ -71,7 +71,7 @@ def read_samples(folder: Path) -> dict[str, Any]:
     return record
 
 
-def list_images(folder: Path) -> list[str]:
+def drawn_names(folder: Path) -> list[str]:
     """Return the names of the images in a folder of samples."""
     images = folder / IMAGES_FOLDER
     names = [entry.name for entry in os.scandir(images)] if images.is_dir() else []
@@ -85,7 +85,7 @@ def number_of(name: str) -> int:
 
 def find_drawn(folder: Path) -> Path | None:
     """Return something that `flowar sample` drew or noted in a folder, beside samples.json, or None."""
-    drawn = [folder / IMAGES_FOLDER / name for name in list_images(folder)[:1]]
+    drawn = [folder / IMAGES_FOLDER / name for name in drawn_names(folder)[:1]]
     return next((path for path in (*drawn, folder / HASHES_FILE, *folder.glob("features-*")) if path.exists()), None)
 
 

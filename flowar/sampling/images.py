@@ -21,8 +21,8 @@ from flowar.sampling.folder import (
     OWNER_KEY,
     HashBook,
     check_owner,
+    drawn_names,
     identify,
-    list_images,
     merge_hashes,
     number_of,
     read_drawn,
@@ -77,13 +77,13 @@ class ImageSink:
 
     def _unknown(self) -> list[Path]:
         """Return the images without a hash. Whoever draws notes hashes first: so the images are listed first."""
-        names, count = list_images(self.job.out_dir), self.job.config.num_images
+        names, count = drawn_names(self.job.out_dir), self.job.config.num_images
         hashes = self.book.look()
         return [self.folder / name for name in names if number_of(name) < count and name not in hashes]
 
     def _existing(self) -> set[str]:
         """Return the names of the images that are there, with their hashes."""
-        names = list_images(self.job.out_dir)
+        names = drawn_names(self.job.out_dir)
         hashes = self.book.look()  # after the names: whoever draws notes hashes first
         return {name for name in names if name in hashes}
 
