@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock
 from numpy.typing import NDArray
+from rich.markup import escape
 from rich.progress import track
 
 from flowar.base.errors import UserError
@@ -158,7 +159,7 @@ class LatentShards:
         missing = [shard for shard in self.shards if not (self.folder / shard.name).exists()]
         with ThreadPoolExecutor(FETCHED_AT_ONCE) as pool:
             fetched = pool.map(self.local_file, missing)
-            for _ in track(fetched, f"fetching {self.path}", total=len(missing), disable=not missing):
+            for _ in track(fetched, escape(f"fetching {self.path}"), total=len(missing), disable=not missing):
                 pass
 
     def _shards_of(self, rows: Sequence[int]) -> list[int]:
