@@ -124,7 +124,13 @@ def main(config: EvaluateConfig, dry_run: bool = False) -> None:
     was_done = is_done()
     with Leases(out_dir / CLAIMS_FOLDER, config.lease_s) as leases:
         if finish_together(leases, is_done, finish) or was_done:
-            plain_console().print(evaluation_table(read_evaluation(out_dir)))
+            record = read_evaluation(out_dir)
+            if record.get("identity") != identity:
+                raise UserError(
+                    f"{out_dir / EVALUATION_FILE} holds other numbers: another `flowar evaluate` with other settings "
+                    "or images writes there at the same time; give each its out_dir, and run this again"
+                )
+            plain_console().print(evaluation_table(record))
             print(f"{out_dir / EVALUATION_FILE} and report.html {'were there already' if was_done else 'are written'}")
 
 

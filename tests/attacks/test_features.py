@@ -282,12 +282,27 @@ def test_numbers_against_statistics_that_were_replaced_since_are_made_again(root
     assert abs(found[1] - found[0]) > 1
 
 
+def test_numbers_of_another_command_are_not_shown_as_ones_own(root, measured, tmp_path, monkeypatch):
+    """Another process with other settings writes its numbers just after this one."""
+    out_dir = shutil.copytree(measured, tmp_path / "out")
+    finish = evaluate.finish_together
+
+    def finish_and_be_overtaken(*arguments):
+        has_finished = finish(*arguments)
+        shutil.copy(measured / "metrics.json", out_dir / "metrics.json")
+        return has_finished
+
+    monkeypatch.setattr(evaluate, "finish_together", finish_and_be_overtaken)
+    with pytest.raises(UserError, match="metrics.json holds other numbers: another `flowar evaluate` with other"):
+        evaluate.main(dataclasses.replace(measuring(root, out_dir=out_dir), protocol="adm"))
+
+
 @pytest.fixture(scope="module")
 def of_a_run(root, shards, tmp_path_factory):
     """Two runs, and samples of one of them, drawn with the VAE that the run names."""
     runs = tmp_path_factory.mktemp("runs")
-    train.main(training(shards, runs / "a", epochs=2))
-    train.main(training(shards, runs / "b", epochs=2, seed=1))
+    train.main(training(shards, runs / "a", epochs=1))
+    train.main(training(shards, runs / "b", epochs=1, seed=1))
     config = dataclasses.replace(drawing(root, runs / "samples"), model=str(runs / "a"), vae=None)
     job = open_job(config)
     draw_job(job, ImageSink(job))
@@ -315,7 +330,7 @@ def runs(of_a_run):
 def test_samples_of_a_runs_checkpoint_are_added_to_it(root, runs, tmp_path):
     evaluate_copy(root, runs, tmp_path)
     (record,) = read_evaluations(runs / "a")
-    assert record["step"] == 6 and record["num_samples"] == NUM
+    assert record["step"] == 3 and record["num_samples"] == NUM
 
 
 def test_samples_that_name_another_run_are_not_added_to_it(root, runs, tmp_path):
@@ -331,17 +346,17 @@ def test_samples_that_name_another_run_are_not_added_to_it(root, runs, tmp_path)
 
 
 def test_samples_of_a_checkpoint_that_is_gone_go_only_to_a_run_that_is_named(root, runs, tmp_path):
-    notes = evaluate_copy(root, runs, tmp_path, {"step": 3})
+    notes = evaluate_copy(root, runs, tmp_path, {"step": 2})
     assert read_evaluations(runs / "a") == []
-    assert [note for note in notes if "it has no checkpoint of step 3 any more; to add it, give run_dir=" in note]
+    assert [note for note in notes if "it has no checkpoint of step 2 any more; to add it, give run_dir=" in note]
     shutil.rmtree(tmp_path / "samples")
-    evaluate_copy(root, runs, tmp_path, {"step": 3}, run_dir=str(runs / "a"))
-    assert [record["step"] for record in read_evaluations(runs / "a")] == [3]
+    evaluate_copy(root, runs, tmp_path, {"step": 2}, run_dir=str(runs / "a"))
+    assert [record["step"] for record in read_evaluations(runs / "a")] == [2]
 
 
 def test_samples_whose_record_was_edited_are_added_to_nothing(root, runs, tmp_path):
     samples = shutil.copytree(runs / "samples", tmp_path / "samples")
-    rewrite(samples / "samples.json", '"step": 6', '"step": 5')
+    rewrite(samples / "samples.json", '"step": 3', '"step": 5')
     with pytest.raises(UserError, match=DAMAGED_SAMPLES):
         evaluate.main(measuring(root, samples=samples, out_dir=tmp_path / "out"))
     assert read_evaluations(runs / "a") == []
