@@ -97,7 +97,7 @@ def main(config: EvaluateConfig, dry_run: bool = False) -> None:
 
     # Numbers, by one of them.
     stores = [str(store) for store in (found, reference, against, sorted(others.items()))]
-    stores += [source.fingerprint() for source in (reference, *(source for _, source in others.values()))]
+    stores += [str(source.fingerprint()) for source in (reference, *(source for _, source in others.values()))]
     identity = hashlib.sha256(json.dumps([decisive_settings(config), stores, __version__]).encode()).hexdigest()
 
     def is_done() -> bool:
