@@ -24,6 +24,7 @@ from flowar.config.jobs import ClusterConfig, FollowConfig
 from flowar.config.load import extend
 from flowar.config.measuring import EvaluateConfig
 from flowar.models.folders import export_model
+from flowar.sampling.job import choose_vae
 
 MODEL = "model"
 
@@ -115,7 +116,8 @@ def submit_measurement(run_dir: Path, checkpoint: Path, config: FollowConfig, cl
                 raise
             print(f"{checkpoint} was deleted before its weights were copied; keep more: keep_checkpoints=")
             return
-    drawn = dataclasses.replace(sample, weights="ema", num_images=num_images(config, step))
+    vae = choose_vae(sample.vae, checkpoint)  # of the run; its model's folder doesn't name the VAE's weights
+    drawn = dataclasses.replace(sample, weights="ema", vae=vae, num_images=num_images(config, step))
     drawing = extend(SampleConfig, drawn, model=str(model), out_dir=str(folder))
     evaluation = extend(
         EvaluateConfig, config.evaluate, sample=drawing, samples=str(folder), run_dir=str(run_dir), step=step

@@ -148,7 +148,7 @@ def status(words: list[str]) -> None:
             try:
                 live.update(status_table(options.run_dirs), refresh=True)
             except UserError as error:  # Slurm is busy; the table stays
-                live.console.print(str(error), highlight=False)
+                live.console.print(str(error), highlight=False, markup=False, emoji=False)
             time.sleep(REFRESH_S)
 
 

@@ -64,7 +64,7 @@ class PrepareProgress:
         """Note who is waited for; said once."""
         if holders != self.waits:
             self.waits = holders
-            self.bars.console.print(f"waiting for {', '.join(holders)}", highlight=False)
+            self.bars.console.print(f"waiting for {', '.join(holders)}", highlight=False, markup=False, emoji=False)
 
     def _speed(self, images: int) -> float:
         return images / max(time.monotonic() - self.started, 1e-9)

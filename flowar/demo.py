@@ -14,6 +14,7 @@ from flowar.base.distributed import refuse_many_processes
 from flowar.base.files import write_text
 from flowar.base.pages import REPORT_FILE, embed, write_page
 from flowar.base.pictures import save_grid, save_loss_curve
+from flowar.base.records import read_record
 from flowar.cli import run_verb
 from flowar.config.data import DataConfig, ExtractorConfig, PrepareConfig
 from flowar.config.drawing import SampleConfig
@@ -131,7 +132,7 @@ def measure_demo(config: DemoConfig, judge_file: Path) -> dict[str, float]:
                 device=config.train.device,
             ),
         )
-        found = json.loads((out_dir / EVALUATION_FILE).read_text())["metrics"]
+        found = read_record(out_dir / EVALUATION_FILE, "delete it and run the same command again")["metrics"]
         numbers |= {f"{metric}_{name}": found[metric]["value"] for metric in DEMO_METRICS}
     return numbers
 

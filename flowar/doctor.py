@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from rich.table import Table
 
 from flowar import __version__
@@ -39,6 +38,7 @@ from flowar.base.distributed import (
 from flowar.base.errors import UserError
 from flowar.base.files import GIB, MIB, write_text
 from flowar.base.hashes import hash_file
+from flowar.base.terminal import plain_console
 from flowar.config.data import DataConfig
 from flowar.config.jobs import DoctorConfig
 from flowar.latents.shards import LatentShards
@@ -320,12 +320,12 @@ def report(everyone: list[dict[str, Any]], config: DoctorConfig) -> None:
             "NOT FIT" if node in problems else "fit",
         )
         table.add_row(*cells, style="red" if node in problems else None)
-    console = Console(width=None if Console().is_terminal else 140)
-    console.print(", ".join(f"{name} {found}" for name, found in everyone[0]["versions"].items()), highlight=False)
+    console = plain_console(width=None if plain_console().is_terminal else 140)
+    console.print(", ".join(f"{name} {found}" for name, found in everyone[0]["versions"].items()))
     console.print(table)
     for node, lines in problems.items():
         for line in lines:
-            console.print(f"{node}: {line}", style="red", highlight=False)
+            console.print(f"{node}: {line}", style="red")
     write_text(
         Path(config.run_dir) / DOCTOR_FILE, json.dumps({"seen": everyone, "problems": problems}, indent=2) + "\n"
     )

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from flowar import __version__
 from flowar.base.devices import pick_device
 from flowar.base.errors import UserError
 from flowar.base.files import write_text
+from flowar.base.hashes import hash_weights
 from flowar.base.leases import CLAIMS_FOLDER, Leases, finish_together
-from flowar.base.run_folder import CHECKPOINTS
+from flowar.base.records import read_record, write_record
+from flowar.base.run_folder import CHECKPOINTS, checkpoint_step, list_checkpoints, read_progress
+from flowar.base.terminal import plain_console
 from flowar.config.load import decisive_settings
 from flowar.config.measuring import EvaluateConfig, ReferenceConfig
 from flowar.evaluation.extractors import Extractor
@@ -50,7 +52,8 @@ from flowar.evaluation.store import (
     FeatureStore,
     extract,
 )
-from flowar.sampling.folder import SAMPLES_FILE
+from flowar.models.folders import load_model
+from flowar.sampling.folder import SAMPLES_FILE, read_samples
 from flowar.sampling.images import ImageSink
 from flowar.sampling.worker import draw_samples
 from flowar.training.report import record_evaluation
@@ -94,13 +97,14 @@ def main(config: EvaluateConfig, dry_run: bool = False) -> None:
 
     # Numbers, by one of them.
     stores = [str(store) for store in (found, reference, against, sorted(others.items()))]
+    stores += [str(source.fingerprint()) for source in (reference, *(source for _, source in others.values()))]
     identity = hashlib.sha256(json.dumps([decisive_settings(config), stores, __version__]).encode()).hexdigest()
 
     def is_done() -> bool:
-        file = out_dir / EVALUATION_FILE
-        return file.exists() and json.loads(file.read_text()).get("identity") == identity
+        return (out_dir / EVALUATION_FILE).exists() and read_evaluation(out_dir).get("identity") == identity
 
     def finish() -> None:
+        is_of_run = run is not None and check_run(config, *run, notes)
         own = found.read()
         real = reference.read()
         metrics = measure_metrics(own, real, config, device, notes) + measure_more(others, config, device)
@@ -109,19 +113,34 @@ def main(config: EvaluateConfig, dry_run: bool = False) -> None:
         by_class = measure_classes(own, real)
         write_text(out_dir / BY_CLASS_FILE, json.dumps(by_class, indent=2) + "\n")
         record = describe_evaluation(config, own, metrics, notes) | {"identity": identity}
+        json.dumps(record, allow_nan=False)  # what other programs can't read is not written
         write_evaluation_page(out_dir, record, by_class, own, real, found.images)
-        if run is not None:
+        if run is not None and is_of_run:
             values = {metric.name: metric.value for metric in metrics if math.isfinite(metric.value)}
             about = {"num_samples": len(own), "protocol": config.protocol, "samples": str(samples.absolute())}
             record_evaluation(run[0], {"step": run[1], **about, "reference": config.reference, **values})
-        text = json.dumps(record, indent=2, allow_nan=False) + "\n"
-        write_text(out_dir / EVALUATION_FILE, text)  # says that all is done
+        write_record(out_dir / EVALUATION_FILE, record)  # says that all is done
 
     was_done = is_done()
     with Leases(out_dir / CLAIMS_FOLDER, config.lease_s) as leases:
         if finish_together(leases, is_done, finish) or was_done:
-            Console().print(evaluation_table(json.loads((out_dir / EVALUATION_FILE).read_text())))
+            record = read_evaluation(out_dir)
+            if record.get("identity") != identity:
+                raise UserError(
+                    f"{out_dir / EVALUATION_FILE} holds other numbers: another `flowar evaluate` with other settings "
+                    "or images writes there at the same time; give each its out_dir, and run this again"
+                )
+            plain_console().print(evaluation_table(record))
             print(f"{out_dir / EVALUATION_FILE} and report.html {'were there already' if was_done else 'are written'}")
+
+
+def read_evaluation(out_dir: Path) -> dict[str, Any]:
+    """Return what metrics.json says.
+
+    Raises:
+        DamagedRecordError: if it is not what was written.
+    """
+    return read_record(out_dir / EVALUATION_FILE, "delete it and run the same `flowar evaluate` again")
 
 
 def choose_out_dir(config: EvaluateConfig) -> Path:
@@ -137,7 +156,6 @@ def describe_evaluation(
     config: EvaluateConfig, found: Features, metrics: list[Metric], notes: list[str]
 ) -> dict[str, Any]:
     """Return what metrics.json says."""
-    drawn = Path(config.samples) / SAMPLES_FILE
     return {
         "samples": config.samples,
         "num_samples": len(found),
@@ -146,7 +164,7 @@ def describe_evaluation(
         "extractor": {"name": config.extractor.name, "weights_sha256": found.record["weights_sha256"]},
         "metrics": {metric.name: metric.as_record() for metric in metrics},
         "notes": notes,
-        "sampling": json.loads(drawn.read_text()) if drawn.is_file() else None,
+        "sampling": read_sampling(config),
         "flowar": __version__,
         "torch": torch.__version__,
         "settings": dataclasses.asdict(config),
@@ -168,21 +186,53 @@ def evaluation_table(record: dict[str, Any]) -> Table:
     return table
 
 
+def read_sampling(config: EvaluateConfig) -> dict[str, Any] | None:
+    """Return what the samples' record says, or None if `flowar sample` didn't draw them."""
+    samples = Path(config.samples)
+    return read_samples(samples) if (samples / SAMPLES_FILE).is_file() else None
+
+
 def find_run(config: EvaluateConfig) -> tuple[Path, int] | None:
     """Return the training run that the samples come from, and the step of their checkpoint, if there is one.
 
     Raises:
         UserError: if one is named that does not exist.
     """
-    drawn = Path(config.samples) / SAMPLES_FILE
-    sampling = json.loads(drawn.read_text()) if drawn.is_file() else {}
+    sampling = read_sampling(config) or {}
     step = config.step if config.step is not None else sampling.get("step")
-    run_dir = Path(config.run_dir) if config.run_dir else Path(sampling.get("model", "")).parent.parent
-    if step is not None and (run_dir / CHECKPOINTS).is_dir():
+    run_dir = Path(config.run_dir) if config.run_dir else Path(str(sampling.get("model", ""))).parent.parent
+    if isinstance(step, int) and (run_dir / CHECKPOINTS).is_dir():
         return run_dir, step
     if config.run_dir is not None:
         raise UserError(f"run_dir={run_dir} must be a training run, and step={config.step} be given; give both")
     return None
+
+
+def check_run(config: EvaluateConfig, run_dir: Path, step: int, notes: list[str]) -> bool:
+    """Return whether the numbers go to a run: the samples were drawn with weights of its checkpoint.
+
+    Where that can't be known, because the checkpoint is gone or `flowar sample` didn't draw them, they go to a run that
+    was named as run_dir, and to no other; a note says so.
+
+    Raises:
+        UserError: if the named run's checkpoint has other weights.
+    """
+    sampling = read_sampling(config)
+    checkpoint = next((own for own in list_checkpoints(run_dir) if checkpoint_step(own) == step), None)
+    if sampling is None or checkpoint is None:
+        why = "its samples have no record" if sampling is None else f"it has no checkpoint of step {step} any more"
+        if config.run_dir is None:
+            notes.append(f"not added to {run_dir}: {why}; to add it, give run_dir={run_dir} step={step}")
+        return config.run_dir is not None
+    wanted, names = sampling.get("weights_sha256"), [*read_progress(checkpoint).averages, "raw"]
+    names.sort(key=lambda name: name != sampling.get("weights"))  # the likeliest first
+    if any(hash_weights(load_model(checkpoint, name).state_dict()) == wanted for name in names):
+        return True
+    problem = f"samples={config.samples} were drawn with weights {str(wanted)[:12]}, which {checkpoint} does not have"
+    if config.run_dir is not None:
+        raise UserError(f"{problem}; give the run_dir and step that they are of, or leave both out")
+    notes.append(f"not added to {run_dir}: {problem}")
+    return False
 
 
 def make_reference(config: ReferenceConfig, dry_run: bool = False) -> None:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
+import xxhash
 from rich.table import Table
 
 from flowar.base.devices import pick_device
@@ -21,22 +21,27 @@ from flowar.base.errors import UserError
 from flowar.base.files import write_text
 from flowar.base.leases import CLAIMS_FOLDER, WAIT_S, Leases, finish_together
 from flowar.base.pictures import save_scatter
+from flowar.base.records import DamagedRecordError, create_record, read_record, write_record
+from flowar.base.terminal import plain_console
 from flowar.config.drawing import SampleConfig
 from flowar.config.load import decisive_settings, describe_changes, extend
 from flowar.config.measuring import SweepConfig
 from flowar.evaluation.extractors import Extractor
 from flowar.evaluation.metrics import Frechet, groups
 from flowar.evaluation.protocols import frechet_metric
-from flowar.evaluation.references import check_reference, prepare_reference
+from flowar.evaluation.references import Reference, check_reference, prepare_reference
 from flowar.evaluation.store import FeatureSink, read_features
 from flowar.models.build import family_of
-from flowar.models.folders import export_model
-from flowar.sampling.job import SamplingJob, open_job
+from flowar.models.folders import export_model, find_model_folder
+from flowar.sampling.folder import identify, read_samples
+from flowar.sampling.job import SamplingJob, choose_vae, open_job
 from flowar.sampling.worker import draw_missing
 from flowar.training.averages import save_average
 
 SETTINGS, MODELS = "settings", "models"
+REFERENCE_FILE = "reference.json"
 RESULTS_FILE, RECIPE_FILE, PICTURE_FILE = "sweep.json", "recipe.yaml", "pareto.png"
+DELETE = "delete it and run the same command again"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,15 +60,33 @@ class Setting:
         return self.folder / f"score_{num_images}.json"
 
     def score(self, num_images: int) -> dict[str, Any]:
-        """Return its FID on so many images."""
-        record: dict[str, Any] = json.loads(self.score_file(num_images).read_text())
+        """Return its FID on so many images.
+
+        Raises:
+            DamagedRecordError: if it is not what was written, or of other images.
+        """
+        file = self.score_file(num_images)
+        record = read_record(file, DELETE)
+        if not isinstance(record.get("fid"), float) or record.get("num_images") != num_images:
+            found = f"fid is {record.get('fid')!r}, num_images {record.get('num_images')!r}"
+            raise DamagedRecordError(f"{file} is damaged ({found}); {DELETE}")
+        own = self.describe()
+        other = [key for key in own if record.get(key, own[key]) != own[key]]  # version 0.1 has none of them
+        if other:
+            raise DamagedRecordError(f"{file} is of other images: {other[0]} is {record[other[0]]}; {DELETE}")
         return record
+
+    def describe(self) -> dict[str, str]:
+        """Return what tells its score from others."""
+        return {"setting": self.name, "samples": identify(read_samples(self.folder))}
 
 
 def main(config: SweepConfig, dry_run: bool = False) -> None:
     """Sweep, with whoever else was given the same command; print the table, write sweep.json, a picture, a recipe."""
     device = pick_device(config.device)
     out_dir = Path(config.out_dir)
+    vae = choose_vae(config.sample.vae, find_model_folder(config.model))
+    config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, vae=vae))
     settings = list_settings(config)
     rounds = plan_rounds(len(settings), config)
     plan = ", then ".join(f"{count} of {images:,} images" for count, images in rounds)
@@ -76,6 +99,7 @@ def main(config: SweepConfig, dry_run: bool = False) -> None:
         return
     check_same_sweep(out_dir, config)
     reference = prepare_reference(config, extractor, out_dir).read()
+    check_same_reference(out_dir, reference)
     distance = Frechet(reference.statistics["features"], device)
     with Leases(out_dir / CLAIMS_FOLDER, config.lease_s) as leases:
         keep_models(config, leases)
@@ -88,7 +112,7 @@ def main(config: SweepConfig, dry_run: bool = False) -> None:
         finish_together(
             leases, (out_dir / RESULTS_FILE).exists, lambda: write_results(config, settings, left[0], rounds)
         )
-    Console().print(sweep_table(json.loads((out_dir / RESULTS_FILE).read_text())["settings"], config.model))
+    plain_console().print(sweep_table(read_record(out_dir / RESULTS_FILE, DELETE)["settings"], config.model))
     print(f"best: {left[0].name}; see {out_dir / RECIPE_FILE}, {RESULTS_FILE} and {PICTURE_FILE}")
 
 
@@ -128,23 +152,47 @@ def plan_rounds(count: int, config: SweepConfig) -> list[tuple[int, int]]:
 
 
 def check_same_sweep(out_dir: Path, config: SweepConfig) -> None:
-    """Note the settings of the sweep.
+    """Note the settings of the sweep: one of all processes does, and the others compare.
 
     Raises:
         UserError: if the folder holds another one.
     """
     file = out_dir / "config.json"
     now = json.loads(json.dumps(decisive_settings(config)))
-    if file.exists():
-        before = json.loads(file.read_text())
-        changed = [key for key in now if before.get(key) != now[key]]
-        if changed:
-            raise UserError(
-                f"out_dir={out_dir} holds another sweep: {changed[0]} was {before.get(changed[0])}, now "
-                f"{now[changed[0]]}; give another out_dir"
-            )
+    there = next((path for path in (out_dir / SETTINGS, out_dir / RESULTS_FILE) if path.exists()), None)
+    if there is not None and not file.exists():
+        raise UserError(
+            f"{there} is of a sweep, but {file} is not there, which says of which; restore it from a copy, or give "
+            "another out_dir"
+        )
     out_dir.mkdir(parents=True, exist_ok=True)
-    write_text(file, json.dumps(now, indent=2) + "\n")
+    if not file.exists() and create_record(file, now):
+        return
+    before = read_record(file, "restore it from a copy, or give another out_dir")
+    changed = [key for key in now if before.get(key) != now[key]]
+    if changed:
+        raise UserError(
+            f"out_dir={out_dir} holds another sweep: {changed[0]} was {before.get(changed[0])}, now "
+            f"{now[changed[0]]}; give another out_dir"
+        )
+
+
+def check_same_reference(out_dir: Path, reference: Reference) -> None:
+    """Note the statistics of the reference, for whoever joins later.
+
+    Raises:
+        UserError: if they have changed since.
+    """
+    mu, sigma = reference.statistics["features"]
+    now = {"path": str(reference.path), "statistics_xxh64": xxhash.xxh64(mu.tobytes() + sigma.tobytes()).hexdigest()}
+    file = out_dir / REFERENCE_FILE
+    if file.exists() or not create_record(file, now):
+        before = read_record(file, "remove it if the reference is the same as before, or give another out_dir")
+        if before.get("statistics_xxh64") != now["statistics_xxh64"]:
+            raise UserError(
+                f"reference={reference.path} has other statistics than when this sweep began, in {file}: its distances "
+                "don't compare; put the reference back, or give another out_dir"
+            )
 
 
 def list_models(config: SweepConfig) -> list[str]:
@@ -212,7 +260,7 @@ def score(setting: Setting, job: SamplingJob, features_folder: Path, distance: F
     fid = frechet_metric("fid", features.layers["features"].to(distance.mu.device), distance, group)
     flops = family_of(job.model.config).sampling_flops(job.model.config, setting.sample)
     record = {"fid": fid.value, "interval": fid.interval, "gflops": flops / 1e9, "num_images": num_images}
-    write_text(setting.score_file(num_images), json.dumps(record) + "\n")
+    write_record(setting.score_file(num_images), record | setting.describe())
 
 
 def write_results(config: SweepConfig, settings: list[Setting], winner: Setting, rounds: list[tuple[int, int]]) -> None:
@@ -236,7 +284,7 @@ def write_results(config: SweepConfig, settings: list[Setting], winner: Setting,
         marked={row["name"] for row in rows if row["pareto"]},
     )
     best = winner.score(most)
-    weights = winner.sample.vae.weights
+    weights = winner.sample.vae.weights if winner.sample.vae is not None else None
     given = f" vae.weights={weights}" if weights else ""
     header = (
         f"# The best of {len(settings)} settings of `flowar sweep`: FID {best['fid']:.3f} on {most:,} images against\n"
@@ -245,7 +293,7 @@ def write_results(config: SweepConfig, settings: list[Setting], winner: Setting,
     )
     plain = SampleConfig(model=winner.sample.model, out_dir=winner.sample.out_dir)
     write_text(out_dir / RECIPE_FILE, header + describe_changes(plain, winner.sample))
-    write_text(out_dir / RESULTS_FILE, json.dumps({"winner": winner.name, "settings": rows}, indent=2) + "\n")
+    write_record(out_dir / RESULTS_FILE, {"winner": winner.name, "settings": rows})
 
 
 def sweep_table(rows: list[dict[str, Any]], model: str) -> Table:

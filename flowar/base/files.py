@@ -1,8 +1,9 @@
 """Files that are there whole or not at all, whenever the process dies."""
 
+import contextlib
 import os
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 MIB, GIB = 2**20, 2**30  # bytes
@@ -10,12 +11,30 @@ MIB, GIB = 2**20, 2**30  # bytes
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Have `write` fill a hidden file beside `path`; give it its name when it is on the disk."""
+    with _filled(path, write) as hidden:
+        hidden.replace(path)
+
+
+def create_whole(path: Path, write: Callable[[Path], object]) -> bool:
+    """Write a file that is not there yet, whole; return whether it was this process that did.
+
+    Of all processes that try at once one succeeds: a hard link is made or not, on all file systems that clusters share.
+    """
+    with _filled(path, write) as hidden, contextlib.suppress(FileExistsError):
+        path.hardlink_to(hidden)
+        return True
+    return False
+
+
+@contextlib.contextmanager
+def _filled(path: Path, write: Callable[[Path], object]) -> Iterator[Path]:
+    """Have a hidden file beside `path` filled, on the disk; it is gone in the end."""
     unique = f"{os.getpid()}.{secrets.token_hex(4)}"  # other machines have the same numbers
     hidden = path.with_name(f".{path.name}.{unique}")
     try:
         write(hidden)
         _sync(hidden)
-        hidden.replace(path)
+        yield hidden
     finally:
         hidden.unlink(missing_ok=True)
 

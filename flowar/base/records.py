@@ -12,7 +12,7 @@ from typing import Any
 import xxhash
 
 from flowar.base.errors import UserError
-from flowar.base.files import write_text
+from flowar.base.files import create_whole, write_text
 
 HASH_KEY = "xxh3"
 
@@ -35,6 +35,12 @@ def record_text(values: Mapping[str, Any]) -> str:
 def write_record(file: Path, values: Mapping[str, Any]) -> None:
     """Write a record, whole or not at all."""
     write_text(file, record_text(values))
+
+
+def create_record(file: Path, values: Mapping[str, Any]) -> bool:
+    """Write a record unless there is one; return whether this process did. Of all that try at once one succeeds."""
+    text = record_text(values)
+    return create_whole(file, lambda hidden: hidden.write_text(text))
 
 
 def read_record(file: Path, cure: str) -> dict[str, Any]:

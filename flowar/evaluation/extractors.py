@@ -1,6 +1,9 @@
 """Networks that give features of images; torch-fidelity's, and where their weights are. Read next: store.py."""
 
+import contextlib
 import hashlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -52,26 +55,29 @@ class Extractor:
             known = ", ".join(FEATURE_EXTRACTORS_REGISTRY)
             raise UserError(f"extractor.name={config.name} is unknown; there are: {known}, {DEMO_EXTRACTOR}")
         check_weights(config)
+        is_checked = check_hub_weights(config) or (config.weights is not None and not config.other_weights)
         kind = FEATURE_EXTRACTORS_REGISTRY[config.name]
         layers = {"features": kind.get_default_feature_layer_for_metric("prc" if config.name == VGG else "fid")}
         if config.name in (INCEPTION, DEMO_EXTRACTOR):
             layers["logits"] = kind.get_default_feature_layer_for_metric("isc")
         provided = [layer for layer in kind.get_provided_features_list() if layer in layers.values()]
         try:
-            self.network = create_feature_extractor(
-                config.name,
-                provided,
-                cuda=False,
-                feature_extractor_weights_path=config.weights,
-                verbose=False,
-            ).to(device)
+            with weights_as_data(config.name in PUBLISHED_WEIGHTS and not is_checked):
+                self.network = create_feature_extractor(
+                    config.name,
+                    provided,
+                    cuda=False,
+                    feature_extractor_weights_path=config.weights,
+                    verbose=False,
+                ).to(device)
         except OSError as error:  # urllib's URLError is one
             given = ", or give the file as extractor.weights=" if config.name in PUBLISHED_WEIGHTS else ""
             raise UserError(f"{missing_weights(config.name)}{given} (fetching failed: {error})") from error
         except (RuntimeError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
             source = config.weights or torch.hub.get_dir()
             raise UserError(f"the weights of {config.name} in {source} can't be used: {error!r}"[:400]) from error
-        check_hub_weights(config)
+        if not is_checked:
+            check_hub_weights(config)  # they have just been fetched
         self._order = [next(name for name, layer in layers.items() if layer == own) for own in provided]
         self._spatial: Tensor | None = None
         if config.name == INCEPTION:
@@ -89,6 +95,19 @@ class Extractor:
         if self._spatial is not None:
             outputs["spatial"] = self._spatial
         return {name: output.float().cpu() for name, output in outputs.items()}
+
+
+@contextlib.contextmanager
+def weights_as_data(is_needed: bool) -> Iterator[None]:
+    """Have torch read pickles as data, although torch-fidelity asks for code too: weights may be anybody's."""
+    before = os.environ.copy()
+    if is_needed:
+        os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
 
 
 def check_weights(config: ExtractorConfig) -> None:
@@ -109,10 +128,16 @@ def check_weights(config: ExtractorConfig) -> None:
         _check_hash(config.name, file)
 
 
-def check_hub_weights(config: ExtractorConfig) -> None:
-    """Raise a UserError if the weights that torch hub's folder has are not the published ones."""
-    if config.weights is None and config.name in PUBLISHED_WEIGHTS:
-        _check_hash(config.name, Path(torch.hub.get_dir()) / "checkpoints" / PUBLISHED_WEIGHTS[config.name][0])
+def check_hub_weights(config: ExtractorConfig) -> bool:
+    """Return whether the weights are those in torch hub's folder, and there already.
+
+    Raises:
+        UserError: if they are not the published ones.
+    """
+    if config.weights is not None or config.name not in PUBLISHED_WEIGHTS or not has_weights(config.name):
+        return False
+    _check_hash(config.name, Path(torch.hub.get_dir()) / "checkpoints" / PUBLISHED_WEIGHTS[config.name][0])
+    return True
 
 
 def _check_hash(name: str, file: Path) -> None:

@@ -4,7 +4,6 @@ Read next: features.py.
 """
 
 import io
-import json
 import zipfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -12,21 +11,26 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import xxhash
 from numpy.typing import NDArray
 from PIL import Image
 
 from flowar.base.errors import UserError
+from flowar.base.records import read_record
 from flowar.base.tars import list_tar_images, read_bytes_at
 from flowar.latents.schema import INDEX_FILE
 from flowar.sampling.folder import (
     HASHES_FILE,
     IMAGES_FOLDER,
-    SAMPLE_NAME,
     SAMPLES_FILE,
+    HashBook,
+    drawn_names,
     hash_json,
     identify,
+    number_of,
+    read_drawn,
     read_hashes,
+    read_samples,
+    refuse_unrecorded,
 )
 
 MEASURED_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -74,7 +78,7 @@ class ImageSet:
             return self.read(place)
         except UserError:
             raise
-        except (OSError, ValueError, SyntaxError, IndexError, zipfile.BadZipFile) as error:
+        except Exception as error:  # damaged images raise any kind
             raise UserError(f"{self.root}: image {self.numbers[place]} can't be read: {error}") from error
 
 
@@ -93,6 +97,7 @@ def open_images(path: str | Path, setting: str) -> ImageSet:
         raise UserError(f"{setting}={path} does not exist; give {MEASURABLE}")
     if path.suffix == ".npz":
         return _open_npz(path, setting)
+    refuse_unrecorded(path)
     if path.is_dir() and (path / SAMPLES_FILE).is_file():
         return _open_samples(path, setting)
     if path.is_dir() and (path / INDEX_FILE).is_file():
@@ -117,36 +122,36 @@ def read_rgb(content: bytes) -> NDArray[np.uint8]:
 
 def _open_samples(path: Path, setting: str) -> ImageSet:
     """Return what `flowar sample` wrote, each image checked against its hash."""
-    record = json.loads((path / SAMPLES_FILE).read_text())
+    record = read_samples(path)
     if not (path / IMAGES_FOLDER).is_dir():
         kept = ", ".join(sorted(store.name.removeprefix("features-") for store in path.glob("features-*"))) or "nothing"
         raise UserError(
             f"{setting}={path} was drawn with features_only=true and has no images; features of {kept} are there: set "
             "extractor.name, or draw images"
         )
-    found = sorted(
-        (int(match[1]), int(match[2]), file)
-        for file in (path / IMAGES_FOLDER).iterdir()
-        if (match := SAMPLE_NAME.fullmatch(file.name)) and int(match[1]) < record["num_images"]
-    )
-    hashes = read_hashes(path)
-    if len(found) != record["num_images"] or len(hashes) < len(found):
+    count, file = record["num_images"], path / HASHES_FILE
+    hashes = read_hashes(file) if file.exists() else {}
+    there = set(drawn_names(path))
+    found = sorted((number_of(name), name) for name in there & hashes.keys())[:count]
+    if [number for number, _ in found] != list(range(count)) or HashBook(path).new_files():
         raise UserError(
-            f"{setting}={path} holds {len(found):,} images, {len(hashes):,} of them hashed, but "
-            f"{record['num_images']:,} were asked for; run the same `flowar sample` again to draw the rest"
+            f"{setting}={path} holds {len(there):,} images, {len(hashes):,} of them hashed, but {count:,} were asked "
+            "for; run the same `flowar sample` again to draw and hash the rest"
         )
+    strange = sorted(name for name in there - hashes.keys() if number_of(name) < count)
+    if strange:
+        raise UserError(
+            f"{path / IMAGES_FOLDER / strange[0]} is not one of these samples: it is not in {file}; move it elsewhere"
+        )
+    identity = identify(record)
 
     def read(place: int) -> NDArray[np.uint8]:
-        file = found[place][2]
-        content = file.read_bytes()
-        if xxhash.xxh64(content).hexdigest() != hashes.get(f"{IMAGES_FOLDER}/{file.name}"):
-            raise UserError(
-                f"{file} does not have the hash in {path / HASHES_FILE}; delete it and run `flowar sample` again"
-            )
-        return read_rgb(content)
+        name = found[place][1]
+        return read_rgb(read_drawn(path / IMAGES_FOLDER / name, {hashes[name]}, identity))
 
-    numbers, labels = [number for number, _, _ in found], [label for _, label, _ in found]
-    return ImageSet(path, "samples", numbers, labels, identify(record), read)
+    numbers = [number for number, _ in found]
+    labels = [int(name.removesuffix(".png").rpartition("_class")[2]) for _, name in found]
+    return ImageSet(path, "samples", numbers, labels, identity, read)
 
 
 def _open_folder(path: Path, setting: str) -> ImageSet:
@@ -178,11 +183,11 @@ def _open_npz(path: Path, setting: str) -> ImageSet:
     try:
         with np.load(path) as content:
             names = content.files
-            labels = content["arr_1"] if "arr_1" in names else None
+            labels = content["arr_1"].astype(np.int64) if "arr_1" in names else None
         if "arr_0" not in names:
             raise ValueError(f"it holds {', '.join(names)}")
         images = _map_member(path, "arr_0.npy")
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # damaged archives raise any kind
         raise UserError(f"{setting}={path} is not an .npz with images in arr_0: {error}") from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise UserError(
@@ -209,6 +214,8 @@ def _map_member(path: Path, member: str) -> NDArray[Any]:
             reader: Any = np.lib.format.read_array_header_1_0 if is_first else np.lib.format.read_array_header_2_0
             shape, is_fortran, dtype = reader(file)
             header_bytes = file.tell()
+    if dtype.hasobject:
+        raise ValueError(f"{member} holds Python objects")
     with path.open("rb") as raw:
         raw.seek(info.header_offset)
         local = raw.read(30)  # the local header: its name and extra field may differ from the directory's
@@ -234,24 +241,30 @@ def _open_mds(path: Path) -> ImageSet:
     """Return the column "image" of an MDS dataset, with "label" and "number" if there."""
     from streaming.base.format import reader_from_json
 
+    cure = "copy the dataset again"
     try:
-        index = json.loads((path / INDEX_FILE).read_text())
-        readers: list[Any] = [reader_from_json(str(path), None, shard) for shard in index["shards"]]
-        files = [path / shard["raw_data"]["basename"] for shard in index["shards"]]
-        times = _listed(files)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        shards = read_record(path / INDEX_FILE, cure)["shards"]
+        readers: list[Any] = [reader_from_json(str(path), None, shard) for shard in shards]
+        for reader in readers:
+            reader.validate(allow_unsafe_types=False)  # no pickles, which run code when they are read
+            if Path(reader.raw_data.basename).is_absolute() or ".." in Path(reader.raw_data.basename).parts:
+                raise ValueError(f"its shard {reader.raw_data.basename} lies elsewhere")
+        times = _listed([path / reader.raw_data.basename for reader in readers])
+        rows = [(reader, row) for reader in readers for row in range(reader.size)]
+        columns = readers[0].column_names if readers else []
+        labels = [int(reader[row]["label"]) for reader, row in rows] if "label" in columns else [NO_LABEL] * len(rows)
+        numbers = _numbers([int(reader[row]["number"]) if "number" in columns else None for reader, row in rows])
+    except UserError:
+        raise
+    except Exception as error:  # damaged shards raise any kind
         raise UserError(f"{path} is not a readable MDS dataset: {error!r}; uncompressed shards are needed") from error
-    if not readers or "image" not in readers[0].column_names:
+    if "image" not in columns:
         raise UserError(f"{path} is MDS without a column image; moments of `flowar prepare` are not images")
-    rows = [(reader, row) for reader in readers for row in range(reader.size)]
-    columns = readers[0].column_names
 
     def read(place: int) -> NDArray[np.uint8]:
         reader, row = rows[place]
         return np.asarray(reader[row]["image"].convert("RGB"))
 
-    labels = [int(reader[row]["label"]) for reader, row in rows] if "label" in columns else [NO_LABEL] * len(rows)
-    numbers = _numbers([int(reader[row]["number"]) if "number" in columns else None for reader, row in rows])
     return ImageSet(path, "mds", numbers, labels, hash_json(times), read)
 
 

@@ -8,7 +8,7 @@ Forms: images of any kind, an .npz with mu and sigma (ADM's VIRTUAL_*.npz has im
 Read next: evaluate.py.
 """
 
-import json
+import io
 import secrets
 import shutil
 import zipfile
@@ -18,18 +18,21 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import xxhash
 from numpy.typing import NDArray
 
 from flowar.base.errors import UserError
-from flowar.base.files import publish_folder, write_text
+from flowar.base.files import publish_folder
+from flowar.base.records import write_record
 from flowar.config.measuring import MeasureConfig, ReferenceConfig, SweepConfig
 from flowar.evaluation.extractors import INCEPTION, Extractor
 from flowar.evaluation.image_sets import ImageSet, open_images
 from flowar.evaluation.metrics import Statistics, statistics
-from flowar.evaluation.store import STORE_FILE, Features, FeatureStore, extract, read_features, write_shard
-from flowar.sampling.folder import SAMPLES_FILE
+from flowar.evaluation.store import STORE_FILE, Features, FeatureStore, extract, read_features, read_store, write_shard
+from flowar.sampling.folder import SAMPLES_FILE, identify, read_samples
 
 STATISTICS_FILE = "statistics.npz"
+STATISTICS_KEY = "statistics_xxh64"  # in features.json: the hash of that file
 KEYS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # ADM's names, by layer
 
 
@@ -49,6 +52,11 @@ class ReferenceSource(NamedTuple):
     path: Path
     statistics: Path | None  # an .npz with those of all images; None: made of the features
     store: FeatureStore | None
+
+    def fingerprint(self) -> list[int]:
+        """Return what changes when other statistics are put there."""
+        found = self.statistics.stat() if self.statistics is not None else None
+        return [found.st_size, found.st_mtime_ns] if found is not None else []
 
     def read(self) -> Reference:
         """Return the reference."""
@@ -78,8 +86,13 @@ def prepare_features(
     """
     drawn = path / f"features-{extractor.name}"
     if (drawn / STORE_FILE).is_file() and (path / SAMPLES_FILE).is_file():
-        check_network(drawn, extractor, f"{setting}={path}")
-        return FeatureStore(drawn, json.loads((path / SAMPLES_FILE).read_text())["num_images"], path)
+        found, record = check_network(drawn, extractor, f"{setting}={path}"), read_samples(path)
+        if found["identity"] != identify(record):
+            raise UserError(
+                f"{drawn} holds features of samples {found['identity']}, but {path / SAMPLES_FILE} says that they are "
+                f"{identify(record)}; put the record back that belongs to them, or draw the samples again"
+            )
+        return FeatureStore(drawn, record["num_images"], path)
     images = open_images(path, setting)
     name = f"{extractor.name}-{extractor.weights_sha256[:8]}-{images.identity}"
     extract(images, extractor, folder / "features" / name, config)
@@ -92,7 +105,7 @@ def check_network(store: Path, extractor: Extractor, what: str) -> dict[str, Any
     Raises:
         UserError: if it is not.
     """
-    record: dict[str, Any] = json.loads((store / STORE_FILE).read_text())
+    record = read_store(store)
     found = record["weights_sha256"]
     if found != extractor.weights_sha256:
         raise UserError(
@@ -109,6 +122,7 @@ def check_reference(path: Path, extractor: Extractor) -> None:
     store = path / f"features-{extractor.name}"
     if (store / STATISTICS_FILE).exists():
         check_network(store, extractor, f"reference={path}")
+        read_statistics(store / STATISTICS_FILE)
     elif any(path.glob(f"features-*/{STATISTICS_FILE}")):
         there = ", ".join(sorted(found.name.removeprefix("features-") for found in path.glob("features-*")))
         raise UserError(
@@ -131,7 +145,7 @@ def prepare_reference(config: MeasureConfig | SweepConfig, extractor: Extractor,
     check_reference(path, extractor)
     store = path / f"features-{extractor.name}"
     if (store / STATISTICS_FILE).exists():
-        record = json.loads((store / STORE_FILE).read_text())
+        record = read_store(store)
         return ReferenceSource(
             path, store / STATISTICS_FILE, FeatureStore(store, record["num_images"], Path(record["root"]))
         )
@@ -156,18 +170,26 @@ def read_statistics(file: Path) -> dict[str, Statistics]:
     """Return the statistics of an .npz by layer; nothing if it has images alone.
 
     Raises:
-        UserError: if it has neither.
+        UserError: if it has neither, is damaged, or is not that of the reference where it lies.
     """
+    made = read_store(file.parent) if file.name == STATISTICS_FILE and (file.parent / STORE_FILE).is_file() else {}
     try:
-        with np.load(file) as content:
+        opened: Path | io.BytesIO = file
+        if STATISTICS_KEY in made:  # else of version 0.1
+            written = file.read_bytes()
+            if xxhash.xxh64(written).hexdigest() != made[STATISTICS_KEY]:
+                raise ValueError(f"it does not have the hash in {STORE_FILE}")
+            opened = io.BytesIO(written)
+        with np.load(opened) as content:
             found = {
                 layer: Statistics(*(np.asarray(content[key], dtype=np.float64) for key in keys))
                 for layer, keys in KEYS.items()
                 if set(keys) <= set(content.files)
             }
             names = content.files
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{file} is no readable .npz: {error}") from error
+    except Exception as error:  # damaged archives raise any kind
+        again = f"remove {file.parent} and make the reference again" if made else "copy or download it again"
+        raise UserError(f"{file} is not a readable .npz: {error}; {again}") from error
     if not found and "arr_0" not in names:
         raise UserError(f"{file} holds {', '.join(names)}; mu and sigma (statistics) or images in arr_0 are needed")
     for layer, (mu, sigma) in found.items():
@@ -191,12 +213,15 @@ def publish_reference(config: ReferenceConfig, images: ImageSet, partial: Path, 
         arrays |= dict(zip(KEYS[layer], own, strict=True))
     kept = min(config.keep_images or len(images), len(images))
     some = features.at(torch.linspace(0, len(images) - 1, kept).round().long())
+    for leftover in target.parent.glob(f".{target.name}.*"):  # of one that died here, with this claim
+        shutil.rmtree(leftover)
     hidden = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     hidden.mkdir()
-    write_text(
-        hidden / STORE_FILE, json.dumps(features.record | {"num_images": kept, "of": len(images)}, indent=2) + "\n"
-    )
-    write_shard(hidden, some.numbers.tolist(), some.labels.tolist(), some.layers)
-    np.savez(hidden / STATISTICS_FILE, **arrays, num_images=np.int64(len(images)))
+    written = io.BytesIO()
+    np.savez(written, **arrays, num_images=np.int64(len(images)))
+    (hidden / STATISTICS_FILE).write_bytes(written.getvalue())
+    about = {"num_images": kept, "of": len(images), STATISTICS_KEY: xxhash.xxh64(written.getvalue()).hexdigest()}
+    write_record(hidden / STORE_FILE, features.record | about)
+    write_shard(hidden, features.record, some.numbers.tolist(), some.labels.tolist(), some.layers)
     publish_folder(hidden, target)
     shutil.rmtree(partial, ignore_errors=True)

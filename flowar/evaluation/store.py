@@ -2,7 +2,8 @@
 
 A folder of features:
     features.json                            which images, which network; `describe_features`
-    features_FIRST_LAST_HASH.safetensors     numbers (N,), labels (N,) int64; layers (N, ...) float32; xxh64 in the name
+    features_FIRST_LAST_HASH.safetensors     numbers (N,), labels (N,) int64; layers (N, ...) float32; the name has the
+                                             xxh64, the metadata `NAMED` of features.json
 Read next: metrics.py for what is made of them.
 """
 
@@ -23,16 +24,18 @@ from torch import Tensor
 
 from flowar import __version__
 from flowar.base.errors import UserError
-from flowar.base.files import write_text, write_whole
+from flowar.base.files import write_whole
 from flowar.base.leases import CLAIMS_FOLDER, Leases, claim_name, claimed_chunks
+from flowar.base.records import DamagedRecordError, create_record, read_record
 from flowar.config.measuring import FeatureWorkConfig
 from flowar.evaluation.extractors import Extractor
 from flowar.evaluation.image_sets import ImageSet
 from flowar.latents.vae import to_uint8
-from flowar.sampling.folder import identify
-from flowar.sampling.job import SamplingJob, check_finite, describe_samples
+from flowar.sampling.folder import SAMPLES_FILE, identify, read_samples
+from flowar.sampling.job import SamplingJob, check_finite
 
 STORE_FILE = "features.json"
+NAMED = ("extractor", "weights_sha256", "identity")  # in features.json: what tells features apart
 SHARD_NAME = re.compile(r"features_(\d+)_(\d+)_([0-9a-f]{16})\.safetensors")
 
 READERS = 8  # threads that decode images
@@ -63,32 +66,57 @@ def describe_features(extractor: Extractor, *, num_images: int, **images: object
 
 
 def start_store(folder: Path, record: dict[str, Any]) -> None:
-    """Make a folder of features.
+    """Make a folder of features; of all processes that do one writes features.json, and the others compare.
 
     Raises:
         UserError: if it holds those of other images or another network, or can't be written.
     """
     file = folder / STORE_FILE
-    names = ("extractor", "weights_sha256", "identity")
-    before = json.loads(file.read_text()) if file.exists() else record
-    changed = [f"{name} was {before.get(name)}, now {record[name]}" for name in names if before[name] != record[name]]
+    there = list_shards(folder)  # before looking for the record, which is written first
+    if there and not file.exists():
+        raise UserError(
+            f"{folder} holds {min(there.values()).name}, but no {STORE_FILE}, which says of which images and network "
+            f"it is; restore {file} from a copy, or remove that folder"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not file.exists() and create_record(file, record):
+            return
+    except OSError as error:
+        raise UserError(f"can't write to {folder}: {error}") from error
+    before = read_store(folder)
+    changed = [f"{name} was {before[name]}, now {record[name]}" for name in NAMED if before[name] != record[name]]
     if changed:
         raise UserError(
             f"{folder} holds features of other images or by another network: {'; '.join(changed)}; give another "
             "out_dir, or remove that folder"
         )
+
+
+def read_store(folder: Path) -> dict[str, Any]:
+    """Return what features.json says.
+
+    Raises:
+        DamagedRecordError: if it is not what was written, or is not there.
+    """
+    cure = f"remove {folder} and run again, which computes the features anew"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(file, json.dumps(record, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"can't write to {folder}: {error}") from error
+        record = read_record(folder / STORE_FILE, cure)
+    except FileNotFoundError as error:
+        raise DamagedRecordError(f"{folder} has no {STORE_FILE}; {cure}") from error
+    lacking = [name for name in (*NAMED, "kind", "num_images", "root") if name not in record]
+    if lacking:
+        raise DamagedRecordError(f"{folder / STORE_FILE} is damaged (it has no {lacking[0]}); {cure}")
+    return record
 
 
-def write_shard(folder: Path, numbers: range | list[int], labels: list[int], layers: dict[str, Tensor]) -> None:
-    """Write the features of some images, whole or not at all."""
+def write_shard(
+    folder: Path, record: dict[str, Any], numbers: range | list[int], labels: list[int], layers: dict[str, Tensor]
+) -> None:
+    """Write the features of some images, of the store that has this record, whole or not at all."""
     tensors = {name: values.contiguous() for name, values in layers.items()}
     ids = {"numbers": torch.tensor(list(numbers)), "labels": torch.tensor(labels)}
-    content = safetensors.torch.save(ids | tensors)
+    content = safetensors.torch.save(ids | tensors, metadata={name: str(record[name]) for name in NAMED})
     name = f"features_{numbers[0]:08d}_{numbers[-1]:08d}_{xxhash.xxh64(content).hexdigest()}.safetensors"
     write_whole(folder / name, lambda hidden: hidden.write_bytes(content))
 
@@ -97,6 +125,38 @@ def list_shards(folder: Path) -> dict[tuple[int, int], Path]:
     """Return the shards of a folder by their first and last number."""
     found = ((SHARD_NAME.fullmatch(file.name), file) for file in folder.glob("features_*.safetensors"))
     return {(int(match[1]), int(match[2])): file for match, file in found if match}
+
+
+def read_shard(file: Path, record: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a shard.
+
+    Raises:
+        UserError: if it is damaged, or of another store than that with this record.
+    """
+    content, match = file.read_bytes(), SHARD_NAME.fullmatch(file.name)
+    assert match is not None  # `list_shards` gives no others
+    try:
+        if xxhash.xxh64(content).hexdigest() != match[3]:
+            raise ValueError("it does not have the hash in its name")
+        header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+        named = header.get("__metadata__", {})  # nothing where version 0.1 wrote it
+        other = [name for name in NAMED if str(record[name]) != named.get(name, str(record[name]))]
+        if other:
+            raise ValueError(f"its {other[0]} is {named[other[0]]}, that of {STORE_FILE} {record[other[0]]}")
+        tensors = safetensors.torch.load(content)
+        numbers = tensors["numbers"].tolist()
+        if [numbers[0], numbers[-1]] != [int(match[1]), int(match[2])] or len(tensors["labels"]) != len(numbers):
+            raise ValueError("it does not hold the images in its name")
+    except Exception as error:  # safetensors, JSON and tensors that are not there raise many kinds
+        raise UserError(f"{file} is damaged: {error}; delete it and run {_maker(file.parent, record)} again") from error
+    return tensors
+
+
+def _maker(folder: Path, record: dict[str, Any]) -> str:
+    """Return who computes features that are missing in a store, for messages."""
+    if "of" in record:  # a reference's
+        return f"`flowar evaluate make-reference` (remove {folder} first)"
+    return "the same `flowar sample`" if (folder.parent / SAMPLES_FILE).exists() else "the same command"
 
 
 class FeatureStore(NamedTuple):
@@ -122,16 +182,13 @@ def read_features(folder: Path, num_images: int, layers: Iterable[str] | None = 
     Raises:
         UserError: if some are missing or damaged.
     """
-    record = json.loads((folder / STORE_FILE).read_text())
+    record = read_store(folder)
     are_samples = record["kind"] == "samples"
     parts = []
     for (first, _), file in sorted(list_shards(folder).items()):
         if are_samples and first >= num_images:
             continue  # of an earlier call for more images
-        content = file.read_bytes()
-        if xxhash.xxh64(content).hexdigest() not in file.name:
-            raise UserError(f"{file} is damaged: it does not have the hash in its name; delete it and run again")
-        own = safetensors.torch.load(content)
+        own = read_shard(file, record)
         parts.append({name: own[name] for name in own if layers is None or name in ("numbers", "labels", *layers)})
     numbers = torch.cat([part["numbers"] for part in parts]) if parts else torch.empty(0, dtype=torch.int64)
     order = numbers.argsort(stable=True)
@@ -143,8 +200,8 @@ def read_features(folder: Path, num_images: int, layers: Iterable[str] | None = 
     places = order[wanted]
     if len(places) != num_images:
         raise UserError(
-            f"{folder} holds features of {len(places):,} images, but {num_images:,} are needed; run the same command "
-            "again"
+            f"{folder} holds features of {len(places):,} images, but {num_images:,} are needed; run "
+            f"{_maker(folder, record)} again"
         )
     rows = torch.full((len(numbers),), -1)
     rows[places] = torch.arange(num_images)
@@ -183,7 +240,8 @@ def extract(
     if is_done():
         return
     about = {"kind": images.kind, "root": str(images.root), "identity": images.identity}
-    start_store(folder, describe_features(extractor, num_images=len(images), **about))
+    record = describe_features(extractor, num_images=len(images), **about)
+    start_store(folder, record)
     size = config.chunk_images
     chunks = [range(first, min(first + size, len(images))) for first in range(0, len(images), size)]
 
@@ -201,15 +259,15 @@ def extract(
             batches = [own[first : first + config.batch_size] for first in range(0, len(own), config.batch_size)]
             found = [extractor(torch.from_numpy(images.read_many(batch, pool.map))) for batch in batches]
             layers = {name: torch.cat([part[name] for part in found]) for name in found[0]}
-            write_shard(folder, [images.numbers[i] for i in own], [images.labels[i] for i in own], layers)
+            write_shard(folder, record, [images.numbers[i] for i in own], [images.labels[i] for i in own], layers)
     shutil.rmtree(folder / CLAIMS_FOLDER, ignore_errors=True)
 
 
 def take_chunks(leases: Leases, missing: Callable[[], list[int]], what: str, total: int) -> Iterator[int]:
     """Yield chunks that this process has claimed until none is missing; shows a bar over all."""
-    columns = (TextColumn(what, markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
-        task = progress.add_task("", total=total)
+    name = TextColumn("{task.description}", markup=False)  # which may hold any brackets
+    with Progress(name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
+        task = progress.add_task(what, total=total)
 
         def show(chunks: list[int]) -> None:
             progress.update(task, completed=total - len(chunks))
@@ -228,14 +286,17 @@ class FeatureSink:
         self.extractor = extractor
         self.folder = job.out_dir / f"features-{extractor.name}"
         self._parts: list[dict[str, Tensor]] = []
+        self._record: dict[str, Any] = {}  # features.json; known when samples.json is there
 
     def __str__(self) -> str:
         return f"features of images are in {self.folder}"
 
     def start(self) -> None:
         """Make the folder of features."""
-        of_images = {"kind": "samples", "root": str(self.job.out_dir), "identity": identify(describe_samples(self.job))}
-        start_store(self.folder, describe_features(self.extractor, num_images=self.job.config.num_images, **of_images))
+        record, count = read_samples(self.job.out_dir), self.job.config.num_images
+        of_images = {"kind": "samples", "root": str(self.job.out_dir), "identity": identify(record)}
+        self._record = describe_features(self.extractor, num_images=count, **of_images)
+        start_store(self.folder, self._record)
 
     def missing_chunks(self) -> list[int]:
         """Return the chunks whose features are not there."""
@@ -257,7 +318,8 @@ class FeatureSink:
         """Begin to write the features of a chunk."""
         layers = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
         self._parts = []
-        return [pool.submit(write_shard, self.folder, numbers, [self.job.label(number) for number in numbers], layers)]
+        labels = [self.job.label(number) for number in numbers]
+        return [pool.submit(write_shard, self.folder, self._record, numbers, labels, layers)]
 
     def is_finished(self) -> bool:
         """Return whether all features are there."""

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.markup import escape
 from rich.progress import track
 
 from flowar.base.errors import UserError
@@ -164,7 +165,7 @@ class LatentShards:
         missing = [shard for shard in self.shards if not (self.folder / shard.name).exists()]
         with ThreadPoolExecutor(FETCHED_AT_ONCE) as pool:
             here = pool.map(self.local_file, self.shards)
-            for _ in track(here, f"fetching {self.path}", total=len(self.shards), disable=not missing):
+            for _ in track(here, escape(f"fetching {self.path}"), total=len(self.shards), disable=not missing):
                 pass
 
     def _shards_of(self, rows: Sequence[int]) -> list[int]:

@@ -1,23 +1,40 @@
 """Drawn images as PNG files: one of the two places where they go. Read next: worker.py, packing.py."""
 
-import os
+import io
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import torch
+import xxhash
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from flowar.base.files import write_text
-from flowar.base.hashes import hash_file
-from flowar.base.pictures import save_grid, save_png
+from flowar.base.errors import UserError
+from flowar.base.files import create_whole
+from flowar.base.pictures import save_grid
 from flowar.latents.vae import to_uint8
-from flowar.sampling.folder import HASHES_FILE, IMAGES_FOLDER, read_hashes
+from flowar.sampling.folder import (
+    HASHES_FILE,
+    IMAGES_FOLDER,
+    OWNER_KEY,
+    HashBook,
+    check_owner,
+    drawn_names,
+    identify,
+    merge_hashes,
+    number_of,
+    read_drawn,
+    read_hashes,
+    read_samples,
+    write_hashes,
+    write_new_hashes,
+)
 from flowar.sampling.job import SamplingJob, check_finite
-from flowar.sampling.packing import is_packed, pack_images
+from flowar.sampling.packing import find_half_packed, is_packed, pack_images, remove
 
 GRID_IMAGES = 100  # shown in grid.png
-HASHING_THREADS = 4
 
 
 class ImageSink:
@@ -26,6 +43,8 @@ class ImageSink:
     def __init__(self, job: SamplingJob) -> None:
         self.job = job
         self.folder = job.out_dir / IMAGES_FOLDER
+        self.book = HashBook(job.out_dir)
+        self._identity = ""  # of the samples; known when samples.json is there
 
     def __str__(self) -> str:
         return f"images are in {self.folder}, the first of them in {self.job.out_dir / 'grid.png'}"
@@ -35,12 +54,42 @@ class ImageSink:
         return self.folder / f"{number:06d}_class{self.job.label(number):04d}.png"
 
     def start(self) -> None:
-        """Make the folder."""
+        """Make the folder; remove images of which nobody noted a hash: they may be anything, and are drawn again.
+
+        Raises:
+            UserError: if there are images that are none of these samples.
+        """
         self.folder.mkdir(exist_ok=True)
+        self._identity = identify(read_samples(self.job.out_dir))
+        unknown = self._unknown()
+        for file in unknown:
+            number = number_of(file.name)
+            if file != self.file(number):
+                raise UserError(
+                    f"{file} is not one of these samples: image {number} is {self.file(number).name}; move it elsewhere"
+                )
+            file.unlink(missing_ok=True)
+        for name in sorted(self._existing())[:1]:
+            file = self.folder / name
+            check_owner(file, file.read_bytes(), self._identity)  # or the record is not that of the images
+        if unknown:
+            print(f"{len(unknown):,} images in {self.folder} have no hash, the first is {unknown[0].name}: drawn again")
+
+    def _unknown(self) -> list[Path]:
+        """Return the images without a hash. Whoever draws notes hashes first: so the images are listed first."""
+        names, count = drawn_names(self.job.out_dir), self.job.config.num_images
+        hashes = self.book.look()
+        return [self.folder / name for name in names if number_of(name) < count and name not in hashes]
+
+    def _existing(self) -> set[str]:
+        """Return the names of the images that are there, with their hashes."""
+        names = drawn_names(self.job.out_dir)
+        hashes = self.book.look()  # after the names: whoever draws notes hashes first
+        return {name for name in names if name in hashes}
 
     def missing_chunks(self) -> list[int]:
         """Return the chunks of which an image is not there."""
-        existing = {entry.name for entry in os.scandir(self.folder)} if self.folder.is_dir() else set()
+        existing = self._existing()
         return [
             chunk
             for chunk in self.job.chunks
@@ -49,7 +98,12 @@ class ImageSink:
 
     def needs(self, numbers: range) -> bool:
         """Return whether any of these images is missing. All are drawn then: the batch's shape decides last bits."""
-        return not all(self.file(number).exists() for number in numbers)
+        return bool(self._missing(numbers))
+
+    def _missing(self, numbers: range) -> list[int]:
+        hashes = self.book.look()
+        files = ((number, self.file(number)) for number in numbers)
+        return [number for number, file in files if file.name not in hashes or not file.exists()]
 
     def add(self, decoded: Tensor, numbers: range, pool: ThreadPoolExecutor) -> list[Future[None]]:
         """Begin to write images (B, 3, H, W) in [-1, 1]."""
@@ -61,47 +115,80 @@ class ImageSink:
 
     @torch.inference_mode()
     def _save(self, decoded: Tensor, numbers: range) -> None:
-        """Write those images that are not there. In a thread, so that nobody waits for a GPU.
+        """Write those images that are not there, their hashes first. In a thread, so that nobody waits for a GPU.
 
         Raises:
             UserError: if they are not finite.
         """
         check_finite(self.job, decoded, numbers)
-        for number, image in zip(numbers, to_uint8(decoded).cpu(), strict=True):
-            if not self.file(number).exists():
-                try:
-                    save_png(image, self.file(number))
-                except FileNotFoundError:  # all is done, and somebody tidied up
-                    if not self.file(number).exists():
-                        raise
+        missing = self._missing(numbers)
+        contents = {
+            self.file(number): encode_png(image, f"{self._identity}/{number}")
+            for number, image in zip(numbers, to_uint8(decoded).cpu(), strict=True)
+            if number in missing
+        }
+        if not contents:
+            return
+        hashes = {file.name: xxhash.xxh64(content).hexdigest() for file, content in contents.items()}
+        write_new_hashes(self.job.out_dir, hashes)
+        for file, content in contents.items():
+            try:
+                create_whole(file, _writer(content))
+            except FileNotFoundError:  # all is done, and somebody tidied up
+                if not file.exists():
+                    raise
 
     def is_finished(self) -> bool:
         """Return whether all images are there, hashed and packed."""
         count, out_dir = self.job.config.num_images, self.job.out_dir
-        if self.missing_chunks() or len(read_hashes(out_dir)) != count:
+        hashed = read_hashes(out_dir / HASHES_FILE) if (out_dir / HASHES_FILE).exists() else {}
+        if self.missing_chunks() or self.book.new_files():
+            return False
+        if any(self.file(number).name not in hashed for number in range(count)) or find_half_packed(out_dir):
             return False
         return all(is_packed(kind, count, out_dir) for kind in self.job.config.also)
 
     def finish(self) -> None:
-        """Make the grid and what else was asked for of all images, and hash them; remove what killed workers left."""
+        """Make the grid and what else was asked for of all images, and put their hashes together.
+
+        Removes what killed workers left.
+        """
         for leftover in self.folder.glob(".*"):
             leftover.unlink(missing_ok=True)
+        for leftover in find_half_packed(self.job.out_dir):
+            remove(leftover)
+        merged = self.book.new_files()
+        hashes = merge_hashes(self.job.out_dir, self.book.look(), self._identity)
         files = [self.file(number) for number in range(self.job.config.num_images)]
-        save_grid(load_pngs(files[:GRID_IMAGES]), self.job.out_dir / "grid.png", columns=10)
+
+        def read(file: Path) -> bytes:
+            return read_drawn(file, {hashes[file.name]}, self._identity)
+
+        save_grid(load_pngs(files[:GRID_IMAGES], read), self.job.out_dir / "grid.png", columns=10)
         labels = [self.job.label(number) for number in range(len(files))]
         for kind in self.job.config.also:
-            print(f"wrote {pack_images(kind, files, labels, self.job.out_dir)}")
-        with ThreadPoolExecutor(HASHING_THREADS) as pool:
-            hashes = pool.map(hash_file, files)
-            lines = [f"{digest}  {IMAGES_FOLDER}/{file.name}\n" for file, digest in zip(files, hashes, strict=True)]
-        write_text(self.job.out_dir / HASHES_FILE, "".join(lines))  # as `xxh64sum -c` reads it; says that all is done
+            print(f"wrote {pack_images(kind, files, labels, self.job.out_dir, read)}")
+        write_hashes(self.job.out_dir, hashes, merged)  # says that all is done
 
 
-def load_pngs(files: list[Path]) -> Tensor:
+def _writer(content: bytes) -> Callable[[Path], object]:
+    return lambda hidden: hidden.write_bytes(content)
+
+
+def encode_png(image: Tensor, owner: str) -> bytes:
+    """Return a uint8 image (3, H, W) as a PNG file that says of which samples it is."""
+    text = PngInfo()
+    text.add_text(OWNER_KEY, owner)
+    written = io.BytesIO()
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(written, format="PNG", pnginfo=text)
+    return written.getvalue()
+
+
+def load_pngs(files: list[Path], read: Callable[[Path], bytes] = Path.read_bytes) -> Tensor:
     """Return RGB images of one size as uint8 (N, 3, H, W)."""
-    images = [
-        torch.frombuffer(bytearray(Image.open(file).convert("RGB").tobytes()), dtype=torch.uint8) for file in files
-    ]
-    with Image.open(files[0]) as first:
-        width, height = first.size
+    images = []
+    for file in files:
+        with Image.open(io.BytesIO(read(file))) as image:
+            width, height = image.size
+            images.append(torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8))
     return torch.stack(images).view(-1, height, width, 3).permute(0, 3, 1, 2)

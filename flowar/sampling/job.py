@@ -1,7 +1,7 @@
 """What is drawn, with what, and where it goes; checked before anything is computed. Read next: worker.py."""
 
 import dataclasses
-import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +12,31 @@ from flowar import __version__
 from flowar.base.devices import pick_device
 from flowar.base.errors import UserError
 from flowar.base.hashes import hash_weights
-from flowar.base.run_folder import checkpoint_step, is_checkpoint
+from flowar.base.leases import WAIT_S, Leases
+from flowar.base.records import create_record, write_record
+from flowar.base.run_folder import CONFIG_FILE, checkpoint_step, is_checkpoint
 from flowar.base.seeding import Stream
+from flowar.config.data import VAEConfig
 from flowar.config.drawing import SampleConfig
+from flowar.config.load import load_config
 from flowar.config.models import ModelConfig
+from flowar.config.training import TrainConfig
 from flowar.latents.batches import check_same_vae
 from flowar.latents.schema import PASSPORT_FILE, read_passport
 from flowar.latents.vae import VAE, load_vae
 from flowar.models.family import Model
 from flowar.models.folders import find_model_folder, load_model
-from flowar.sampling.folder import SAMPLES_FILE, settings_of_images
+from flowar.sampling.folder import (
+    IDENTITY,
+    SAMPLES_FILE,
+    hash_json,
+    identify,
+    read_samples,
+    refuse_unrecorded,
+    settings_of_images,
+)
+
+LABELS_KEY = "labels_xxh64"  # in samples.json: a hash of what label_file holds; not known of samples of version 0.1
 
 
 def open_job(config: SampleConfig) -> "SamplingJob":
@@ -33,10 +48,34 @@ def open_job(config: SampleConfig) -> "SamplingJob":
     device = pick_device(config.device)
     folder = find_model_folder(config.model)
     model = load_model(folder, config.weights).to(device)
-    vae = load_vae(config.vae.name, config.vae.weights).to(device)
+    vae_config = choose_vae(config.vae, folder)
+    vae = load_vae(vae_config.name, vae_config.weights).to(device)
     check_decodable(folder, model.config, vae)
     weights_sha256 = hash_weights(model.state_dict())
     return SamplingJob(config, model, vae, device, choose_classes(config, model.config), folder, weights_sha256)
+
+
+def choose_vae(given: VAEConfig | None, folder: Path) -> VAEConfig:
+    """Return the VAE to decode with; what was not given is that of the training run, which is said.
+
+    Args:
+        given: the setting; None, or without weights, where it is to be found.
+        folder: of the model: a checkpoint, whose run's config.yaml names the VAE, or one with a dataset's passport.
+    """
+    if given is not None and (given.weights is not None or given.name != VAEConfig().name):
+        return given
+    config = folder.parent.parent / CONFIG_FILE
+    if is_checkpoint(folder) and config.is_file():
+        found, source = load_config(TrainConfig, config).vae, config
+    elif (folder / PASSPORT_FILE).is_file():
+        found, source = VAEConfig(name=read_passport(folder).vae_name), folder / PASSPORT_FILE
+    else:
+        return given or VAEConfig()
+    if given is not None and given.name != found.name:
+        return given
+    weights = f" vae.weights={found.weights}" if found.weights else ""
+    print(f"vae.name={found.name}{weights}, as {source} says")
+    return found
 
 
 def choose_classes(config: SampleConfig, model: ModelConfig) -> tuple[int, ...]:
@@ -127,18 +166,53 @@ def describe_samples(job: SamplingJob) -> dict[str, Any]:
     model: dict[str, Any] = {"model": str(job.folder.absolute()), "variant": job.model.config.variant}
     if is_checkpoint(job.folder):
         model["step"] = checkpoint_step(job.folder)
-    identity = {"weights_sha256": job.weights_sha256, "vae_sha256": job.vae.weights_sha256, "vae_name": job.vae.name}
+    networks = {"weights_sha256": job.weights_sha256, "vae_sha256": job.vae.weights_sha256, "vae_name": job.vae.name}
     # Stochastic solvers drew with other seeds in 0.1; nothing else needs to tell the two apart.
     stream = {"noise_stream": int(Stream.STEP_NOISE)} if job.config.solver == "euler-maruyama" else {}
-    return {**model, "flowar": __version__, "torch": torch.__version__, **identity, **settings, **stream}
+    labels = {LABELS_KEY: hash_json(job.classes)} if job.config.label_file is not None else {}
+    record = {**model, "flowar": __version__, "torch": torch.__version__, **networks, **settings, **stream, **labels}
+    return record | {IDENTITY: identify(record)}
 
 
 def check_same_samples(out_dir: Path, record: dict[str, Any]) -> None:
-    """Raise a UserError if `out_dir` holds images of other settings, naming what differs."""
-    file = out_dir / SAMPLES_FILE
-    if not file.exists():
+    """Raise a UserError if `out_dir` holds images of other settings, naming what differs, or of unknown ones."""
+    refuse_unrecorded(out_dir)
+    if not (out_dir / SAMPLES_FILE).exists():
         return
-    before, now = json.loads(file.read_text()), settings_of_images(record)
-    changed = [f"{key} was {before.get(key)}, now {now[key]}" for key in now if before.get(key) != now[key]]
+    before, now = read_samples(out_dir), settings_of_images(record)
+    compared = [key for key in now if key in before or key != LABELS_KEY]
+    changed = [f"{key} was {before.get(key)}, now {now[key]}" for key in compared if before.get(key) != now[key]]
     if changed:
         raise UserError(f"out_dir={out_dir} holds images of other settings: {'; '.join(changed)}; give another out_dir")
+
+
+def check_not_fewer(out_dir: Path, num_images: int) -> None:
+    """Raise a UserError if `out_dir` is for more images: another process may be drawing them."""
+    before = read_samples(out_dir)["num_images"] if (out_dir / SAMPLES_FILE).exists() else 0
+    if num_images < before:
+        raise UserError(
+            f"num_images={num_images:,} is less than the {before:,} that out_dir={out_dir} is for; set "
+            f"num_images={before}, or give another out_dir"
+        )
+
+
+def agree_on_samples(job: SamplingJob, leases: Leases) -> None:
+    """Write samples.json, before anything is drawn. One process writes it, and all others compare.
+
+    A set of samples can grow: its number of images is the largest one that was asked for.
+
+    Raises:
+        UserError: if the folder holds images of other settings, or of unknown ones.
+    """
+    file, record = job.out_dir / SAMPLES_FILE, describe_samples(job)
+    check_same_samples(job.out_dir, record)
+    if file.exists() or not create_record(file, record):
+        check_same_samples(job.out_dir, record)  # somebody was quicker, maybe with other settings
+    while (before := read_samples(job.out_dir))["num_images"] < job.config.num_images:
+        if not leases.claim(SAMPLES_FILE):
+            time.sleep(WAIT_S)
+            continue
+        before = read_samples(job.out_dir)
+        if before["num_images"] < job.config.num_images:
+            write_record(file, record | {IDENTITY: identify(before)})
+        leases.release(SAMPLES_FILE)

@@ -3,7 +3,6 @@
 The other place where drawn images go is evaluation/store.py: features of them alone.
 """
 
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -16,13 +15,18 @@ from torch import Tensor
 
 from flowar.base.devices import decoding_precision, drawing_precision
 from flowar.base.errors import UserError
-from flowar.base.files import write_text
 from flowar.base.leases import CLAIMS_FOLDER, Leases, claim_name, claimed_chunks, finish_together
 from flowar.base.seeding import StepNoise, draw_image_noise
 from flowar.config.drawing import SampleConfig
 from flowar.models.build import family_of
-from flowar.sampling.folder import SAMPLES_FILE
-from flowar.sampling.job import SamplingJob, check_same_samples, describe_samples, open_job
+from flowar.sampling.job import (
+    SamplingJob,
+    agree_on_samples,
+    check_not_fewer,
+    check_same_samples,
+    describe_samples,
+    open_job,
+)
 
 WRITER_THREADS = 4
 
@@ -68,9 +72,14 @@ def draw_samples(config: SampleConfig, make_sink: Callable[[SamplingJob], Sink],
         UserError: if something is missing or does not fit, or the folder holds images of other settings.
     """
     job = open_job(config)
-    sink = make_sink(job)
-    record = describe_samples(job)
-    check_same_samples(job.out_dir, record)
+    draw_job(job, make_sink(job), dry_run)
+
+
+def draw_job(job: SamplingJob, sink: Sink, dry_run: bool = False) -> None:
+    """Draw the images of a job that are not there yet; as `draw_samples`."""
+    config = job.config
+    check_same_samples(job.out_dir, describe_samples(job))
+    check_not_fewer(job.out_dir, config.num_images)
     missing = sum(len(job.chunk(chunk)) for chunk in sink.missing_chunks())
     print(
         f"{config.num_images:,} images, {len(set(job.classes)):,} classes from {job.folder}, {missing:,} still to draw"
@@ -93,9 +102,9 @@ def draw_missing(job: SamplingJob, sink: Sink, *, wait: bool = True) -> bool:
     """
     try:
         job.out_dir.mkdir(parents=True, exist_ok=True)
-        write_text(job.out_dir / SAMPLES_FILE, json.dumps(describe_samples(job), indent=2) + "\n")
-        sink.start()
         with Leases(job.out_dir / CLAIMS_FOLDER, job.config.lease_s) as leases:
+            agree_on_samples(job, leases)
+            sink.start()
             has_drawn = draw_chunks(job, sink, leases, wait=wait)
             if wait:
                 finish_together(leases, sink.is_finished, sink.finish)

@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from flowar.base.errors import UserError
 from flowar.base.files import write_text
+from flowar.base.records import DamagedRecordError, read_record, write_record
 from flowar.base.run_folder import CONFIG_FILE, EVALUATIONS, METRICS_FILE, step_name
 from flowar.config.load import load_config
 from flowar.config.training import TrainConfig, WandbConfig
@@ -31,10 +32,25 @@ QUIET_LINE_EVERY = 10  # where no terminal shows the bar, every so many records 
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
-    """Return the records of a run's metrics.jsonl, one per logged step."""
+    """Return the records of a run's metrics.jsonl, one per logged step.
+
+    Raises:
+        UserError: if a line is damaged.
+    """
     file = Path(run_dir) / METRICS_FILE
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]  # the last one may be half-written
+    lines = file.read_text(errors="replace").splitlines(keepends=True) if file.exists() else []
+    records = []
+    for number, line in enumerate(lines, start=1):
+        if not line.endswith("\n"):
+            break  # half-written
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+                raise ValueError("it has no step")
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{file} is damaged in line {number} ({error}); remove that line") from error
+        records.append(record)
+    return records
 
 
 class TrainingReport:
@@ -171,7 +187,7 @@ def record_evaluation(run_dir: Path, record: dict[str, Any]) -> None:
     name = hashlib.sha256(json.dumps(which).encode()).hexdigest()[:12]
     folder = run_dir / EVALUATIONS
     folder.mkdir(exist_ok=True)
-    write_text(folder / f"{step_name(int(record['step']))}.{name}.json", json.dumps(record, indent=2) + "\n")
+    write_record(folder / f"{step_name(int(record['step']))}.{name}.json", record)
     config = load_config(TrainConfig, run_dir / CONFIG_FILE)
     with FileLock(folder / ".lock"):
         live = run_dir / LIVE_FILE
@@ -201,7 +217,11 @@ def take_evaluations(wandb_run: "Run", run_dir: Path, most: int | None = None) -
     wandb_run.define_metric("evaluation/*", step_metric="evaluation/step")
     found = []
     for file in files:
-        record = json.loads(file.read_text())
+        try:
+            record = read_record(file, "remove it and evaluate those samples again")
+        except DamagedRecordError as error:  # training doesn't stop for this
+            print(f"not sent to wandb: {error}", flush=True)
+            continue
         count = f"_{round(record['num_samples'] / 1000)}k" if record["num_samples"] >= 1000 else ""
         numbers = {name: value for name, value in record.items() if isinstance(value, int | float) and name != "step"}
         named = {f"evaluation/{name}{count}": value for name, value in numbers.items() if name != "num_samples"}

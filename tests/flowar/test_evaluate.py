@@ -344,7 +344,7 @@ def test_features_that_are_there_are_not_computed_again(digits, tmp_path, monkey
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
-    with pytest.raises(UserError, match="is damaged: it does not have the hash in its name; delete it and run again"):
+    with pytest.raises(UserError, match="is damaged: it does not have the hash in its name; delete it and run"):
         measure(digits, tmp_path, interval_groups=10)
 
 

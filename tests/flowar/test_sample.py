@@ -13,6 +13,7 @@ from flowar.base.records import write_record
 from flowar.base.seeding import draw_image_noise
 from flowar.config.data import VAEConfig
 from flowar.config.drawing import SampleConfig
+from flowar.evaluation.image_sets import open_images
 from flowar.latents.vae import DEMO_VAE
 from flowar.models.build import create_model
 from flowar.models.flowar.generate import Guidance, annealed_steps, sample_latents, sample_token_maps
@@ -288,6 +289,8 @@ def test_one_process_four_ranks_and_killed_workers_draw_the_same_images(demo_sha
         assert list(found) == list(needed) and not list((tmp_path / name / "images").glob(".*"))
         differences = np.stack([np.abs(found[file] - needed[file]) for file in needed])
         assert differences.max() <= 1 and (differences == 0).mean() >= 0.999
+        images = open_images(tmp_path / name, "samples")
+        assert len(images.read_many(range(NUM_DRAWN))) == NUM_DRAWN  # each has its hash, whoever drew it and died
 
 
 def test_broken_weights_give_an_error_and_no_black_images(demo_shaped, tmp_path):

@@ -3,9 +3,11 @@ import json
 
 import pytest
 
+from flowar.base.errors import UserError
+from flowar.config.data import DataConfig
 from flowar.config.load import describe_config
 from flowar.config.training import TrainConfig, WandbConfig
-from flowar.training.report import TrainingReport, read_metrics, record_evaluation
+from flowar.training.report import TrainingReport, read_metrics, record_evaluation, take_evaluations
 from tests.conftest import read_evaluations
 
 
@@ -90,3 +92,29 @@ def test_evaluations_reach_wandb_at_the_step_of_their_checkpoint(tmp_path):
     sent = [own for own in offline_records(tmp_path) if "evaluation/fid_10k" in own]
     assert [(own["evaluation/step"], own["evaluation/fid_10k"]) for own in sent] == [(5, 7.5), (10, 7.5), (20, 6.5)]
     assert [own["_step"] for own in offline_records(tmp_path) if "loss" in own] == [10, 20, 30]  # none is lost
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"loss": 1.0}', "\x00", '{"step": 1, "loss"'])
+def test_a_damaged_line_of_the_metrics_is_named(tmp_path, line):
+    good = json.dumps(record(5))
+    (tmp_path / "metrics.jsonl").write_text(f"{good}\n{line}\n{good}\n")
+    with pytest.raises(UserError, match=r"metrics.jsonl is damaged in line 2 \(.*; remove that line"):
+        read_metrics(tmp_path)
+
+
+class WandbRun:
+    """Is told which metrics have steps of their own."""
+
+    def define_metric(self, name, step_metric):
+        assert (name, step_metric) == ("evaluation/*", "evaluation/step")
+
+
+def test_a_damaged_evaluation_is_named_and_stops_no_training(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(describe_config(TrainConfig(run_dir="r", data=DataConfig(path="d"))))
+    for step in (10, 20):
+        record_evaluation(tmp_path, {"step": step, "num_samples": 100, "fid": 7.5})
+    first, _ = sorted((tmp_path / "evaluations").glob("step_*.json"))
+    first.write_text(first.read_text().replace("7.5", "1.5"))
+    sent = take_evaluations(WandbRun(), tmp_path)
+    assert [values["evaluation/step"] for values in sent] == [20]
+    assert f"not sent to wandb: {first} is damaged" in capsys.readouterr().out
