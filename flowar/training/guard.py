@@ -18,7 +18,7 @@ from flowar.base.distributed import broadcast_object, gather_objects, wait_for_a
 from flowar.base.errors import UserError
 from flowar.base.files import write_text
 from flowar.base.run_folder import ANOMALIES, CONFIG_FILE, Progress
-from flowar.config.load import describe_config
+from flowar.config.load import describe_config, has_environment
 from flowar.config.training import GuardConfig, TrainConfig
 from flowar.latents.batches import Batch
 from flowar.models.build import family_of
@@ -116,7 +116,7 @@ def keep_anomaly(
         ) from error
     if world.is_main:
         write_checksums(folder / WEIGHTS_FOLDER)
-        write_text(folder / CONFIG_FILE, describe_config(config))
+        write_text(folder / CONFIG_FILE, describe_config(config), private=has_environment(config))
         record = {
             "step": anomaly.step,
             "number": anomaly.number,

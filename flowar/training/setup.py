@@ -10,7 +10,14 @@ from flowar.base.distributed import World
 from flowar.base.errors import UserError
 from flowar.base.files import write_text
 from flowar.base.run_folder import CHECKPOINTS, CONFIG_FILE
-from flowar.config.load import changed_settings, decisive_settings, describe_config, is_free, load_config
+from flowar.config.load import (
+    changed_settings,
+    decisive_settings,
+    describe_config,
+    has_environment,
+    is_free,
+    load_config,
+)
 from flowar.config.training import TrainConfig
 from flowar.latents.batches import check_fits, check_same_vae
 from flowar.latents.schema import Passport, read_passport, write_passport
@@ -149,7 +156,7 @@ def prepare_run_dir(run_dir: Path, config: TrainConfig, passport: Passport) -> O
         owner = take_over(run_dir)
         remove_unfinished(run_dir)
         write_passport(passport, run_dir)
-        write_text(run_dir / CONFIG_FILE, describe_config(config))
+        write_text(run_dir / CONFIG_FILE, describe_config(config), private=has_environment(config))
     except OSError as error:
         raise UserError(f"can't write to run_dir={run_dir}: {error.strerror or error}") from error
     return owner

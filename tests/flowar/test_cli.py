@@ -35,12 +35,14 @@ def test_help_lists_every_verb():
         (["train", "none.yaml"], "there is no config file none.yaml"),
         (["train", "a.yaml", "b.yaml"], "one config file at a time"),
         (["train", "somewhere"], "'somewhere' is neither a .yaml file nor a setting"),
+        (["train", "--lr", "1e-3"], "--lr is not an option; there are: --help, --dry-run. Settings are written without "
+         "dashes, for example optim.lr=..."),
         (["info", "flowar-xs"], "no model is called 'flowar-xs'; did you mean flowar-s?"),
         pytest.param(
             ["prepare", "images=/none", "out_dir=/tmp/none"], "images=/none does not exist", marks=pytest.mark.slow
         ),
     ],
-)
+)  # fmt: skip
 def test_mistakes_end_with_one_line_and_no_traceback(arguments, message):
     result = run(*arguments)
     assert result.returncode == 1
@@ -55,6 +57,12 @@ def test_dry_run_prints_the_resolved_config_and_writes_nothing(shards, tmp_path,
     assert "lr: 0.0004" in printed and "M parameters; dry run" in printed
     assert "24 images / batch of 2,048" in printed
     assert not (tmp_path / "run").exists()
+
+
+def test_an_error_of_a_dry_run_stands_alone(capsys):
+    with pytest.raises(SystemExit, match="data.path=/nowhere does not exist"):
+        main(["train", "run_dir=a", "data.path=/nowhere", "--dry-run"])
+    assert capsys.readouterr().out == ""
 
 
 def test_info_prints_parameters_tokens_and_flops(capsys):
