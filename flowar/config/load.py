@@ -6,6 +6,7 @@ data.py, drawing.py, training.py, measuring.py, jobs.py for the schemas, each be
 
 import dataclasses
 import difflib
+import json
 import re
 import typing
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -92,6 +93,26 @@ def load_config(schema: type[Schema], path: str | Path | None = None, overrides:
     return _fill(schema, OmegaConf.merge(_load_yaml(path) if path else {}, *map(_parse_override, overrides)))
 
 
+def load_described(schema: type[Schema], path: str | Path) -> Schema:
+    """Return `schema` filled from a file that `describe_config` wrote, and that somebody else may have changed.
+
+    It is resolved already, so that all in it is literal: `${oc.env:NAME}` in it reads no variable.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    return load_values(schema, _unescape(OmegaConf.to_container(_load_yaml(path), resolve=False)))
+
+
+def _unescape(value: Any) -> Any:
+    """Return what `as_literal` was given."""
+    if isinstance(value, dict):
+        return {key: _unescape(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_unescape(inner) for inner in value]
+    return INTERPOLATION.sub(lambda m: m[1][: len(m[1]) // 2] + "${", value) if isinstance(value, str) else value
+
+
 def load_values(schema: type[Schema], values: Mapping[str, Any]) -> Schema:
     """Return `schema` filled from its defaults and from values that somebody else may have written.
 
@@ -112,6 +133,11 @@ def as_literal(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [as_literal(inner) for inner in value]
     return INTERPOLATION.sub(r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def as_word(key: str, written: Any) -> str:
+    """Return `key=value` with what would be written for a setting in a YAML file, in plain dicts and lists."""
+    return f"{key}={json.dumps(written)}"
 
 
 def _fill(schema: type[Schema], given: DictConfig) -> Schema:
@@ -160,7 +186,9 @@ def _explain(defaults: DictConfig, given: DictConfig) -> str | None:
             return _describe_unresolved(key, value, error)
     for holder, key, value in values:  # now that all fit, what they refer to
         try:
-            OmegaConf.select(OmegaConf.merge(defaults, given), key)
+            node = OmegaConf.select(OmegaConf.merge(defaults, given), key)
+            if OmegaConf.is_config(node):
+                OmegaConf.to_container(node, resolve=True)
         except (ValidationError, TypeError):
             return _describe_wrong(holder, key, value)
         except OmegaConfBaseException as error:
