@@ -185,14 +185,14 @@ def _explain(defaults: DictConfig, given: DictConfig) -> str | None:
         except OmegaConfBaseException as error:
             return _describe_unresolved(key, value, error)
     for holder, key, value in values:  # now that all fit, what they refer to
-        try:
-            node = OmegaConf.select(OmegaConf.merge(defaults, given), key)
-            if OmegaConf.is_config(node):
-                OmegaConf.to_container(node, resolve=True)
-        except (ValidationError, TypeError):
-            return _describe_wrong(holder, key, value)
-        except OmegaConfBaseException as error:
-            return _describe_unresolved(key, value, error)
+        parts = {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
+        for part, written in parts.items():
+            try:
+                OmegaConf.select(OmegaConf.merge(defaults, given), part)
+            except (ValidationError, TypeError):
+                return _describe_wrong(holder, key, value)
+            except OmegaConfBaseException as error:
+                return _describe_unresolved(part, written, error)
     return None
 
 
