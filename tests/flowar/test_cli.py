@@ -1,6 +1,8 @@
 import re
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -48,6 +50,31 @@ def test_mistakes_end_with_one_line_and_no_traceback(arguments, message):
     assert result.returncode == 1
     assert message in result.stderr.splitlines()[0]
     assert "Traceback" not in result.stderr
+
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = [
+    ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    for package in ("benchmarks", "cluster", "data_prep")
+    for file in sorted((ROOT / package).rglob("*.py"))
+    if "__main__" in file.read_text()
+]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_of_every_program_prints_help_and_starts_nothing(program, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [program, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(program, run_name="__main__")
+    assert ended.value.code == 0 and "usage: " in capsys.readouterr().out
+
+
+def test_the_demo_vae_is_not_trained_into_a_folder_that_is_there(tmp_path, capsys, monkeypatch):
+    for words, message in (([str(tmp_path)], "exists already; give a new folder"), ([], "required: out_dir")):
+        monkeypatch.setattr(sys, "argv", ["train_demo_vae", *words])
+        with pytest.raises(SystemExit):
+            runpy.run_module("data_prep.train_demo_vae", run_name="__main__")
+        assert message in capsys.readouterr().err
 
 
 def test_dry_run_prints_the_resolved_config_and_writes_nothing(shards, tmp_path, capsys):
