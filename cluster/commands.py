@@ -43,8 +43,8 @@ def submit_command(words: list[str]) -> None:
         "--follow", metavar="RUN_DIR", type=Path, help="evaluate: each new checkpoint of a training run"
     )
     parser.add_argument("--once", action="store_true", help="with --follow: look once, as from cron")
-    verb = next((VERBS[word] for word in words if word in VERBS), None)
-    options = parse_options(parser, words, verb and verb.schema)
+    schema = next((VERBS[word].schema for word in words if word in VERBS), None)
+    options = parse_options(parser, words, schema)
     if options.verb == "evaluate" and options.words[:1] == ["make-reference"]:
         options.verb = options.words.pop(0)
     if options.follow is not None:

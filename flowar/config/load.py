@@ -90,7 +90,8 @@ def load_config(schema: type[Schema], path: str | Path | None = None, overrides:
         UserError: if the file can't be read, a key is unknown (names the nearest), a value has the wrong type, or a
             required one is missing.
     """
-    return _fill(schema, OmegaConf.merge(_load_yaml(path) if path else {}, *map(_parse_override, overrides)))
+    given = OmegaConf.merge(_load_yaml(path) if path else {}, *map(_parse_override, overrides))
+    return _fill(schema, typing.cast(DictConfig, given))
 
 
 def load_described(schema: type[Schema], path: str | Path) -> Schema:
@@ -229,9 +230,9 @@ def _given_values(holder: DictConfig, given: DictConfig, prefix: str = "") -> It
     for name, value in written.items():
         inner = holder._get_node(name)
         if isinstance(value, dict) and isinstance(inner, DictConfig) and section_class(OmegaConf.get_type(inner)):
-            yield from _given_values(inner, given[name], f"{prefix}{name}.")
+            yield from _given_values(inner, given[name], f"{prefix}{name!s}.")
         else:
-            yield holder, f"{prefix}{name}", value
+            yield holder, f"{prefix}{name!s}", value
 
 
 def _mark_environment(written: Any, value: Any) -> Any:
@@ -292,7 +293,7 @@ def changed_settings(before: Dataclass, after: Dataclass | None) -> dict[str, tu
     changed: dict[str, tuple[object, object]] = {}
     for field in dataclasses.fields(before):
         old, new = getattr(before, field.name), getattr(after, field.name, None)
-        if dataclasses.is_dataclass(old):
+        if dataclasses.is_dataclass(old) and not isinstance(old, type):
             inner = changed_settings(old, new)
             changed |= {f"{field.name}.{key}": pair for key, pair in inner.items()}
         elif as_literal(old) != as_literal(new):

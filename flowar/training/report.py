@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from flowar.base.files import write_text
 from flowar.base.run_folder import CONFIG_FILE, EVALUATIONS, METRICS_FILE, step_name
-from flowar.config.load import load_config
+from flowar.config.load import load_described
 from flowar.config.training import TrainConfig, WandbConfig
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def record_evaluation(run_dir: Path, record: dict[str, Any]) -> None:
     folder = run_dir / EVALUATIONS
     folder.mkdir(exist_ok=True)
     write_text(folder / f"{step_name(int(record['step']))}.{name}.json", json.dumps(record, indent=2) + "\n")
-    config = load_config(TrainConfig, run_dir / CONFIG_FILE)
+    config = load_described(TrainConfig, run_dir / CONFIG_FILE)
     with FileLock(folder / ".lock"):
         live = run_dir / LIVE_FILE
         if live.exists() and time.time() - live.stat().st_mtime < LIVE_S:

@@ -16,7 +16,7 @@ from flowar.config.load import (
     describe_config,
     has_environment,
     is_free,
-    load_config,
+    load_described,
 )
 from flowar.config.training import TrainConfig
 from flowar.latents.batches import check_fits, check_same_vae
@@ -132,7 +132,7 @@ def check_resumable(run_dir: Path, config: TrainConfig, passport: Passport) -> N
     """Raise a UserError if `run_dir` holds a run with other settings or other data, naming what differs."""
     if not (run_dir / CONFIG_FILE).exists():
         return
-    before = load_config(TrainConfig, run_dir / CONFIG_FILE)
+    before = load_described(TrainConfig, run_dir / CONFIG_FILE)
     changed = changed_settings(before, config)
     for key in sorted(key for key in changed if is_free(TrainConfig, key)):
         old, new = changed.pop(key)

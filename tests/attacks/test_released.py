@@ -38,7 +38,7 @@ ATTACKS = {
     "a list": lambda state: [1, 2],
     "a tensor": lambda state: torch.ones(3),
     "nothing": lambda state: {},
-    "no tensors": lambda state: {name: 1 for name in state},
+    "no tensors": lambda state: dict.fromkeys(state, 1),
     "a number among them": change(z_proj__weight=1),
     "nested": lambda state: {"state_dict": state},
     "twice in its wrapper": lambda state: {"model": {"model": state}},

@@ -10,7 +10,14 @@ from flowar import train
 from flowar.base.errors import UserError
 from flowar.base.files import write_text
 from flowar.config.jobs import ClusterConfig
-from flowar.config.load import changed_settings, describe_changes, describe_config, has_environment, load_config
+from flowar.config.load import (
+    changed_settings,
+    describe_changes,
+    describe_config,
+    has_environment,
+    load_config,
+    load_described,
+)
 from flowar.config.training import TrainConfig
 from flowar.models.build import config_from_dict, create_model
 from flowar.models.folders import load_model, save_model
@@ -82,10 +89,22 @@ def test_a_literal_text_is_written_and_read_back_as_it_is(tmp_path, text):
     config = dataclasses.replace(before, run_dir=text, wandb=dataclasses.replace(before.wandb, entity=text))
     (tmp_path / "config.yaml").write_text(describe_config(config))
     assert load_config(TrainConfig, tmp_path / "config.yaml") == config
+    assert load_described(TrainConfig, tmp_path / "config.yaml") == config
     assert changed_settings(before, config) == {"run_dir": ("a", text), "wandb.entity": (None, text)}
     model = dataclasses.replace(config.model, variant=text)
     (tmp_path / "changes.yaml").write_text(describe_changes(before, dataclasses.replace(config, model=model)))
     assert SECRET not in (tmp_path / "changes.yaml").read_text()
+
+
+def test_the_config_of_somebody_elses_run_reads_no_variable(shards, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    train.main(training(shards, run_dir, epochs=1))
+    file = run_dir / "config.yaml"
+    file.write_text(file.read_text().replace("project: flowar", "project: ${oc.env:FLOWAR_SECRET}"))
+    assert load_described(TrainConfig, file).wandb.project == "${oc.env:FLOWAR_SECRET}"
+    train.main(training(shards, run_dir, epochs=1))
+    printed = capsys.readouterr().out
+    assert "wandb.project was ${oc.env:FLOWAR_SECRET}, now flowar" in printed and SECRET not in printed
 
 
 def test_a_models_own_name_is_literal():

@@ -131,9 +131,10 @@ def _released_config(state_dict: dict[str, Tensor], ar_heads: int | None) -> Flo
         found = {m[1] for name in state_dict if (m := pattern.match(name))}
         needed = {str(number) for number in range(max(1, len(found)))}
         if found != needed:  # also where a number is too large to be tried
+            there = name_some(sorted(found)) or "missing"
             raise UserError(
-                f"the checkpoint is not a released FlowAR: missing {prefix}.{min(needed - found, key=int)}"
-                f"{found and ', as its blocks are ' + name_some(sorted(found)) or ''}"
+                f"the checkpoint is not a released FlowAR: the numbers of {prefix} are {there}, but must run from 0 "
+                "without a gap"
             )
         return len(found)
 
