@@ -72,10 +72,8 @@ def resume_command(words: list[str]) -> None:
     chain = [job for job in find_jobs(options.run_dir) if job.folder.name.endswith(stamp_of(newest))]
     unfinished = [job for job in chain if not is_finished(job)]
     if not unfinished:
-        raise UserError(
-            f"{options.run_dir}: {newest.verb} is finished, there is nothing to resume; for other settings submit it "
-            "with another folder"
-        )
+        more = "; to train on, submit it again with more epochs" if newest.verb == "train" else ""
+        raise UserError(f"{options.run_dir}: {newest.verb} is finished, so there is nothing to resume{more}")
     planned = []
     for before in unfinished:
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:

@@ -12,7 +12,7 @@ from flowar.base.records import DamagedRecordError, read_record
 from flowar.base.run_folder import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, STATE_FILE, checkpoint_step, find_latest
 from flowar.config.load import load_described
 from flowar.config.training import TrainConfig
-from flowar.training.owner import OWNER_FILE
+from flowar.training.owner import OWNER_CURE, OWNER_FILE
 
 
 class RunCells(NamedTuple):
@@ -48,7 +48,7 @@ def read_run(run_dir: Path) -> RunCells:
     cells = RunCells(checkpoint=_checkpoint(run_dir))
     if not records:
         return cells
-    last, num_steps = records[-1], count_steps(run_dir)
+    last, num_steps = records[-1], total_steps(run_dir)
     return cells._replace(
         step=f"{last['step']:,}" + (f" of {num_steps:,}" if num_steps else ""),
         loss=f"{last['loss']:.4f}",
@@ -58,7 +58,7 @@ def read_run(run_dir: Path) -> RunCells:
     )
 
 
-def count_steps(run_dir: Path) -> int | None:
+def total_steps(run_dir: Path) -> int | None:
     """Return how many steps a run takes, by its settings and its dataset's passport; None: it has not written them."""
     from flowar.latents.schema import PASSPORT_FILE, read_passport
 
@@ -75,9 +75,8 @@ def find_trainer(run_dir: Path) -> Trainer:
         UserError: if owner.json, which says so, is missing or damaged.
     """
     file = run_dir / OWNER_FILE
-    cure = "the next start of `flowar train` writes it again: if no process trains there, remove it"
     try:
-        owner = read_record(file, cure)
+        owner = read_record(file, OWNER_CURE)
         state = _state(owner, run_dir)
         return Trainer(state, int(owner["pid"]), str(owner["host"]), str(owner["job"]))
     except FileNotFoundError:
@@ -87,12 +86,12 @@ def find_trainer(run_dir: Path) -> Trainer:
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise DamagedRecordError(f"{file} is damaged ({type(error).__name__}: {error}); {cure}") from error
+        raise DamagedRecordError(f"{file} is damaged ({type(error).__name__}: {error}); {OWNER_CURE}") from error
 
 
 def _state(owner: dict[str, Any], run_dir: Path) -> str:
     latest = find_latest(run_dir)
-    if latest is not None and checkpoint_step(latest) == count_steps(run_dir):
+    if latest is not None and checkpoint_step(latest) == total_steps(run_dir):
         return "FINISHED"
     if not is_of_this_machine(owner):
         return "UNKNOWN"

@@ -1,4 +1,6 @@
-"""`flowar check`: is a dataset what its passport says? Reads every byte, encodes a sample of it again. Read-only.
+"""`flowar check`: is a folder what was written? Reads every byte; of a dataset, encodes a sample again. Read-only.
+
+Here are datasets; flowar/check.py has the other kinds.
 
 Read next: schema.py for what is checked; encode.py for how it was made.
 """
@@ -24,6 +26,7 @@ from flowar.base.errors import UserError
 from flowar.base.files import MIB
 from flowar.base.hashes import hash_file
 from flowar.base.pictures import save_grid
+from flowar.check import check_folder, kind_of
 from flowar.config.data import CheckConfig, DataConfig, PrepareConfig
 from flowar.latents.batches import check_same_vae
 from flowar.latents.schema import INDEX_FILE, LISTING_FILE, PASSPORT_FILE, SHARD_HASH, Passport, row_checksum
@@ -48,7 +51,22 @@ class Findings:
 
 
 def main(config: CheckConfig, dry_run: bool = False) -> None:
-    """Check a dataset, print what was found, and fail if anything is wrong."""
+    """Check a folder, print what was found, and fail if anything is wrong.
+
+    Raises:
+        UserError: if anything is.
+    """
+    folder = Path(config.path)
+    is_dataset = (folder / INDEX_FILE).exists() or ((folder / PASSPORT_FILE).exists() and kind_of(folder) is None)
+    if folder.is_dir() and not is_dataset:
+        if not dry_run:
+            report_problems(config.path, list(check_folder(folder)), "copy it again from where it is whole")
+        return
+    check_dataset(config, dry_run)
+
+
+def check_dataset(config: CheckConfig, dry_run: bool) -> None:
+    """Do what `main` does, for a dataset."""
     shards = LatentShards(DataConfig(path=config.path, cache=config.cache), check_sizes=False)
     passport = shards.passport
     num_bytes = sum(shard.num_bytes for shard in shards.shards)
@@ -62,14 +80,20 @@ def main(config: CheckConfig, dry_run: bool = False) -> None:
     problems = check_files(shards)
     if config.num_images and not problems:
         problems += check_against_source(config, shards)
+    report_problems(config.path, problems, "copy the dataset again, or prepare it anew")
+
+
+def report_problems(path: str, problems: list[str], cure: str) -> None:
+    """Print each problem, or that there are none.
+
+    Raises:
+        UserError: if there are some.
+    """
     for problem in problems:
         print(f"WRONG: {problem}")
     if problems:
-        raise UserError(
-            f"{config.path} has {len(problems)} problems, the first: {problems[0]}; copy the dataset again, or prepare "
-            "it anew"
-        )
-    print(f"{config.path} is what its passport says")
+        raise UserError(f"{path} has {len(problems)} problems, the first: {problems[0]}; {cure}")
+    print(f"{path} is what was written")
 
 
 def check_files(shards: LatentShards) -> list[str]:

@@ -48,7 +48,7 @@ VERBS = {
         folder=("out_dir",), has_jobs_beside=True, shares_work=True,
     ),
     "check": Verb(
-        "data_prep.check:main", CheckConfig, "is a dataset what its passport says? hashes, counts, a sample",
+        "data_prep.check:main", CheckConfig, "is a folder what was written? dataset, run, model, samples",
         "flowar check /data/in256 vae.name=mar vae.weights=kl16.ckpt", ("path",),
         folder=("path",), has_jobs_beside=True,
     ),

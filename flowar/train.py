@@ -26,7 +26,7 @@ from flowar.base.distributed import (
     stop_world,
     world_size,
 )
-from flowar.base.errors import EXIT_AGAIN, UserError
+from flowar.base.errors import EXIT_AGAIN, EXIT_INTERRUPTED, UserError
 from flowar.base.run_folder import ANOMALIES, AVERAGES, CHECKPOINTS, METRICS_FILE, Progress, find_latest, step_name
 from flowar.config.models import ModelConfig
 from flowar.config.training import GuardConfig, TrainConfig
@@ -51,7 +51,14 @@ from flowar.training.meter import StepMeter, profiled
 from flowar.training.optim import learning_rate
 from flowar.training.previews import save_previews
 from flowar.training.report import TrainingReport
-from flowar.training.setup import RunPlan, check_attention, make_engine, plan_run, prepare_run_dir
+from flowar.training.setup import (
+    RunPlan,
+    check_attention,
+    make_engine,
+    plan_run,
+    prepare_run_dir,
+    record_settings,
+)
 from flowar.training.step import accumulate
 
 
@@ -79,6 +86,10 @@ def main(config: TrainConfig, dry_run: bool = False) -> None:
             flush=True,
         )
         os._exit(1)  # a save in the background would wait for the others for much longer
+    except KeyboardInterrupt:
+        latest = find_latest(config.run_dir)
+        print(f"flowar train: ended without saving; the same command resumes from {latest or 'step 0'}", flush=True)
+        os._exit(EXIT_INTERRUPTED)  # nobody who presses Ctrl-C twice waits for a save in the background
     finally:
         stop_world()
 
@@ -88,7 +99,7 @@ def train(config: TrainConfig, world: World) -> None:
     # Set up.
     run = plan_run(config, world)
     run_dir, passport = Path(config.run_dir), run.shards.passport
-    owner = broadcast_object(prepare_run_dir(run_dir, config, passport) if world.is_main else None)
+    owner = broadcast_object(prepare_run_dir(run_dir, passport) if world.is_main else None)
     assert owner is not None
     if config.precision == "tf32" and world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
@@ -105,6 +116,8 @@ def train(config: TrainConfig, world: World) -> None:
         progress = dataclasses.replace(restored[0], averages=tuple(ema.averages))
         if world.is_main:
             print(f"resuming from {restored[1]}")
+    if world.is_main and progress.step < run.num_steps:
+        record_settings(run_dir, config, progress.step, world)
     contents = CheckpointContents(config.model, passport)
     kept = Kept(config.keep_checkpoints, config.keep_every_steps)
     checkpoints = Checkpoints(owner, world, contents, CHECKPOINTS, kept)

@@ -146,13 +146,17 @@ def wait_for_all() -> None:
 
 
 class StopSignals:
-    """Notes which signal asked this process to stop. A context; it acts at the end of a step, when all ranks agree."""
+    """Notes which signal asked this process to stop. A context; it acts at the end of a step, when all ranks agree.
+
+    Ctrl-C is one of them, and a second one ends the process at once; but not where torchrun started it, which hands on
+    every Ctrl-C that its processes get from the terminal already.
+    """
 
     def __init__(self) -> None:
         self.asked = 0
 
     def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        self._before = {number: signal.signal(number, self._note) for number in (*STOP_SIGNALS, signal.SIGINT)}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -160,4 +164,8 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT and not dist.is_torchelastic_launched():
+            if self.asked == signal.SIGINT:
+                raise KeyboardInterrupt
+            os.write(2, b"\nstopping after this step, then saving; Ctrl-C again ends at once, without saving\n")
         self.asked = number

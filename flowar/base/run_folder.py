@@ -1,7 +1,8 @@
 """What a training run keeps where, and which of its checkpoints are complete. Read next: checkpoint.py.
 
 RUN_DIR/
-    config.yaml                     the resolved settings
+    config.yaml                     the settings of the newest steps
+    history.jsonl                   a line for each start that trained: after which step, when, with which settings
     dataset.json                    the passport of its shards
     metrics.jsonl                   one record per logged step
     previews/step_00001000.png      images drawn with the averaged weights, step_00001000_raw.png with the raw ones
@@ -22,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 CONFIG_FILE = "config.yaml"
+HISTORY_FILE = "history.jsonl"  # step s was trained with the last line whose after_step is below s
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 AVERAGES = "averages"

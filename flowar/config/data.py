@@ -76,7 +76,7 @@ class PrepareConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CheckConfig:
-    """Whether a dataset is what its passport says."""
+    """Whether a folder that flowar wrote is whole. All settings but `path` are for datasets."""
 
     path: str = MISSING  # folder that `flowar prepare` wrote, or a remote one
     cache: str | None = None  # as data.cache

@@ -127,7 +127,7 @@ class RecipeConfig:
     model: ModelConfig = field(default_factory=FlowARConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)  # must be the one that made the shards
     optim: OptimConfig = field(default_factory=OptimConfig)
-    epochs: float = 400
+    epochs: float = free(400)  # a larger number trains a finished run on, along the longer schedule
     batch_size: int = 2048  # global
     micro_batch_size: int | None = free(
         None

@@ -19,7 +19,13 @@ from flowar.config.models import ModelConfig
 from flowar.latents.schema import Passport
 from flowar.latents.shards import LatentShards
 from flowar.latents.vae import VAE
-from flowar.latents.workers import BATCHES_AHEAD, WORKER_TIMEOUT_S, check_shared_memory, from_workers
+from flowar.latents.workers import (
+    BATCHES_AHEAD,
+    WORKER_TIMEOUT_S,
+    check_shared_memory,
+    from_workers,
+    leave_stopping_to_main,
+)
 
 
 class Batch(NamedTuple):
@@ -138,6 +144,7 @@ def read_batches(
         prefetch_factor=BATCHES_AHEAD if workers else None,
         timeout=WORKER_TIMEOUT_S if workers else 0,
         multiprocessing_context="fork" if workers else None,
+        worker_init_fn=leave_stopping_to_main,
     )
     for batch in from_workers(loader, f"data.path={shards.path}", "data.num_workers"):
         if isinstance(batch, UserError):

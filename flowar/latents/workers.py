@@ -1,6 +1,7 @@
 """Processes that read ahead of the main one (torch's DataLoader), and their ends. Read next: batches.py."""
 
 import shutil
+import signal
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -29,6 +30,11 @@ def from_workers(loader: Iterable[Item], source: str, setting: str) -> Iterator[
                 f"memory enough? {setting}=0 reads without workers"
             ) from error
         yield batch
+
+
+def leave_stopping_to_main(worker: int) -> None:
+    """Have a worker ignore Ctrl-C, which a terminal sends to all processes: the main one still needs its batches."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def check_shared_memory(workers: int, batch_bytes: int, setting: str) -> None:

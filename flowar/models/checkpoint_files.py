@@ -10,7 +10,9 @@ import io
 import json
 import os
 import pickle
+from collections import defaultdict
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -34,6 +36,7 @@ from flowar.base.files import write_text
 from flowar.base.run_folder import METADATA_FILE, STATE_FILE
 
 CHECKSUMS_FILE = "checksums.json"
+CHECKED_AT_ONCE = 4  # files
 PIECE_HASH = "xxh3"  # attribute of torch's record of where a piece lies
 # What torch's metadata is made of: all that a `.metadata` may name.
 METADATA_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
@@ -78,12 +81,17 @@ class HashingStream:
         self._stream = cast(IO[bytes], stream)
         self._digest = xxhash.xxh3_64()
         self._start = 0
+        self.error: OSError | None = None  # of the system; torch hides it behind one of its own
         self.hashes: dict[tuple[int, int], str] = {}  # (offset, length) -> hash
 
     def write(self, content: Any) -> int:
         """Write and hash."""
         self._digest.update(content)
-        return self._stream.write(content)
+        try:
+            return self._stream.write(content)
+        except OSError as error:
+            self.error = error
+            raise
 
     def tell(self) -> int:
         """Return the place; end a piece."""
@@ -133,7 +141,10 @@ class HashingWriter(FileSystemWriter):
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's pieces; the hashes go with the results to whoever writes the metadata."""
-        results = super().write_data(plan, planner).value()
+        try:
+            results = super().write_data(plan, planner).value()
+        except RuntimeError as error:
+            raise next((stream.error for stream in self.files.streams.values() if stream.error), error) from error
         for result in results:
             place = result.storage_data
             hashes = self.files.streams[place.relative_path].hashes
@@ -219,3 +230,27 @@ def check_small_files(folder: Path) -> bool:
 
 def _hash_of(hashes: dict[str, str]) -> str:
     return xxhash.xxh3_64_hexdigest(json.dumps(hashes, sort_keys=True).encode())
+
+
+def check_pieces(folder: Path) -> int:
+    """Read a whole checkpoint, several files at once, and return how many bytes of tensors it has.
+
+    Raises:
+        DamagedCheckpointError: if something is not what was written.
+    """
+    reader = CheckedReader(folder)
+    by_file: dict[str, list[Any]] = defaultdict(list)
+    for place in reader.read_metadata().storage_data.values():
+        by_file[place.relative_path].append(place)
+
+    def check_file(name: str) -> int:
+        try:
+            with (folder / name).open("rb") as file:
+                for place in sorted(by_file[name], key=lambda place: int(place.offset)):
+                    reader._slice_file(file, place)
+        except OSError as error:
+            raise DamagedCheckpointError.of(folder, str(error)) from error
+        return sum(place.length for place in by_file[name])
+
+    with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
+        return sum(pool.map(check_file, sorted(by_file)))

@@ -9,14 +9,14 @@ from pathlib import Path
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import CheckpointException
 
 from flowar.base.distributed import has_lost_ranks
 from flowar.base.errors import UserError
+from flowar.base.files import publish_folder
+from flowar.base.records import read_record, write_record
 from flowar.base.run_folder import (
     CHECKPOINTS,
     average_key,
@@ -25,6 +25,7 @@ from flowar.base.run_folder import (
     read_progress,
     weight_key,
 )
+from flowar.base.tensors import load_tensors, save_tensors
 from flowar.config.models import ModelConfig
 from flowar.latents.schema import PASSPORT_FILE
 from flowar.models.build import config_from_dict, create_model
@@ -34,6 +35,7 @@ from flowar.models.state_dicts import load_strictly
 
 # The layout of huggingface_hub's PyTorchModelHubMixin.
 WEIGHTS_FILE, MODEL_CONFIG_FILE = "model.safetensors", "config.json"
+MODEL_CURE = "export or convert it again"
 
 
 def load_state(state: dict[str, Tensor], folder: Path, group: ProcessGroup | None = None) -> None:
@@ -73,13 +75,9 @@ def load_model(path: str | Path, weights: str = "ema") -> Model:
             f"{folder} is not a model: it has no {' and no '.join(missing)}; write one with `flowar convert`, or give "
             "the run_dir of a training run"
         )
-    try:
-        config = config_from_dict(json.loads((folder / MODEL_CONFIG_FILE).read_text()))
-        state = load_file(folder / WEIGHTS_FILE)
-    except (json.JSONDecodeError, SafetensorError) as error:
-        raise UserError(f"{folder} is damaged: {error}") from error
+    config = config_from_dict(read_record(folder / MODEL_CONFIG_FILE, MODEL_CURE))
     model = create_model(config)
-    load_strictly(model, state, str(folder / WEIGHTS_FILE))
+    load_strictly(model, load_tensors(folder / WEIGHTS_FILE, MODEL_CURE), str(folder / WEIGHTS_FILE))
     return model
 
 
@@ -110,8 +108,8 @@ def save_model(config: ModelConfig, state: dict[str, Tensor], folder: str | Path
     """Write model.safetensors and config.json into `folder`, which `load_model` reads back bit for bit."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / WEIGHTS_FILE)
-    (folder / MODEL_CONFIG_FILE).write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    save_tensors(state, folder / WEIGHTS_FILE)
+    write_record(folder / MODEL_CONFIG_FILE, dataclasses.asdict(config))
 
 
 def save_model_whole(
@@ -129,7 +127,7 @@ def save_model_whole(
     save_model(config, state, partial)
     if passport_of is not None and (passport_of / PASSPORT_FILE).is_file():
         shutil.copy(passport_of / PASSPORT_FILE, partial / PASSPORT_FILE)
-    partial.rename(folder)
+    publish_folder(partial, folder)
 
 
 def export_model(source: str | Path, weights: str, folder: Path) -> Model:

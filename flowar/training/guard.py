@@ -11,13 +11,16 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+import xxhash
 from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException
 
 from flowar.base.distributed import broadcast_object, gather_objects, wait_for_all
 from flowar.base.errors import UserError
 from flowar.base.files import write_text
+from flowar.base.records import read_record, write_record
 from flowar.base.run_folder import ANOMALIES, CONFIG_FILE, Progress
+from flowar.base.tensors import load_tensors, save_tensors
 from flowar.config.load import describe_config, has_environment
 from flowar.config.training import GuardConfig, TrainConfig
 from flowar.latents.batches import Batch
@@ -27,7 +30,7 @@ from flowar.models.family import Model
 from flowar.training.engine import Engine
 from flowar.training.step import StepSettings, accumulate
 
-BATCH_FILE = "batch.pt"
+ANOMALY_FILE, BATCH_FILE = "anomaly.json", "batch.safetensors"
 WEIGHTS_FOLDER = "weights"
 HISTORY = 100  # good steps that a spike is measured against
 LEAST_HISTORY = 20
@@ -116,7 +119,10 @@ def keep_anomaly(
         ) from error
     if world.is_main:
         write_checksums(folder / WEIGHTS_FOLDER)
-        write_text(folder / CONFIG_FILE, describe_config(config), private=has_environment(config))
+        tensors = {name: torch.cat([getattr(part, name) for part, _, _ in everyone]) for name in Batch._fields}
+        save_tensors(tensors, folder / BATCH_FILE)
+        settings_text = describe_config(config)
+        write_text(folder / CONFIG_FILE, settings_text, private=has_environment(config))
         record = {
             "step": anomaly.step,
             "number": anomaly.number,
@@ -126,9 +132,9 @@ def keep_anomaly(
             "latent_multiplier": settings.latent_multiplier,
             "activations": merge_maxima([activations for _, activations, _ in everyone]),
             "gradients": merge_maxima([gradients for _, _, gradients in everyone]),
-            **{name: torch.cat([getattr(part, name) for part, _, _ in everyone]) for name in Batch._fields},
+            "config_xxh3": xxhash.xxh3_64_hexdigest(settings_text),
         }
-        torch.save(record, folder / BATCH_FILE)
+        write_record(folder / ANOMALY_FILE, record)  # last: it says that the rest is there
     wait_for_all()
     return folder
 
@@ -139,13 +145,15 @@ def load_bundle(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: if `folder` is not one.
     """
-    file = folder / BATCH_FILE
-    if not file.is_file():
+    if not (folder / ANOMALY_FILE).is_file():
         raise UserError(
-            f"{folder} must be the record of a skipped step, but has no {BATCH_FILE}; see RUN_DIR/anomalies"
+            f"{folder} must be the record of a skipped step, but has no {ANOMALY_FILE}; see RUN_DIR/anomalies"
         )
-    bundle: dict[str, Any] = torch.load(file, weights_only=True)
-    return bundle
+    cure = "it can't be replayed; take another one"
+    bundle = read_record(folder / ANOMALY_FILE, cure)
+    if xxhash.xxh3_64_hexdigest((folder / CONFIG_FILE).read_bytes()) != bundle["config_xxh3"]:
+        raise UserError(f"{folder / CONFIG_FILE} is not what was written; {cure}")
+    return bundle | load_tensors(folder / BATCH_FILE, cure)
 
 
 class BlockMaxima:

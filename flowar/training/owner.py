@@ -4,17 +4,17 @@ A node whose daemon died may go on with a job that the scheduler has started aga
 older one finds another token in owner.json before it would publish anything, and stops.
 """
 
-import json
 import os
 import secrets
 from pathlib import Path
 from typing import NamedTuple
 
 from flowar.base.errors import UserError
-from flowar.base.files import write_text
 from flowar.base.leases import describe_process, is_of_this_machine, process_is_gone
+from flowar.base.records import read_record, write_record
 
 OWNER_FILE = "owner.json"
+OWNER_CURE = "if no process trains there, delete it and run the same command again"
 
 
 class Owner(NamedTuple):
@@ -26,7 +26,7 @@ class Owner(NamedTuple):
     def check(self) -> None:
         """Raise a UserError if another process has taken over the run."""
         try:
-            owner = json.loads((self.run_dir / OWNER_FILE).read_text())
+            owner = read_record(self.run_dir / OWNER_FILE, OWNER_CURE)
         except FileNotFoundError:
             raise UserError(f"run_dir={self.run_dir} was removed while it was trained") from None
         if owner["token"] != self.token:
@@ -49,7 +49,7 @@ def take_over(run_dir: Path) -> Owner:
     file = run_dir / OWNER_FILE
     job = os.environ.get("FLOWAR_JOB", "")
     if file.exists():
-        owner = json.loads(file.read_text())
+        owner = read_record(file, OWNER_CURE)
         is_mine = owner["pid"] == os.getpid() or (job and owner["job"] == job)
         if not is_mine and is_of_this_machine(owner) and not process_is_gone(owner):
             raise UserError(
@@ -57,5 +57,5 @@ def take_over(run_dir: Path) -> Owner:
                 f"(kill {owner['pid']} has it save and stop), or give another run_dir"
             )
     token = secrets.token_hex(8)
-    write_text(file, json.dumps(describe_process() | {"token": token, "job": job}, indent=2) + "\n")
+    write_record(file, describe_process() | {"token": token, "job": job})
     return Owner(run_dir, token)

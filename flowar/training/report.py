@@ -13,6 +13,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from flowar.base.errors import UserError
 from flowar.base.files import write_text
 from flowar.base.run_folder import CONFIG_FILE, EVALUATIONS, METRICS_FILE, step_name
 from flowar.config.load import load_described
@@ -96,8 +97,14 @@ class TrainingReport:
         """Write one record, which holds "step", to every sink."""
         if not self.is_main:
             return
-        with self.file.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with self.file.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"can't write to {self.file}: {error.strerror or error}; checkpoints are intact; free some space or "
+                "fix the folder's permissions, then run the same command again"
+            ) from error
         if self.wandb_run is not None:
             (self.file.parent / LIVE_FILE).touch()
             values = {k: v for k, v in record.items() if k != "step"}
@@ -137,7 +144,14 @@ class TrainingReport:
         for line in self.file.read_text().splitlines(keepends=True):
             if not line.endswith("\n"):
                 break  # a process that died while writing left half a line
-            if json.loads(line)["step"] <= step:
+            try:
+                is_kept = json.loads(line)["step"] <= step
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(
+                    f"{self.file} is damaged in line {len(kept) + 1} ({error}); remove that line, then run the same "
+                    "command again"
+                ) from error
+            if is_kept:
                 kept.append(line)
         replacement = self.file.with_name("." + self.file.name)
         replacement.write_text("".join(kept))

@@ -1,15 +1,18 @@
 """What follows from the settings of a run before its first step: sizes, checks, folder, engine. Read next: step.py."""
 
 import dataclasses
+import json
 import math
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
+from flowar import __version__
 from flowar.base.distributed import World
 from flowar.base.errors import UserError
 from flowar.base.files import write_text
-from flowar.base.run_folder import CHECKPOINTS, CONFIG_FILE
+from flowar.base.run_folder import CHECKPOINTS, CONFIG_FILE, HISTORY_FILE, checkpoint_step, find_latest
 from flowar.config.load import (
     changed_settings,
     decisive_settings,
@@ -27,6 +30,7 @@ from flowar.models.attention import import_flash_attention
 from flowar.models.family import Model
 from flowar.training.checkpoint import remove_unfinished
 from flowar.training.engine import Engine, EngineSettings, engine_name
+from flowar.training.optim import learning_rate
 from flowar.training.owner import Owner, take_over
 from flowar.training.step import StepSettings
 from flowar.training.torch_engine import TorchEngine
@@ -69,19 +73,18 @@ def plan_run(config: TrainConfig, world: World) -> RunPlan:
     passport = shards.passport
     check_fits(passport, config.model, config.data.path)
     micro = split_batch(config.batch_size, config.micro_batch_size, world.size)
-    steps_per_epoch = passport.num_images / config.batch_size
-    num_steps = math.ceil(config.epochs * steps_per_epoch)
-    warmup_steps = config.optim.warmup_epochs * steps_per_epoch
+    num_steps, warmup_steps = count_steps(config, passport)
     parts = config.batch_size // (micro * world.size)
     if world.is_main:
         engine = engine_name(config.parallel.engine, world.size)
         how = f"{engine}, {world.device}, {config.precision}, attention {config.attention}"
         print(
-            f"{passport.num_images:,} images / batch of {config.batch_size:,} = {steps_per_epoch:,.1f} steps an epoch, "
+            f"{passport.num_images:,} images / batch of {config.batch_size:,} = "
+            f"{passport.num_images / config.batch_size:,.1f} steps an epoch, "
             f"{config.epochs:g} epochs = {num_steps:,} steps, {warmup_steps:,.0f} of them warm-up; batch = {micro:,} x "
             f"{parts} parts x {world.size} processes ({how})"
         )
-    check_resumable(Path(config.run_dir), config, passport)
+    check_resumable(Path(config.run_dir), config, passport, say=world.is_main)
     vae = load_vae(config.vae.name, config.vae.weights) if config.preview.every_steps else None
     if vae is not None:
         check_same_vae(passport, vae, config.data.path)
@@ -98,6 +101,12 @@ def plan_run(config: TrainConfig, world: World) -> RunPlan:
         EngineSettings(config.parallel, config.optim, config.precision, micro, parts),
         StepSettings.of(config, micro, passport.latent_multiplier),
     )
+
+
+def count_steps(config: TrainConfig, passport: Passport) -> tuple[int, float]:
+    """Return how many steps a run has, and how many of them (not a whole number) warm up."""
+    steps_per_epoch = passport.num_images / config.batch_size
+    return math.ceil(config.epochs * steps_per_epoch), config.optim.warmup_epochs * steps_per_epoch
 
 
 def split_batch(batch_size: int, micro_batch_size: int | None, num_ranks: int) -> int:
@@ -128,15 +137,23 @@ def split_batch(batch_size: int, micro_batch_size: int | None, num_ranks: int) -
     return micro
 
 
-def check_resumable(run_dir: Path, config: TrainConfig, passport: Passport) -> None:
-    """Raise a UserError if `run_dir` holds a run with other settings or other data, naming what differs."""
+def check_resumable(run_dir: Path, config: TrainConfig, passport: Passport, *, say: bool) -> None:
+    """Raise a UserError if `run_dir` holds a run with other settings or other data, naming what differs.
+
+    Args:
+        run_dir: may not exist yet.
+        config, passport: of the run that is to be resumed there.
+        say: print which settings change from here on.
+    """
     if not (run_dir / CONFIG_FILE).exists():
         return
     before = load_described(TrainConfig, run_dir / CONFIG_FILE)
     changed = changed_settings(before, config)
     for key in sorted(key for key in changed if is_free(TrainConfig, key)):
         old, new = changed.pop(key)
-        print(f"{key} was {old}, now {new}")
+        consequence = new_schedule(run_dir, before, config, passport) if key == "epochs" else ""
+        if say:
+            print(f"{key} was {old}, now {new}{consequence}")
     if changed:
         listed = "; ".join(f"{key} was {old}, now {new}" for key, (old, new) in changed.items())
         raise UserError(f"run_dir={run_dir} holds another run: {listed}; give another run_dir, or the same settings")
@@ -149,14 +166,62 @@ def check_resumable(run_dir: Path, config: TrainConfig, passport: Passport) -> N
         )
 
 
-def prepare_run_dir(run_dir: Path, config: TrainConfig, passport: Passport) -> Owner:
-    """Make the folder, own it, write the resolved config and the passport, remove what a killed process left."""
+def new_schedule(run_dir: Path, before: TrainConfig, after: TrainConfig, passport: Passport) -> str:
+    """Return in words what another number of epochs changes in a run.
+
+    Raises:
+        UserError: if the run is past its new end already.
+    """
+    latest = find_latest(run_dir)
+    step = 0 if latest is None else checkpoint_step(latest)
+    ends, rates = [], []
+    for config in (before, after):
+        num_steps, warmup_steps = count_steps(config, passport)
+        ends.append(num_steps)
+        optim = config.optim
+        rates.append(
+            learning_rate(step, num_steps=num_steps, warmup_steps=warmup_steps, lr=optim.lr, min_lr=optim.min_lr)
+        )
+    if ends[1] < step:
+        raise UserError(
+            f"epochs={after.epochs:g} are {ends[1]:,} steps, but run_dir={run_dir} has trained {step:,}; give at least "
+            f"epochs={math.ceil(step * after.batch_size / passport.num_images)}, or another run_dir"
+        )
+    return (
+        f": {ends[0]:,} steps become {ends[1]:,}; the cosine of the learning rate ends there, so that after step "
+        f"{step:,} it is {rates[1]:.3g}, not {rates[0]:.3g}"
+    )
+
+
+def prepare_run_dir(run_dir: Path, passport: Passport) -> Owner:
+    """Make the folder, own it, write the passport, remove what a killed process left."""
     try:
         (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         owner = take_over(run_dir)
         remove_unfinished(run_dir)
         write_passport(passport, run_dir)
-        write_text(run_dir / CONFIG_FILE, describe_config(config), private=has_environment(config))
     except OSError as error:
         raise UserError(f"can't write to run_dir={run_dir}: {error.strerror or error}") from error
     return owner
+
+
+def record_settings(run_dir: Path, config: TrainConfig, step: int, world: World) -> None:
+    """Write with which settings the steps after `step` are trained: config.yaml, and a line more in history.jsonl."""
+    start = {
+        "after_step": step,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "flowar": __version__,
+        "torch": torch.__version__,
+        "processes": world.size,
+        "settings": dataclasses.asdict(config),
+    }
+    is_private, history = has_environment(config), run_dir / HISTORY_FILE
+    try:
+        write_text(run_dir / CONFIG_FILE, describe_config(config), private=is_private)
+        if is_private:
+            history.touch()
+            history.chmod(0o600)
+        with history.open("a") as file:
+            file.write(json.dumps(start) + "\n")
+    except OSError as error:
+        raise UserError(f"can't write to run_dir={run_dir}: {error.strerror or error}") from error

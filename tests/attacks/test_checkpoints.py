@@ -121,23 +121,23 @@ def test_a_damaged_checkpoint_is_not_exported(at_20, tmp_path, attack):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("engine", "file"), [("fsdp", "__1_0.distcp"), ("fsdp", ".metadata"), ("zero2", "__0_0.distcp")]
-)
-def test_all_ranks_agree_on_the_newest_whole_checkpoint(shards, finished, tmp_path, engine, file):
-    """The damage is in a file that one of two ranks meets with."""
+@pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero2", marks=MORE)])
+def test_all_ranks_agree_on_the_newest_whole_checkpoint(shards, tmp_path, engine):
+    """The damage is in files that one of two ranks meets with: of the newest checkpoint and of the one before."""
     parallel = ParallelConfig(engine="fsdp") if engine == "fsdp" else ParallelConfig(engine="deepspeed", zero_stage=2)
     config = dataclasses.replace(attacked_training(shards, tmp_path / "run"), parallel=parallel)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, dropout=0.0))
     run_ranks(config, 2, tmp_path / "log")
     needed = load_model(tmp_path / "run", "raw").state_dict()
-    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_00000030")
-    content = bytearray(newest(tmp_path / "run", file).read_bytes())
-    content[len(content) // 3 :: len(content) // 50] = b"\0" * len(content[len(content) // 3 :: len(content) // 50])
-    newest(tmp_path / "run", file).write_bytes(content)
+    for step, name in (("step_00000020", "__1_0.distcp"), ("step_00000030", ".metadata")):
+        file = tmp_path / "run" / "checkpoints" / step / name
+        content = bytearray(file.read_bytes())
+        some = slice(len(content) // 3, None, len(content) // 50)
+        content[some] = b"\0" * len(content[some])
+        file.write_bytes(content)
     run_ranks(config, 2, tmp_path / "again")
     printed = (tmp_path / "again").read_text()
-    assert "DAMAGED: " in printed and "resuming from" in printed and "step_00000010" in printed
+    assert printed.count("DAMAGED: ") == 2 and f"resuming from {tmp_path / 'run/checkpoints/step_00000010'}" in printed
     found = load_model(tmp_path / "run", "raw").state_dict()
     assert [name for name in needed if not torch.equal(found[name], needed[name])] == []
 

@@ -205,7 +205,7 @@ OWNER_ATTACKS = {
 def test_a_damaged_owner_of_a_run_is_named(run_dir, attack):
     shutil.rmtree(run_dir / "checkpoints" / "step_00000030")
     OWNER_ATTACKS[attack](run_dir / "owner.json")
-    with pytest.raises(UserError, match="owner.json is damaged .*; the next start of `flowar train` writes it again"):
+    with pytest.raises(UserError, match="owner.json is damaged .*; if no process trains there, delete it"):
         status([str(run_dir)])
     with pytest.raises(UserError, match="owner.json"):
         find_trainer(run_dir)

@@ -137,4 +137,5 @@ def test_a_runs_config_with_a_text_of_the_environment_is_private(shards, tmp_pat
         plain = stat.S_IMODE((tmp_path / "plain").stat().st_mode)
         assert stat.S_IMODE(file.stat().st_mode) == mode & plain
         leaks = [found for found in run_dir.rglob("*") if found.is_file() and SECRET.encode() in found.read_bytes()]
-        assert leaks == ([file] if entity != "me" else [])
+        assert sorted(leaks) == ([file, run_dir / "history.jsonl"] if entity != "me" else [])
+        assert {stat.S_IMODE(leak.stat().st_mode) for leak in leaks} <= {0o600}

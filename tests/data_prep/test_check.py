@@ -29,7 +29,7 @@ def test_a_good_dataset_passes_and_its_contact_sheet_shows_source_and_decoded(im
     main(CheckConfig(path=str(copied), num_images=16))
     found = capsys.readouterr().out
     assert "hashes of 3 shards agree; 48 rows, 2 classes of 12 to 12 images" in found
-    assert "16 images encoded again" in found and "is what its passport says" in found
+    assert "16 images encoded again" in found and "is what was written" in found
     sheet = np.asarray(Image.open(f"{copied}.check.png")).astype(int)
     tiles = [sheet[2 + 34 * (n // 8) :][:32, 2 + 34 * (n % 8) :][:, :32] for n in range(32)]
     for source, decoded in zip(tiles[::2], tiles[1::2], strict=True):

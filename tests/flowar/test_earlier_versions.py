@@ -55,7 +55,7 @@ def test_a_model_folder_holds_the_checkpoints_average(made):
 
 def test_a_dataset_is_what_its_passport_says(made, capsys):
     check.main(CheckConfig(path=str(made / "shards"), num_images=0))
-    assert "is what its passport says" in capsys.readouterr().out
+    assert "is what was written" in capsys.readouterr().out
 
 
 def drawing(made, folder, **changes):

@@ -1,0 +1,89 @@
+"""Is a folder whole? A run, a checkpoint, a model: every file that flowar reads back, against its hash. Read-only.
+
+Datasets are checked by data_prep/check.py, which sends the other kinds here.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from flowar.base.errors import UserError
+from flowar.base.files import MIB
+from flowar.base.records import read_record
+from flowar.base.run_folder import (
+    ANOMALIES,
+    AVERAGES,
+    CHECKPOINTS,
+    CONFIG_FILE,
+    EVALUATIONS,
+    METADATA_FILE,
+    is_checkpoint,
+)
+from flowar.config.load import load_described
+from flowar.config.training import TrainConfig
+from flowar.latents.schema import read_passport
+from flowar.models.checkpoint_files import check_pieces
+from flowar.models.folders import WEIGHTS_FILE, load_model
+from flowar.training.guard import WEIGHTS_FOLDER, load_bundle
+from flowar.training.owner import OWNER_FILE
+from flowar.training.report import read_metrics
+
+KINDS = "a dataset, a training run, a checkpoint, a model, samples, features, or a reference"
+
+
+def kind_of(folder: Path) -> str | None:
+    """Return what a folder holds, by the files in it; None: nothing that this file checks."""
+    marks = {"run": CHECKPOINTS, "checkpoint": METADATA_FILE, "model": WEIGHTS_FILE}
+    return next((kind for kind, mark in marks.items() if (folder / mark).exists()), None)
+
+
+def check_folder(folder: Path) -> Iterator[str]:
+    """Yield what in a folder is not what was written; print what is.
+
+    Raises:
+        UserError: if it is no folder of a kind that can be checked.
+    """
+    kind = kind_of(folder)
+    if kind is None:
+        raise UserError(f"{folder} is not a folder that flowar wrote; give {KINDS}")
+    checks = {"run": check_run, "checkpoint": check_checkpoint, "model": check_model}
+    yield from checks[kind](folder)
+
+
+def check_model(folder: Path) -> Iterator[str]:
+    """Check a model folder."""
+    yield from problem_of(lambda: load_model(folder), f"model {folder}")
+
+
+def check_checkpoint(folder: Path) -> Iterator[str]:
+    """Check one checkpoint."""
+    yield from problem_of(lambda: f"{check_pieces(folder) / MIB:,.1f} MiB of tensors", f"checkpoint {folder}")
+
+
+def check_run(folder: Path) -> Iterator[str]:
+    """Check a training run: its settings and records, all checkpoints and averages, kept steps, measurements."""
+    yield from problem_of(lambda: load_described(TrainConfig, folder / CONFIG_FILE), f"settings {folder / CONFIG_FILE}")
+    yield from problem_of(lambda: read_passport(folder), f"passport of the shards of {folder}")
+    yield from problem_of(lambda: f"{len(read_metrics(folder)):,} records", f"metrics of {folder}")
+    records = [folder / OWNER_FILE, *sorted((folder / EVALUATIONS).glob("*.json"))]
+    for file in records:
+        if file.exists():
+            yield from problem_of(functools.partial(read_record, file, "delete it"), f"record {file}")
+    for entry in (entry for kind in (CHECKPOINTS, AVERAGES) for entry in sorted((folder / kind).glob("[!.]*"))):
+        if is_checkpoint(entry):
+            yield from check_checkpoint(entry)
+        else:
+            yield f"{entry} is not a whole checkpoint; the next start of the run sets it aside"
+    for bundle in sorted((folder / ANOMALIES).glob("batch_*")):
+        yield from problem_of(functools.partial(load_bundle, bundle), f"skipped step {bundle}")
+        yield from check_checkpoint(bundle / WEIGHTS_FOLDER)
+
+
+def problem_of(read: Callable[[], object], what: str) -> Iterator[str]:
+    """Read something; yield its UserError, or print that it is whole, with what `read` says of it."""
+    try:
+        found = read()
+    except (UserError, OSError) as error:
+        yield str(error)
+    else:
+        print(f"whole: {what}{f', {found}' if isinstance(found, str) else ''}")

@@ -1,0 +1,58 @@
+"""`flowar check` says of every kind of folder whether it is whole."""
+
+import shutil
+
+import pytest
+
+from data_prep import check
+from flowar import train
+from flowar.base.errors import UserError
+from flowar.config.data import CheckConfig
+from flowar.models.build import create_model
+from flowar.models.folders import save_model
+from tests.conftest import flip_bit, tiny_config, training
+
+
+@pytest.fixture(scope="module")
+def folders(shards, tmp_path_factory):
+    """A whole run and a whole model."""
+    root = tmp_path_factory.mktemp("checked")
+    train.main(training(shards, root / "run", save_every_steps=10, epochs=4))
+    save_model(tiny_config(), create_model(tiny_config()).state_dict(), root / "model")
+    return root
+
+
+def run_check(folder):
+    check.main(CheckConfig(path=str(folder)))
+
+
+@pytest.mark.parametrize("kind", ["run", "model", "run/checkpoints/step_00000010"])
+def test_a_whole_folder_is_whole(folders, capsys, kind):
+    run_check(folders / kind)
+    printed = capsys.readouterr().out
+    assert f"{folders / kind} is what was written" in printed and "WRONG" not in printed
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "place"),
+    [
+        ("run", "checkpoints/step_00000010/__0_0.distcp", 50_000),
+        ("run", "checkpoints/step_00000012/state.json", 30),
+        ("run", "dataset.json", 100),
+        ("run", "owner.json", 20),
+        ("model", "model.safetensors", 20_000),
+        ("model", "config.json", 20),
+    ],
+)
+def test_one_bit_in_each_kind_of_file_is_named(folders, tmp_path, capsys, kind, file, place):
+    shutil.copytree(folders / kind, tmp_path / kind)
+    flip_bit(tmp_path / kind / file, place)
+    with pytest.raises(UserError, match="has 1 problems, the first"):
+        run_check(tmp_path / kind)
+    printed = capsys.readouterr().out
+    assert "WRONG: " in printed and str((tmp_path / kind / file).parent) in printed.split("WRONG: ")[1]
+
+
+def test_a_folder_of_somebody_else_is_no_folder_of_ours(tmp_path):
+    with pytest.raises(UserError, match="is not a folder that flowar wrote; give a dataset, a training run"):
+        run_check(tmp_path)

@@ -1,0 +1,62 @@
+"""Model folders that were damaged, swapped, or made by somebody else."""
+
+import json
+import random
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from flowar.base.errors import UserError
+from flowar.models.build import create_model
+from flowar.models.folders import load_model, save_model
+from tests.conftest import ALL, randomise, tiny_config
+
+
+@pytest.fixture
+def model_folder(tmp_path):
+    save_model(tiny_config(), randomise(create_model(tiny_config())).state_dict(), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def test_no_changed_byte_of_a_model_passes_in_silence(model_folder, tmp_path):
+    """Each is refused by name, or the model is the same."""
+    expected, refused = load_model(model_folder).state_dict(), 0
+    generator = random.Random(0)
+    for number in range(200 if ALL else 30):
+        file = model_folder / ("model.safetensors", "config.json")[number % 2]
+        written = file.read_bytes()
+        head = len(written) if number % 4 else 2000  # half of them in the head of the tensors' file
+        changed = bytearray(written)
+        changed[generator.randrange(min(head, len(written)))] ^= 1 << generator.randrange(8)
+        file.write_bytes(changed)
+        try:
+            found = load_model(model_folder)
+        except UserError as error:
+            refused += 1
+            assert str(file) in str(error) or str(model_folder) in str(error)
+        else:
+            assert found.config == tiny_config()
+            assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in expected.items())
+        file.write_bytes(written)
+    assert refused > 20
+
+
+def test_the_weights_of_another_model_are_refused(model_folder, tmp_path):
+    other = tiny_config(ar_width=64)
+    save_model(other, randomise(create_model(other)).state_dict(), tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "model.safetensors", model_folder)
+    with pytest.raises(UserError, match=r"model.safetensors"):
+        load_model(model_folder)
+
+
+def test_a_model_without_hashes_is_accepted(model_folder):
+    """Version 0.1 and others write none."""
+    state = load_file(model_folder / "model.safetensors")
+    save_file(state, model_folder / "model.safetensors")
+    config = json.loads((model_folder / "config.json").read_text())
+    del config["xxh3"]
+    (model_folder / "config.json").write_text(json.dumps(config))
+    found = load_model(model_folder).state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
