@@ -1,10 +1,10 @@
 """Scale-causal attention as one unmasked call per scale, against one call with a dense mask, in one run.
 
-python -m benchmarks.attention [threads]      times of a forward and backward pass, medians of alternating runs
+python -m benchmarks.attention [--threads N]      times of a forward and backward pass, medians of alternating runs
 """
 
+import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 
@@ -41,7 +41,9 @@ def timed(function: Callable[..., Tensor], qkv: Tensor) -> float:
 
 def main() -> None:
     """Print the medians and the ratio."""
-    torch.set_num_threads(int(sys.argv[1]) if len(sys.argv) > 1 else torch.get_num_threads())
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.attention", description=__doc__.splitlines()[0])
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    torch.set_num_threads(parser.parse_args().threads)
     torch.manual_seed(0)
     qkv = torch.randn(3, BATCH, num_tokens(SCALES), HEADS, HEAD_WIDTH, requires_grad=True)
     segments, mask = causal_segments(SCALES, range(len(SCALES))), dense_mask()

@@ -17,9 +17,9 @@ from cluster.submit import (
     submit,
 )
 from flowar.base.errors import UserError
-from flowar.cli import VERBS
+from flowar.cli import VERBS, parse_options
 from flowar.config.jobs import ClusterConfig
-from flowar.config.load import describe_config, did_you_mean, load_config
+from flowar.config.load import as_word, describe_config, did_you_mean, load_config, load_described
 
 
 def submit_command(words: list[str]) -> None:
@@ -43,7 +43,8 @@ def submit_command(words: list[str]) -> None:
         "--follow", metavar="RUN_DIR", type=Path, help="evaluate: each new checkpoint of a training run"
     )
     parser.add_argument("--once", action="store_true", help="with --follow: look once, as from cron")
-    options = parser.parse_intermixed_args(words)
+    schema = next((VERBS[word].schema for word in words if word in VERBS), None)
+    options = parse_options(parser, words, schema)
     if options.verb == "evaluate" and options.words[:1] == ["make-reference"]:
         options.verb = options.words.pop(0)
     if options.follow is not None:
@@ -66,18 +67,20 @@ def resume_command(words: list[str]) -> None:
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("words", nargs="*", metavar="key=value", help="settings of the cluster that change: nodes=6")
     parser.add_argument("--dry-run", action="store_true")
-    options = parser.parse_intermixed_args(words)
+    options = parse_options(parser, words, ClusterConfig)
     newest = newest_job(options.run_dir)
     chain = [job for job in find_jobs(options.run_dir) if job.folder.name.endswith(stamp_of(newest))]
     unfinished = [job for job in chain if not is_finished(job)]
     if not unfinished:
-        raise UserError(f"{options.run_dir}: {newest.verb} is finished; to train on, submit it with more epochs")
+        more = "; to train on, submit it again with more epochs" if newest.verb == "train" else ""
+        raise UserError(f"{options.run_dir}: {newest.verb} is finished, so there is nothing to resume{more}")
     planned = []
     for before in unfinished:
         with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
             file.write(describe_config(before.cluster))
             file.flush()
-            cluster = load_config(ClusterConfig, file.name, tuple(options.words))
-        config = load_config(VERBS[before.verb].schema, before.folder / JOB_CONFIG_FILE)
+            passed = (as_word(f"environment.{name}", source) for name, source in before.passed.items())
+            cluster = load_config(ClusterConfig, file.name, (*passed, *options.words))
+        config = load_described(VERBS[before.verb].schema, before.folder / JOB_CONFIG_FILE)
         planned.append(PlannedJob(before.verb, config, cluster, before.folder.parent, again=before))
     submit(planned, dry_run=options.dry_run, listed_in=options.run_dir if len(chain) > 1 else None)

@@ -8,7 +8,7 @@ import os
 import shlex
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,14 +139,48 @@ def outside_of_jobs() -> Iterator[None]:
         os.environ.update(before)
 
 
-def first_lines(folder: Path) -> list[str]:
-    """Return what the batch script does before srun: nothing if all is done."""
+@contextlib.contextmanager
+def with_variables(values: Mapping[str, str]) -> Iterator[None]:
+    """Have variables in the environment, for what is started meanwhile."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def check_passed(names: Iterable[str], sbatch: Mapping[str, str]) -> None:
+    """Check that sbatch hands these variables of its environment to the job.
+
+    Raises:
+        UserError: if its --export leaves one out.
+    """
+    setting = "cluster.sbatch.export" if "export" in sbatch else "SBATCH_EXPORT"
+    export = sbatch.get("export", os.environ.get("SBATCH_EXPORT", "ALL"))
+    exported = [part.partition("=")[0] for part in export.split(",")]
+    for name in names:
+        if "ALL" not in exported and name not in exported:
+            raise UserError(
+                f"cluster.environment.{name} is passed from your shell, but {setting}={export} keeps it from the job; "
+                f"use ALL, or a list with {name} in it"
+            )
+
+
+def first_lines(folder: Path, passed: Iterable[str] = ()) -> list[str]:
+    """Return what the batch script does before srun: nothing if all is done, or a passed variable is missing."""
+    lack = "was not passed by sbatch: submit the job again with `flowar resume`"
     return [
         "id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}; id=${id:-$SLURM_JOB_ID}",
         "n=${SLURM_RESTART_COUNT:-0}",
         f"cd {shlex.quote(str(folder))} || exit 1",
         'if [ -e "finished_$id" ]; then echo "finished before"; exit 0; fi',
         'rm -f "failed_$id" "cancelled_$id" "${id}"_*_result.pkl.save_tmp',  # submitit stumbles over the last ones
+        *(f'[ -n "${{{name}+x}}" ] || {{ echo "{name} {lack}" > "failed_$id"; exit 1; }}' for name in passed),
         'cd "$OLDPWD"',
     ]
 

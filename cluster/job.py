@@ -1,7 +1,7 @@
 """What every task of a job does, and how it ends: finished, to be started again, or failed. Read next: submit.py.
 
 A job has a folder (ID is Slurm's number, N how often Slurm has started the job again):
-    job.json, config.yaml     what runs where; `Job`
+    job.json, config.yaml     what runs where; `Job`. The folder is its user's alone: settings may hold secrets
     code/, code.json          the code that runs, also after a requeue; its git commit; diff.patch where it was changed
     environment.json          python and its packages, as they are where the tasks run
     ID_RANK_log.out, .err     what each task printed, over all starts (submitit's names)
@@ -32,9 +32,10 @@ from typing import Any
 from cluster import environment
 from flowar.base.errors import EXIT_AGAIN, STOP_SIGNALS, UserError
 from flowar.base.files import write_text
+from flowar.base.records import DamagedRecordError, read_record, write_record
 from flowar.cli import VERBS
 from flowar.config.jobs import ClusterConfig
-from flowar.config.load import load_config
+from flowar.config.load import did_you_mean, load_described, load_values
 
 RECORD_FILE, JOB_CONFIG_FILE, ENVIRONMENT_FILE = "job.json", "config.yaml", "environment.json"
 ATTEMPTS_FILE = "attempts.jsonl"
@@ -54,18 +55,34 @@ class Job:
     submitted: float = 0  # seconds since 1970
     code: str = ""  # git commit, with "+ changes" where files differed from it
     cwd: str = ""  # from which relative paths count
+    # Variables of cluster.environment that sbatch gets from the environment, and by which words: values may be secrets
+    passed: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def save(self) -> None:
         """Write job.json."""
         record = dataclasses.asdict(self) | {"folder": str(self.folder)}
-        write_text(self.folder / RECORD_FILE, json.dumps(record, indent=2) + "\n")
+        write_record(self.folder / RECORD_FILE, record, private=True)
 
     @classmethod
     def load(cls, folder: Path) -> "Job":
-        """Return the job of a folder. Settings that this version doesn't know are left out."""
-        record = _known(cls, json.loads((folder / RECORD_FILE).read_text()))
-        cluster = ClusterConfig(**_known(ClusterConfig, record.pop("cluster")))
-        return cls(**record | {"cluster": cluster, "ids": tuple(record["ids"]), "folder": folder.resolve()})
+        """Return the job of a folder. Settings that this version doesn't know are left out.
+
+        Raises:
+            UserError: if its job.json is damaged.
+        """
+        file = folder / RECORD_FILE
+        cure = (
+            f"cancel what it runs (`squeue --me -o '%i %k'` shows the number beside this folder), and remove {folder}"
+        )
+        record = read_record(file, cure)
+        try:
+            values = _known(cls, record) | {"cluster": _known(ClusterConfig, record["cluster"]), "folder": "."}
+            job = load_values(cls, values)
+            if job.verb not in VERBS:
+                raise ValueError(f"verb={job.verb} is unknown{did_you_mean(job.verb, VERBS)}")
+        except (KeyError, AttributeError, ValueError) as error:
+            raise DamagedRecordError(f"{file} is damaged ({error}); {cure}") from error
+        return dataclasses.replace(job, folder=folder.resolve())
 
     def mark(self, kind: str, job_id: str) -> Path:
         """Return the file that says something about one of the ids: finished, failed, failures or cancelled."""
@@ -102,7 +119,7 @@ class Task:
         try:
             self._change_folder()
             environment.check_resources(self.place, self.job.cluster)
-            config = load_config(verb.schema, self.job.folder / JOB_CONFIG_FILE)
+            config = load_described(verb.schema, self.job.folder / JOB_CONFIG_FILE)
             verb.load()(config)
             if self.job.cluster.scheduler == "local" and self.place.rank == 0:
                 self.job.mark("finished", self.place.job_id).touch()  # on Slurm the batch script does, after all tasks

@@ -5,12 +5,13 @@ Read next: job.py for these files.
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
+import re
 import shutil
 import subprocess
 import time
 from collections.abc import Iterable
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,10 +21,13 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
-from cluster.job import ATTEMPTS_FILE, RECORD_FILE, Job
+from cluster.job import ATTEMPTS_FILE, JOB_CONFIG_FILE, RECORD_FILE, Job
+from cluster.runs import RunCells, advise, find_trainer, is_run, read_run
 from flowar.base.errors import UserError
-from flowar.base.run_folder import METRICS_FILE, STATE_FILE, checkpoint_step, find_latest
 from flowar.cli import VERBS
+from flowar.config.load import load_described
+from flowar.config.training import TrainConfig
+from flowar.training.owner import OWNER_FILE
 
 JOBS = "jobs"
 REFRESH_S = 5
@@ -43,8 +47,26 @@ def jobs_folder(verb: str, config: object) -> Path:
 def find_jobs(folder: Path) -> list[Job]:
     """Return the jobs that were submitted for a run or dataset (or are in this folder of jobs), oldest first."""
     places = (folder, folder / JOBS, folder.with_name(f"{folder.name}.{JOBS}"))
-    jobs = [Job.load(file.parent) for place in places for file in place.glob(f"*/{RECORD_FILE}")]
+    jobs = [find_ids(Job.load(file.parent)) for place in places for file in place.glob(f"*/{RECORD_FILE}")]
     return sorted(jobs, key=lambda job: (job.submitted, job.ids))
+
+
+def find_ids(job: Job) -> Job:
+    """Return a job with its ids. A submission that was killed has noted none: the scheduler knows them, or its starts.
+
+    Still none: the scheduler never got it.
+    """
+    if job.ids:
+        return job
+    if job.cluster.scheduler == "local":
+        found = [str(process.pid) for process in psutil.process_iter() if _is_controller(process, job)]
+    else:
+        seen = queue("--me", "-r")
+        found = [job_id for job_id, one in seen.items() if one.comment and Path(one.comment).resolve() == job.folder]
+    file = job.folder / ATTEMPTS_FILE
+    started = re.findall(r'"job": "([0-9_]+)"', file.read_text()) if file.exists() else []
+    ids = sorted(dict.fromkeys((*found, *started)), key=lambda job_id: [int(part) for part in job_id.split("_")])
+    return dataclasses.replace(job, ids=tuple(ids))
 
 
 def newest_job(folder: Path) -> Job:
@@ -55,8 +77,15 @@ def newest_job(folder: Path) -> Job:
     """
     jobs = find_jobs(folder)
     if not jobs:
-        raise UserError(f"no job was submitted for {folder}; its jobs would be in {folder / JOBS}")
+        raise UserError(f"no job was submitted for {folder}; {_without_jobs(folder)}")
     return jobs[-1]
+
+
+def _without_jobs(folder: Path) -> str:
+    """Return what to do about a folder that has no jobs."""
+    if is_run(folder):
+        return advise(folder, find_trainer(folder))
+    return f"its jobs would be in {folder / JOBS}; is that the folder that the verb writes?"
 
 
 class Queued(NamedTuple):
@@ -65,6 +94,7 @@ class Queued(NamedTuple):
     state: str
     nodes: str
     left: str
+    comment: str = ""  # the folder of the job
 
 
 def ask_queue(job: Job) -> dict[str, Queued]:
@@ -82,7 +112,7 @@ def queue(*words: str) -> dict[str, Queued]:
     """Return squeue's answer by job id; nothing if it knows no such job, or isn't there."""
     try:
         answer = subprocess.run(
-            ["squeue", "-h", "-o", "%i|%T|%N|%r|%L", *words], capture_output=True, text=True, timeout=30
+            ["squeue", "-h", "-o", "%i|%T|%N|%r|%L|%k", *words], capture_output=True, text=True, timeout=30
         )
     except FileNotFoundError:
         return {}
@@ -90,8 +120,8 @@ def queue(*words: str) -> dict[str, Queued]:
         raise UserError(f"squeue doesn't answer within {error.timeout:g} s; try again") from error
     found = {}
     for line in answer.stdout.splitlines():
-        job_id, state, nodes, reason, left = line.split("|")
-        found[job_id] = Queued(state, nodes or (f"({reason})" if reason != "None" else ""), left)
+        job_id, state, nodes, reason, left, comment = line.split("|", 5)
+        found[job_id] = Queued(state, nodes or (f"({reason})" if reason != "None" else ""), left, comment)
     if answer.returncode and "Invalid job id" not in answer.stderr:
         raise UserError(f"squeue doesn't answer: {answer.stderr.strip()}")
     return found
@@ -101,11 +131,15 @@ def find_controller(job_id: str, job: Job) -> psutil.Process | None:
     """Return the process of submitit that runs a local job's tasks: the one of this number, or its shell's child."""
     with contextlib.suppress(psutil.Error):
         first = psutil.Process(int(job_id))
-        for process in (first, *first.children()):
-            command = process.cmdline()
-            if "submitit.local._local" in command and str(job.folder) in command:
-                return process
+        return next((process for process in (first, *first.children()) if _is_controller(process, job)), None)
     return None
+
+
+def _is_controller(process: psutil.Process, job: Job) -> bool:
+    with contextlib.suppress(psutil.Error):
+        command = process.cmdline()
+        return "submitit.local._local" in command and str(job.folder) in command
+    return False
 
 
 def is_live(job: Job) -> bool:
@@ -154,28 +188,48 @@ def status(words: list[str]) -> None:
 
 def status_table(run_dirs: list[Path]) -> Table:
     """Return the table of `flowar status`."""
-    columns = ("run", "job", "verb", "state", "nodes", "step", "loss", "images/s", "left", "restarts", "checkpoint")
+    columns = (
+        "run", "job", "verb", "state", "nodes", "step", "loss", "images/s", "left", "logged", "checkpoint", "restarts",
+    )  # fmt: skip
     table = Table(*columns, box=None)
-    for job in [newest for folder in run_dirs for newest in _known_jobs(folder)] if run_dirs else live_jobs():
+    notes = []
+    jobs = [newest for folder in run_dirs for newest in find_jobs(folder)] if run_dirs else live_jobs()
+    for folder in run_dirs:
+        notes += _add_run(table, folder, has_jobs=bool(find_jobs(folder)))
+    for job in jobs:
         queued = ask_queue(job)
         run = job.folder.parent.parent.name if job.folder.parent.name == JOBS else job.folder.parent.stem
         for state, ids in _grouped(job, queued):
             nodes = ",".join(dict.fromkeys(queued[job_id].nodes for job_id in ids if job_id in queued))
             name = ids[0] if len(ids) == 1 else f"{ids[0]}..{ids[-1].split('_')[-1]}"
             restarts = max(0, sum(attempt_count(job, job_id) for job_id in ids) - len(ids))
-            cells = (run, name, job.verb, state, nodes, *_progress(job), str(restarts), _checkpoint(job))
+            cells = (run, name, job.verb, state, nodes, *_progress(job), str(restarts))
             table.add_row(*map(escape, cells), style="red" if state == "FAILED" else None)
+        if not job.ids:
+            table.add_row(escape(run), "", job.verb, "NOT SUBMITTED")
+            notes.append(f"{job.folder}: the submission was interrupted; submit it again")
         for job_id in job.ids:
             if job.mark("failed", job_id).exists():
-                table.caption = f"{table.caption or ''}{job_id}: {escape(job.mark('failed', job_id).read_text())}"
+                notes.append(f"{job_id}: {job.mark('failed', job_id).read_text().strip()}")
+    table.caption = escape("\n".join(notes)) or None
     return table
 
 
-def _known_jobs(folder: Path) -> list[Job]:
-    jobs = find_jobs(folder)
-    if not jobs:
-        raise UserError(f"no job was submitted for {folder}")
-    return jobs
+def _add_run(table: Table, folder: Path, *, has_jobs: bool) -> list[str]:
+    """Add a row for a run that no scheduler started, if it is one; return what there is to say about it."""
+    if not is_run(folder):
+        if not has_jobs:
+            raise UserError(f"no job was submitted for {folder}; {_without_jobs(folder)}")
+        return []
+    if has_jobs and not (folder / OWNER_FILE).exists():  # a job that waits for its start
+        return []
+    trainer = find_trainer(folder)
+    if has_jobs and (trainer.job or trainer.state != "RUNNING"):
+        return []
+    nodes = "this machine" if trainer.state != "UNKNOWN" else trainer.host
+    cells = (folder.name, f"process {trainer.pid}", "train", trainer.state, nodes, *read_run(folder))
+    table.add_row(*map(escape, cells))
+    return [advise(folder, trainer)]
 
 
 def _grouped(job: Job, queued: dict[str, Queued]) -> Iterable[tuple[str, list[str]]]:
@@ -191,39 +245,17 @@ def attempt_count(job: Job, job_id: str) -> int:
     return file.read_text().count(f'"job": "{job_id}"') if file.exists() else 0
 
 
-def _progress(job: Job) -> tuple[str, str, str, str]:
-    """Return step, loss, images/s and the time left of a training job."""
-    from flowar.training.report import read_metrics
-
+def _progress(job: Job) -> RunCells:
+    """Return how far a training job is."""
     run_dir = training_folder(job)
-    if run_dir is None or not (run_dir / METRICS_FILE).exists():
-        return "", "", "", ""
-    records = read_metrics(run_dir)
-    if not records:
-        return "", "", "", ""
-    last = records[-1]
-    left = str(timedelta(seconds=round(last["remaining_s"])))
-    return f"{last['step']:,}", f"{last['loss']:.4f}", f"{last['images_per_s']:,.1f}", left
-
-
-def _checkpoint(job: Job) -> str:
-    """Return the last checkpoint's step and age."""
-    run_dir = training_folder(job)
-    latest = find_latest(run_dir) if run_dir is not None else None
-    if latest is None:
-        return ""
-    age = timedelta(seconds=round(time.time() - (latest / STATE_FILE).stat().st_mtime))
-    return f"{checkpoint_step(latest):,}, {age} ago"
+    return read_run(run_dir) if run_dir is not None and is_run(run_dir) else RunCells()
 
 
 def training_folder(job: Job) -> Path | None:
     """Return the run_dir of a training job."""
     if job.verb != "train":
         return None
-    from flowar.config.load import load_config
-    from flowar.config.training import TrainConfig
-
-    return Path(job.cwd) / load_config(TrainConfig, job.folder / "config.yaml").run_dir
+    return Path(job.cwd) / load_described(TrainConfig, job.folder / JOB_CONFIG_FILE).run_dir
 
 
 def live_jobs() -> list[Job]:
@@ -246,7 +278,8 @@ def logs(words: list[str]) -> None:
     options = parser.parse_args(words)
     jobs = [job for job in find_jobs(options.run_dir) if options.verb in (None, job.verb)]
     if not jobs:
-        raise UserError(f"no such job was submitted for {options.run_dir}")
+        which = f"no job of verb {options.verb}" if options.verb else "no job"
+        raise UserError(f"{which} was submitted for {options.run_dir}; {_without_jobs(options.run_dir)}")
     job_id = jobs[-1].ids[options.array] if options.array < len(jobs[-1].ids) else None
     files = [jobs[-1].folder / f"{job_id}_{options.rank}_log.{end}" for end in ("out", "err")]
     files = [file for file in files if file.exists()]
@@ -267,23 +300,31 @@ def cancel(words: list[str]) -> None:
     for job in reversed(find_jobs(options.run_dir)):  # those that wait for others first
         queued = ask_queue(job)
         ended += list(queued)
-        if job.cluster.scheduler == "local":
-            for job_id in queued:
-                if (controller := find_controller(job_id, job)) is not None:
-                    controller.terminate()  # it hands the signal to the tasks
-            continue
         running = [job_id for job_id, seen in queued.items() if seen.state == "RUNNING"]
-        for job_id in running:
-            job.mark("cancelled", job_id).touch()
-        if running and not options.now:
-            print(f"asking {', '.join(running)} to save and stop, for at most {job.cluster.stop_before_end_s} s")
-            _scancel("--signal=USR2", *running)
-            deadline = time.monotonic() + job.cluster.stop_before_end_s
-            while time.monotonic() < deadline and any(seen.state == "RUNNING" for seen in ask_queue(job).values()):
-                time.sleep(1)
-        if left := list(ask_queue(job)):
-            _scancel(*left)
+        if job.cluster.scheduler == "slurm":
+            for job_id in running:
+                job.mark("cancelled", job_id).touch()
+            if running and not options.now:
+                print(f"asking {', '.join(running)} to save and stop, for at most {job.cluster.stop_before_end_s} s")
+                _scancel("--signal=USR2", *running)
+                deadline = time.monotonic() + job.cluster.stop_before_end_s
+                while time.monotonic() < deadline and any(seen.state == "RUNNING" for seen in ask_queue(job).values()):
+                    time.sleep(1)
+        end_job(job)
     print(f"cancelled {', '.join(ended)}" if ended else f"no job of {options.run_dir} is queued or running")
+    if not ended and is_run(options.run_dir) and (options.run_dir / OWNER_FILE).exists():
+        print(advise(options.run_dir, find_trainer(options.run_dir)))
+
+
+def end_job(job: Job) -> None:
+    """End what is queued or running of a job, at once; a local one's tasks may save first."""
+    left = list(ask_queue(job))
+    if job.cluster.scheduler == "local":
+        for job_id in left:
+            if (controller := find_controller(job_id, job)) is not None:
+                controller.terminate()  # it hands the signal to the tasks
+    elif left:
+        _scancel(*left)
 
 
 def _scancel(*words: str) -> None:

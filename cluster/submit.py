@@ -11,7 +11,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,21 @@ from typing import Any
 import submitit
 
 import flowar
-from cluster.environment import first_lines, last_lines, outside_of_jobs
-from cluster.job import JOB_CONFIG_FILE, Job, run_task
-from cluster.status import JOBS, find_jobs, is_live, jobs_folder
+from cluster.environment import check_passed, first_lines, last_lines, outside_of_jobs, with_variables
+from cluster.job import JOB_CONFIG_FILE, RECORD_FILE, Job, run_task
+from cluster.status import JOBS, end_job, find_ids, find_jobs, is_live, jobs_folder
 from flowar.base.errors import UserError
 from flowar.base.files import write_text
 from flowar.cli import VERBS, parse_words
 from flowar.config.jobs import ClusterConfig, PipelineConfig
-from flowar.config.load import describe_config, load_config
+from flowar.config.load import (
+    FromEnvironment,
+    as_literal,
+    as_word,
+    describe_config,
+    has_environment,
+    load_config,
+)
 from flowar.config.training import TrainConfig
 
 SUBMITTED_VERBS = tuple(name for name, verb in VERBS.items() if verb.folder)
@@ -91,13 +97,24 @@ def plan_pipeline(words: list[str], cluster_file: str) -> tuple[Path, list[Plann
     jobs = []
     for verb in PIPELINE:
         if getattr(config, verb) is not None:
-            own = tuple(f"{key}={value}" for key, value in config.cluster.get(verb, {}).items())
-            cluster = load_config(ClusterConfig, cluster_file, own)
+            cluster = load_config(ClusterConfig, cluster_file, own_words(config.cluster.get(verb, {})))
             settings = getattr(config, verb)
             jobs.append(PlannedJob(verb, settings, cluster, jobs_folder(verb, settings)))
     if not jobs:
         raise UserError(f"the pipeline has no step; give settings for some of: {', '.join(PIPELINE)}")
     return Path(config.run_dir), jobs
+
+
+def own_words(settings: dict[str, Any], prefix: str = "") -> tuple[str, ...]:
+    """Return a step's settings of the cluster as words of a command line; what is passed stays as it was written."""
+    words: list[str] = []
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            words += own_words(value, f"{prefix}{name}.")
+        else:
+            written = value.source if isinstance(value, FromEnvironment) else as_literal(value)
+            words.append(as_word(f"{prefix}{name}", written))
+    return tuple(words)
 
 
 def submit(planned: list[PlannedJob], *, dry_run: bool, listed_in: Path | None = None) -> None:
@@ -120,10 +137,10 @@ def submit(planned: list[PlannedJob], *, dry_run: bool, listed_in: Path | None =
             print(f"# batch script\n{batch_script(job, folder.absolute())}\n")
         return
     stamp = time.strftime("%Y%m%d-%H%M%S")
+    folders = [job.jobs.absolute() / f"{job.verb}-{stamp}" for job in planned]
     done: list[Job] = []
     try:
-        for job in planned:
-            folder = job.jobs.absolute() / f"{job.verb}-{stamp}"
+        for job, folder in zip(planned, folders, strict=True):
             done.append(submit_one(job, folder, after=done[-1].ids if done else ()))
             if listed_in is not None:
                 (listed_in / JOBS).mkdir(parents=True, exist_ok=True)
@@ -131,8 +148,9 @@ def submit(planned: list[PlannedJob], *, dry_run: bool, listed_in: Path | None =
                 if not link.exists():  # the chain may be listed where one of its jobs is
                     link.symlink_to(folder)
     except BaseException:
-        for own in done:
-            subprocess.run(["scancel", *dict.fromkeys(job_id.split("_")[0] for job_id in own.ids)])
+        for folder in folders:  # the last one's number may not have been noted yet
+            if (folder / RECORD_FILE).is_file():
+                end_job(find_ids(Job.load(folder)))
         raise
     for own in done:
         what = f"{own.ids[0]} to {own.ids[-1]}" if len(own.ids) > 1 else own.ids[0]
@@ -145,19 +163,30 @@ def submit(planned: list[PlannedJob], *, dry_run: bool, listed_in: Path | None =
 def submit_one(job: PlannedJob, folder: Path, after: tuple[str, ...]) -> Job:
     """Fill the job's folder, hand the job to the scheduler, and note its ids."""
     try:
-        folder.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700)  # settings, and lines of the batch script, may hold secrets
         code = copy_code(job.again, folder)
         if job.again is not None:  # word for word, for the code of that time
             shutil.copy(job.again.folder / JOB_CONFIG_FILE, folder / JOB_CONFIG_FILE)
         else:
-            write_text(folder / JOB_CONFIG_FILE, describe_config(job.config))
+            write_text(folder / JOB_CONFIG_FILE, describe_config(job.config), private=has_environment(job.config))
     except OSError as error:
         raise UserError(f"can't write {folder}: {error.strerror or error}") from error
-    record = Job(job.verb, job.cluster, folder, submitted=time.time(), code=code, cwd=job.cwd)
+    passed = passed_variables(job.cluster)
+    literal = {name: value for name, value in job.cluster.environment.items() if name not in passed}
+    record = Job(
+        job.verb,
+        dataclasses.replace(job.cluster, environment=literal),
+        folder,
+        submitted=time.time(),
+        code=code,
+        cwd=job.cwd,
+        passed={name: value.source for name, value in passed.items()},
+    )
     record.save()
     try:
         executor = make_executor(job, folder, after)
-        with outside_of_jobs():
+        with outside_of_jobs(), with_variables(passed):
             if job.cluster.array > 1 and job.cluster.scheduler == "slurm":
                 started = executor.map_array(run_task, [str(folder)] * job.cluster.array)
             else:
@@ -170,14 +199,19 @@ def submit_one(job: PlannedJob, folder: Path, after: tuple[str, ...]) -> Job:
     return record
 
 
+def passed_variables(cluster: ClusterConfig) -> dict[str, FromEnvironment]:
+    """Return those variables of a job that came from the environment: sbatch gets them from there, and no file."""
+    return {name: value for name, value in cluster.environment.items() if isinstance(value, FromEnvironment)}
+
+
 def make_executor(job: PlannedJob, folder: Path, after: tuple[str, ...] = ()) -> submitit.Executor:
     """Return submitit's executor for a job."""
-    cluster = job.cluster
+    cluster, passed = job.cluster, passed_variables(job.cluster)
     setup = [
         *cluster.setup,
         f"export PYTHONPATH={shlex.quote(str(folder / CODE))}${{PYTHONPATH:+:$PYTHONPATH}}",
         "export PYTHONSAFEPATH=1",  # else the code in the current folder would win
-        *(f"export {key}={shlex.quote(value)}" for key, value in cluster.environment.items()),
+        *(f"export {key}={shlex.quote(value)}" for key, value in cluster.environment.items() if key not in passed),
     ]
     if cluster.scheduler == "local":
         local = submitit.LocalExecutor(folder, python=cluster.python)
@@ -207,7 +241,7 @@ def make_executor(job: PlannedJob, folder: Path, after: tuple[str, ...] = ()) ->
         ntasks_per_node=cluster.tasks,
         cpus_per_task=cluster.cpus_per_task,
         signal_delay_s=cluster.stop_before_end_s,
-        setup=[*first_lines(folder), *setup],
+        setup=[*first_lines(folder, passed), *setup],
         srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.cpus_per_task}", *cluster.srun],
         teardown=last_lines(folder, cluster.max_restarts),
         additional_parameters=more,
@@ -220,13 +254,11 @@ def batch_script(job: PlannedJob, folder: Path) -> str:
     """Return what sbatch would get."""
     if job.cluster.scheduler == "local":
         return "none: scheduler=local starts processes on this machine"
-    with tempfile.TemporaryDirectory() as scratch:  # submitit makes the folder that it is given
-        executor = make_executor(job, Path(scratch))
-        assert isinstance(executor, submitit.SlurmExecutor)
-        if job.cluster.array > 1:
-            executor.parameters["map_count"] = job.cluster.array
-        text = executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
-        return text.replace(scratch, str(folder))
+    executor = make_executor(job, folder)
+    assert isinstance(executor, submitit.SlurmExecutor)
+    if job.cluster.array > 1:
+        executor.parameters["map_count"] = job.cluster.array
+    return executor._make_submission_file_text(executor._submitit_command_str, "dry-run")
 
 
 def check(job: PlannedJob, *, alone: bool) -> None:
@@ -250,6 +282,10 @@ def check(job: PlannedJob, *, alone: bool) -> None:
             f"`flowar {job.verb}` runs in one process, not in {cluster.nodes} x {cluster.tasks}; set cluster.nodes=1 "
             "cluster.tasks_per_node=1"
         )
+    if cluster.scheduler == "slurm":
+        check_passed(passed_variables(cluster), cluster.sbatch)
+        check_path(job.jobs.absolute(), "a job's folder", r"%\\")
+        check_path(Path(job.cwd), "the folder of submission", r"\\")
     if "time" in cluster.sbatch:
         raise UserError(f"cluster.sbatch.time={cluster.sbatch['time']} is given as cluster.time_min; use that")
     for other in find_jobs(job.jobs):
@@ -266,6 +302,16 @@ def check(job: PlannedJob, *, alone: bool) -> None:
             raise UserError(f"the folder of submission {job.cwd} can't be entered: {error.strerror}") from error
     if cluster.scheduler == "slurm":
         check_by_slurm(job)
+
+
+def check_path(path: Path, what: str, forbidden: str) -> None:
+    """Raise a UserError if Slurm would take some characters of a path for signs of its own.
+
+    %j in the name of a log is the job's number, and a backslash takes a meaning away, or is lost.
+    """
+    found = re.search(rf"[{forbidden}\x00-\x1f]", str(path))
+    if found:
+        raise UserError(f"{what} would be {str(path)!r}, but Slurm can't have {found[0]!r} in it; give another path")
 
 
 def check_training(config: TrainConfig, num_tasks: int, *, has_data: bool) -> None:

@@ -3,7 +3,8 @@
 python -m data_prep.train_demo_vae OUT_DIR      (about 8 minutes on two CPU cores)
 """
 
-import sys
+import argparse
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -69,4 +70,11 @@ def psnr(vae: AutoencoderKL, images: torch.Tensor) -> float:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    parser = argparse.ArgumentParser(
+        prog="python -m data_prep.train_demo_vae", description="Trains the demo's VAE on the training digits."
+    )
+    parser.add_argument("out_dir", help="where to write it, in diffusers' form; a new folder")
+    options = parser.parse_args()
+    if Path(options.out_dir).exists():
+        parser.error(f"{options.out_dir} exists already; give a new folder")
+    main(options.out_dir)

@@ -19,7 +19,7 @@ from flowar.base.run_folder import (
     METADATA_FILE,
     is_checkpoint,
 )
-from flowar.config.load import load_config
+from flowar.config.load import load_described
 from flowar.config.training import TrainConfig
 from flowar.latents.schema import read_passport
 from flowar.models.checkpoint_files import check_pieces
@@ -62,7 +62,7 @@ def check_checkpoint(folder: Path) -> Iterator[str]:
 
 def check_run(folder: Path) -> Iterator[str]:
     """Check a training run: its settings and records, all checkpoints and averages, kept steps, measurements."""
-    yield from problem_of(lambda: load_config(TrainConfig, folder / CONFIG_FILE), f"settings {folder / CONFIG_FILE}")
+    yield from problem_of(lambda: load_described(TrainConfig, folder / CONFIG_FILE), f"settings {folder / CONFIG_FILE}")
     yield from problem_of(lambda: read_passport(folder), f"passport of the shards of {folder}")
     yield from problem_of(lambda: f"{len(read_metrics(folder)):,} records", f"metrics of {folder}")
     records = [folder / OWNER_FILE, *sorted((folder / EVALUATIONS).glob("*.json"))]

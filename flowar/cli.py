@@ -15,7 +15,7 @@ from flowar.base.errors import UserError
 from flowar.config.data import CheckConfig, PrepareConfig
 from flowar.config.drawing import InfoConfig, SampleConfig
 from flowar.config.jobs import DemoConfig, DoctorConfig
-from flowar.config.load import Schema, describe_config, did_you_mean, load_config
+from flowar.config.load import Schema, describe_config, did_you_mean, load_config, setting_names
 from flowar.config.measuring import EvaluateConfig, ReferenceConfig, SweepConfig
 from flowar.config.training import AverageConfig, ConvertConfig, ExportConfig, PlanConfig, ReplayConfig, TrainConfig
 
@@ -170,12 +170,39 @@ def _run(name: str, verb: Verb, words: list[str]) -> None:
     parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, and exit")
     if "preview" in _names_of_flags(verb.schema):
         parser.add_argument("--preview", action="store_true", help="only pictures of what would be drawn; preview=true")
-    options = parser.parse_intermixed_args(words)
+    options = parse_options(parser, words, verb.schema)
     settings = [*options.words, "preview=true"] if getattr(options, "preview", False) else options.words
     config = parse_words(verb.schema, settings, verb.positionals)
-    if options.dry_run:
-        print(describe_config(config))
     verb.load()(config, dry_run=options.dry_run)
+    if options.dry_run:  # after all checks: an error stands alone
+        print(describe_config(config))
+
+
+def parse_options(
+    parser: argparse.ArgumentParser, words: Sequence[str], schema: type[Any] | None = None
+) -> argparse.Namespace:
+    """Return the options and words of a command line.
+
+    Args:
+        parser: knows the options.
+        words: of the command line.
+        schema: dataclass of the settings that can be given beside the options, if there are any.
+
+    Raises:
+        UserError: if there is no such option; where a setting has that name, says how it is written.
+    """
+    options, unknown = parser.parse_known_intermixed_args(list(words))
+    if unknown:
+        known = "; there are: " + ", ".join(name for action in parser._actions for name in action.option_strings[-1:])
+        if schema is None:
+            raise UserError(f"{unknown[0]} is not an option{known}")
+        name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
+        near = did_you_mean(name, setting_names(schema)).partition("did you mean ")[2].rstrip("?")
+        raise UserError(
+            f"{unknown[0]} is not an option{known}. Settings are written without dashes, for example "
+            f"{near or setting_names(schema)[0]}=..."
+        )
+    return options
 
 
 def _names_of_flags(schema: type[Any]) -> set[str]:

@@ -1,11 +1,13 @@
 """`flowar export`, `ema` and `convert`: what becomes a model folder of its own. Read next: models/folders.py."""
 
-import pickle
+import zipfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from flowar.base.errors import UserError
+from flowar.base.run_folder import CHECKPOINTS, is_checkpoint
 from flowar.config.training import AverageConfig, ConvertConfig, ExportConfig
 from flowar.models.build import convert_released
 from flowar.models.folders import (
@@ -48,18 +50,25 @@ def check_new(folder: Path) -> None:
 def convert_checkpoint(config: ConvertConfig, dry_run: bool = False) -> None:
     """Convert the authors' checkpoint to a model folder."""
     source, target = Path(config.checkpoint), Path(config.out_dir)
+    if is_checkpoint(source) or (source / CHECKPOINTS).is_dir():
+        raise UserError(
+            f"{source} is a training run's, not a file of the authors; `flowar export {source} {target}` makes a model "
+            "folder of it"
+        )
+    if (source / WEIGHTS_FILE).is_file():
+        raise UserError(
+            f"{source} is a model folder already; use it as it is, for example `flowar sample model={source}`"
+        )
     if not source.is_file():
         raise UserError(
             f"there is no file {source}; download FlowAR-S.pth, FlowAR-L.pth or FlowAR-H.pth from the authors' release"
         )
     check_new(target)
+    state_dict = read_checkpoint(source)
     try:
-        state_dict = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise UserError(f"{source} is not a readable PyTorch checkpoint: {str(error).splitlines()[0]}") from error
-    if not isinstance(state_dict, dict):
-        raise UserError(f"{source} holds a {type(state_dict).__name__}, but a state dict is needed")
-    model = convert_released(state_dict, config.ar_heads)
+        model = convert_released(state_dict, config.ar_heads)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
     parameters = sum(parameter.numel() for parameter in model.parameters())
     print(f"{source}: {model.config.variant}, {parameters / 1e6:.1f} M parameters")
     if dry_run:
@@ -67,3 +76,25 @@ def convert_checkpoint(config: ConvertConfig, dry_run: bool = False) -> None:
         return
     save_model_whole(model.config, model.state_dict(), target)
     print(f"wrote {target / WEIGHTS_FILE} and {target / MODEL_CONFIG_FILE}")
+
+
+def read_checkpoint(source: Path) -> dict[str, Any]:
+    """Return what a PyTorch checkpoint of somebody else holds; no code in it is run.
+
+    Raises:
+        UserError: if it is not one, or not what was written: torch itself doesn't look at the checksums in the file.
+    """
+    try:
+        state_dict = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+        with zipfile.ZipFile(source) as archive:
+            damaged = archive.testzip()
+    except Exception as error:  # whatever a damaged or hostile pickle makes torch raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{source} is not a readable PyTorch checkpoint of tensors: {reason}; download it again"
+        ) from error
+    if damaged is not None:
+        raise UserError(f"{source} is damaged: {damaged} in it doesn't have its checksum; download it again")
+    if not isinstance(state_dict, dict):
+        raise UserError(f"{source} holds a {type(state_dict).__name__}, but a state dict is needed")
+    return state_dict

@@ -7,6 +7,7 @@ are assumed, and said so. Read next: parallel.py.
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from flowar.base.devices import PEAK_TFLOPS, table_tflops
 from flowar.base.errors import UserError
 from flowar.base.files import GIB
 from flowar.config.training import PlanConfig
+from flowar.latents.schema import read_passport
 from flowar.models.build import family_of
 from flowar.models.costs import count_training_flops
 from flowar.models.family import weigh
@@ -29,7 +31,14 @@ from flowar.training.torch_engine import make_mesh, shard_model
 
 FLOAT32 = 4  # bytes
 SPARE_SHARE = 0.1  # of a GPU's memory: allocator, NCCL, cuBLAS
+IMAGENET_IMAGES = 1_281_167  # of its training set
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
+
+
+ROWS = (
+    "weights", "gradients", "optimizer", "averages", "gathered", "copies", "a sample", "largest micro batch",
+    "sent in a step", "step, seconds", "run, days",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -141,46 +150,76 @@ def sent_bytes(engine: str, config: PlanConfig, num_ranks: int, parts: int) -> i
     return FLOAT32 * total * passes * (num_ranks - 1) // num_ranks
 
 
+def count_images(config: PlanConfig) -> tuple[int, str]:
+    """Return how many images the run is trained on, and where the number is from.
+
+    Raises:
+        UserError: if data.path is there, but no finished dataset.
+    """
+    path = config.data.path
+    if config.num_images is not None:
+        return config.num_images, "num_images"
+    if path is not None and Path(path).exists():
+        return read_passport(path).num_images, f"data.path={path}"
+    why = "no data.path is given" if path is None else f"data.path={path} is not here"
+    return IMAGENET_IMAGES, f"ImageNet's, as {why}; num_images=... sets another number"
+
+
 def main(config: PlanConfig, dry_run: bool = False) -> None:
     """Print the tables."""
     if dry_run:
         return
     num_ranks = config.nodes * config.gpus_per_node
-    peak = table_tflops(config.gpu, config.precision)
+    peak = config.peak_tflops
     if peak is None:
-        raise UserError(f"gpu={config.gpu} is not in the table: {', '.join(name for name, _ in PEAK_TFLOPS)}")
+        peak = table_tflops(config.gpu, config.precision)
+    elif peak <= 0:
+        raise UserError(f"peak_tflops={peak:g} must be above 0")
+    if peak is None:
+        raise UserError(
+            f"gpu={config.gpu} is not in the table: {', '.join(name for name, _ in PEAK_TFLOPS)}; give one of these, "
+            "or this one's numbers from its data sheet, for example peak_tflops=71 memory_gib=24 (dense TFLOP/s in "
+            f"{config.precision})"
+        )
+    num_images, source = count_images(config)
     split_batch(config.batch_size, config.micro_batch_size, num_ranks)
     total, _ = count_weights(config)
     activations, copies = activation_bytes(config)
     share = config.batch_size // num_ranks
     flops = count_training_flops(config.model) * (4 / 3 if config.parallel.checkpoint_every_blocks == 1 else 1)
     compute_s = flops * share / (peak * 1e12 * config.assumed_mfu)
-    steps = math.ceil(config.epochs * config.num_images / config.batch_size)
+    steps = math.ceil(config.epochs * num_images / config.batch_size)
     console = Console()
     machines = f"{config.nodes} x {config.gpus_per_node} {config.gpu}"
-    table = Table(
-        "engine", "weights", "gradients", "optimizer", "averages", "gathered", "copies", "a sample",
-        "largest micro batch", "sent / step", "step", "run",
-        title=f"{config.model.variant}, {total / 1e6:,.0f} M weights, on {machines}; GiB per GPU",
-    )  # fmt: skip
+    rows: dict[str, list[str]] = {}
     best = None
     for engine in ENGINES:
         memory = memory_of(engine, config, num_ranks)
         room = config.memory_gib * GIB * (1 - SPARE_SHARE) - memory.fixed - copies
         micro = max((n for n in range(1, share + 1) if share % n == 0 and n * activations <= room), default=0)
-        fixed = [f"{value / GIB:.2f}" for value in (*vars(memory).values(), copies)]
-        row = [engine, *fixed, f"{activations / GIB:.3f}"]
+        cells = {name: f"{value / GIB:.2f}" for name, value in (vars(memory) | {"copies": copies}).items()}
+        cells |= {"a sample": f"{activations / GIB:.3f}", "largest micro batch": f"{micro}" if micro else "none"}
+        step_s = compute_s
+        if micro:
+            sent = sent_bytes(engine, config, num_ranks, share // micro)
+            if num_ranks > 1:
+                step_s = max(compute_s, sent / (config.assumed_gb_per_s * 1e9))
+            cells |= {"sent in a step": f"{sent / GIB:.1f}", "step, seconds": f"{step_s:.2f}"}
+            cells |= {"run, days": f"{steps * step_s / 86400:.1f}"}
+        for name in ROWS:
+            rows.setdefault(name, []).append(cells.get(name, "-"))
         if not micro:
-            table.add_row(*row, "does not fit", "", "", "")
             continue
-        sent = sent_bytes(engine, config, num_ranks, share // micro)
-        step_s = max(compute_s, sent / (config.assumed_gb_per_s * 1e9)) if num_ranks > 1 else compute_s
-        table.add_row(
-            *row, f"{micro}", f"{sent / GIB:.1f} GiB", f"{step_s:.2f} s", f"{steps * step_s / 86400:.1f} days"
-        )
         if best is None or step_s < best[1]:
             best = (engine, step_s)
+    table = Table(
+        "GiB per GPU", *ENGINES,
+        title=f"{config.model.variant}, {total / 1e6:,.0f} M weights, on {machines}",
+    )  # fmt: skip
+    for name, row in rows.items():
+        table.add_row(name, *row)
     console.print(table)
+    print(f"Trained on {num_images:,} images ({source}), {config.epochs:g} epochs of them.")
     print(
         "Counted: weights, gradients, optimizer, averages (float32; fsdp by torch's own sharding), bfloat16 copies of "
         f"weights, and what autograd keeps of a sample ({config.precision}). Assumed: {config.assumed_mfu:.0%} of "

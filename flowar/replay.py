@@ -14,7 +14,7 @@ from torch import Tensor
 from flowar.base.devices import pick_device
 from flowar.base.distributed import World
 from flowar.base.run_folder import CONFIG_FILE, weight_key
-from flowar.config.load import load_config
+from flowar.config.load import load_described
 from flowar.config.training import ReplayConfig, TrainConfig
 from flowar.latents.batches import Batch
 from flowar.models.build import create_model
@@ -45,7 +45,7 @@ def main(config: ReplayConfig, dry_run: bool = False) -> None:
     """Repeat a skipped step on one process and print what happened then beside what happens now."""
     folder = Path(config.bundle)
     bundle = load_bundle(folder)
-    recipe = load_config(TrainConfig, folder / CONFIG_FILE)
+    recipe = load_described(TrainConfig, folder / CONFIG_FILE)
     print(f"step {bundle['step']} of {recipe.run_dir}: {bundle['problem']}; {len(bundle['labels'])} samples")
     if dry_run:
         return

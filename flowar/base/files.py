@@ -39,9 +39,15 @@ def _filled(path: Path, write: Callable[[Path], object]) -> Iterator[Path]:
         hidden.unlink(missing_ok=True)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, whole or not at all."""
-    write_whole(path, lambda hidden: hidden.write_text(text))
+def write_text(path: Path, text: str, *, private: bool = False) -> None:
+    """Write a text file, whole or not at all; a private one can be read by this user alone."""
+
+    def write(hidden: Path) -> None:
+        if private:
+            hidden.touch(mode=0o600)
+        hidden.write_text(text)
+
+    write_whole(path, write)
 
 
 def publish_folder(hidden: Path, folder: Path) -> None:

@@ -32,9 +32,9 @@ def record_text(values: Mapping[str, Any]) -> str:
     return json.dumps(dict(values) | {HASH_KEY: hash_record(values)}, indent=2) + "\n"
 
 
-def write_record(file: Path, values: Mapping[str, Any]) -> None:
-    """Write a record, whole or not at all."""
-    write_text(file, record_text(values))
+def write_record(file: Path, values: Mapping[str, Any], *, private: bool = False) -> None:
+    """Write a record, whole or not at all; a private one can be read by this user alone."""
+    write_text(file, record_text(values), private=private)
 
 
 def create_record(file: Path, values: Mapping[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """Settings of jobs on a cluster, of chains of them, of the doctor and of the demo."""
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -62,6 +63,7 @@ class ClusterConfig:
     sbatch: dict[str, str] = field(default_factory=dict)  # any other options of sbatch, by their long names
     srun: tuple[str, ...] = ()  # more arguments of srun, for example --container-image=...
     setup: tuple[str, ...] = ()  # lines of the batch script before the tasks start, for example module load cuda
+    # Variables of the tasks. A secret is written ${oc.env:NAME}: it is passed from your shell, and written nowhere
     environment: dict[str, str] = field(default_factory=dict)
     python: str | None = None  # that runs the tasks; None: the one that submits
 
@@ -76,6 +78,9 @@ class ClusterConfig:
                 f"cluster.gpus_per_node={self.gpus_per_node}, cluster.max_restarts={self.max_restarts} and "
                 f"cluster.stop_before_end_s={self.stop_before_end_s} must not be below 0"
             )
+        for name in self.environment:
+            if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+                raise UserError(f"cluster.environment.{name} is not the name of a variable; use letters, digits and _")
         if self.stop_before_end_s >= 60 * self.time_min:
             raise UserError(
                 f"cluster.stop_before_end_s={self.stop_before_end_s} is not less than cluster.time_min={self.time_min} "

@@ -6,20 +6,29 @@ data.py, drawing.py, training.py, measuring.py, jobs.py for the schemas, each be
 
 import dataclasses
 import difflib
-import types
+import json
+import re
 import typing
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
 from flowar.base.errors import UserError
+from flowar.config.kinds import describe_kind, example_of, section_class, shorten
 
 Schema = TypeVar("Schema")
 FREE = "free"  # key of a field's metadata
+INTERPOLATION = re.compile(r"(\\*)\$\{")  # its beginning, with the backslashes that take its meaning away
+
+
+class FromEnvironment(str):
+    """A text that came from an environment variable, by `${oc.env:NAME}`. It may be a secret."""
+
+    source = ""  # what was written instead of it
 
 
 class Dataclass(Protocol):
@@ -52,7 +61,7 @@ def is_free(schema: type[Any], key: str) -> bool:
         return False
     if field.metadata.get(FREE):
         return True
-    inner = _dataclass_in(typing.get_type_hints(schema)[first])
+    inner = section_class(typing.get_type_hints(schema)[first])
     return bool(rest) and inner is not None and is_free(inner, rest)
 
 
@@ -81,7 +90,59 @@ def load_config(schema: type[Schema], path: str | Path | None = None, overrides:
         UserError: if the file can't be read, a key is unknown (names the nearest), a value has the wrong type, or a
             required one is missing.
     """
-    given = OmegaConf.merge(_load_yaml(path) if path else {}, _parse_overrides(overrides))
+    given = OmegaConf.merge(_load_yaml(path) if path else {}, *map(_parse_override, overrides))
+    return _fill(schema, typing.cast(DictConfig, given))
+
+
+def load_described(schema: type[Schema], path: str | Path) -> Schema:
+    """Return `schema` filled from a file that `describe_config` wrote, and that somebody else may have changed.
+
+    It is resolved already, so that all in it is literal: `${oc.env:NAME}` in it reads no variable.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    return load_values(schema, _unescape(OmegaConf.to_container(_load_yaml(path), resolve=False)))
+
+
+def _unescape(value: Any) -> Any:
+    """Return what `as_literal` was given."""
+    if isinstance(value, dict):
+        return {key: _unescape(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_unescape(inner) for inner in value]
+    return INTERPOLATION.sub(lambda m: m[1][: len(m[1]) // 2] + "${", value) if isinstance(value, str) else value
+
+
+def load_values(schema: type[Schema], values: Mapping[str, Any]) -> Schema:
+    """Return `schema` filled from its defaults and from values that somebody else may have written.
+
+    They are taken literally: `${oc.env:NAME}` in one is these characters, and reads no variable.
+
+    Raises:
+        UserError: as `load_config`.
+    """
+    return _fill(schema, OmegaConf.create(as_literal(values)))
+
+
+def as_literal(value: Any) -> Any:
+    """Return a setting's value, in plain dicts and lists, as it has to be written so that it is read literally."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: as_literal(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: as_literal(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_literal(inner) for inner in value]
+    return INTERPOLATION.sub(r"\1\1\\${", value) if isinstance(value, str) else value
+
+
+def as_word(key: str, written: Any) -> str:
+    """Return `key=value` with what would be written for a setting in a YAML file, in plain dicts and lists."""
+    return f"{key}={json.dumps(written)}"
+
+
+def _fill(schema: type[Schema], given: DictConfig) -> Schema:
+    """Return `schema` filled from its defaults and what is given; errors as `load_config`."""
     defaults: Any = OmegaConf.structured(schema)
     try:
         for section, kind in _sections(schema):
@@ -96,38 +157,126 @@ def load_config(schema: type[Schema], path: str | Path | None = None, overrides:
                 holder = OmegaConf.select(defaults, parent) if parent else defaults
                 with read_write(holder):  # frozen dataclasses make read-only nodes
                     holder[name] = OmegaConf.structured(kind if start is None else start)
-        return typing.cast(Schema, OmegaConf.to_object(OmegaConf.merge(defaults, given)))
+        merged = OmegaConf.merge(defaults, given)
+        filled = typing.cast(Schema, OmegaConf.to_object(merged))
+        return typing.cast(Schema, _mark_environment(OmegaConf.to_container(merged, resolve=False), filled))
     except ConfigKeyError as error:
         key = str(error.full_key)
         raise UserError(f"{key} is not a setting{did_you_mean(key, _keys(defaults))}") from error
     except MissingMandatoryValue as error:
         key = str(error.full_key)
         raise UserError(f"{key} is required; give it in the YAML or as {key}=...") from error
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:
         if isinstance(error.__cause__, UserError):
             raise error.__cause__ from None
-        expected = f" (setting {error.full_key})" if error.full_key else ""
-        raise UserError(f"{str(error.msg or error).splitlines()[0]}{expected}") from error
+        explained = _explain(defaults, given)
+        if explained is None:
+            raise
+        raise UserError(explained) from error
+
+
+def _explain(defaults: DictConfig, given: DictConfig) -> str | None:
+    """Return which of the given values is wrong, what is needed instead, and an example."""
+    values = [*_given_values(defaults, given)]
+    for holder, key, value in values:
+        try:
+            OmegaConf.merge(holder, {key.rpartition(".")[2]: value})
+        except (ValidationError, TypeError):
+            return _describe_wrong(holder, key, value)
+        except OmegaConfBaseException as error:
+            return _describe_unresolved(key, value, error)
+    for holder, key, value in values:  # now that all fit, what they refer to
+        parts = {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
+        for part, written in parts.items():
+            try:
+                OmegaConf.select(OmegaConf.merge(defaults, given), part)
+            except (ValidationError, TypeError):
+                return _describe_wrong(holder, key, value)
+            except OmegaConfBaseException as error:
+                return _describe_unresolved(part, written, error)
+    return None
+
+
+def _describe_wrong(holder: DictConfig, key: str, value: object) -> str:
+    """Return that a value is of the wrong kind, what kind is needed, and an example."""
+    name = key.rpartition(".")[2]
+    schema = OmegaConf.get_type(holder)
+    assert schema is not None
+    hint = typing.get_type_hints(schema)[name]
+    if section := section_class(hint):
+        hints = typing.get_type_hints(section)
+        first = next(field for field in dataclasses.fields(section) if section_class(hints[field.name]) is None)
+        example = f"{key}.{first.name}={example_of(hints[first.name], first.default)}"
+    else:
+        defaults = OmegaConf.to_container(holder)
+        assert isinstance(defaults, dict)
+        example = f"{key}={example_of(hint, defaults[name])}"
+    return f"{key}={shorten(value)} is wrong: it must be {describe_kind(hint)}; for example {example}"
+
+
+def _describe_unresolved(key: str, value: object, error: OmegaConfBaseException) -> str:
+    """Return that a value refers to something that isn't there, or is written wrongly."""
+    before, _, reason = str(error.msg or error).splitlines()[0].partition(" while resolving interpolation: ")
+    return (
+        f"{key}={shorten(value)} can't be resolved: {reason or before}; set what it names, or give a value (a plain "
+        "${ is written \\${)"
+    )
+
+
+def _given_values(holder: DictConfig, given: DictConfig, prefix: str = "") -> Iterator[tuple[DictConfig, str, Any]]:
+    """Yield each given setting's section with its defaults, its whole name, and what was written for it."""
+    written = OmegaConf.to_container(given, resolve=False)
+    assert isinstance(written, dict)
+    for name, value in written.items():
+        inner = holder._get_node(name)
+        if isinstance(value, dict) and isinstance(inner, DictConfig) and section_class(OmegaConf.get_type(inner)):
+            yield from _given_values(inner, given[name], f"{prefix}{name!s}.")
+        else:
+            yield holder, f"{prefix}{name!s}", value
+
+
+def _mark_environment(written: Any, value: Any) -> Any:
+    """Return a value in which the texts that came from the environment are known as such.
+
+    Args:
+        written: the same with what was written for each setting.
+        value: dataclasses, dicts, lists and tuples of settings.
+    """
+    if isinstance(written, dict) and dataclasses.is_dataclass(value):
+        for name, inner in written.items():
+            object.__setattr__(value, name, _mark_environment(inner, getattr(value, name)))
+    elif isinstance(written, dict) and isinstance(value, dict):
+        return {name: _mark_environment(written[name], inner) for name, inner in value.items()}
+    elif isinstance(written, list | tuple) and isinstance(value, list | tuple):
+        return type(value)(_mark_environment(*pair) for pair in zip(written, value, strict=True))
+    elif isinstance(written, str) and type(value) is str and "${oc.env:" in written:
+        value = FromEnvironment(value)
+        value.source = written
+    return value
+
+
+def has_environment(value: Any) -> bool:
+    """Return whether a text in a config, section, dict or list came from the environment: a file with it is private."""
+    if dataclasses.is_dataclass(value):
+        return any(has_environment(getattr(value, field.name)) for field in dataclasses.fields(value))
+    if isinstance(value, dict):
+        return any(map(has_environment, value.values()))
+    return any(map(has_environment, value)) if isinstance(value, list | tuple) else isinstance(value, FromEnvironment)
 
 
 def _sections(schema: type[Any], prefix: str = "") -> Iterator[tuple[str, type[Any]]]:
     """Yield the dotted name and the class of a schema and of all sections below it."""
     yield prefix, schema
     for name, hint in typing.get_type_hints(schema).items():
-        inner = _dataclass_in(hint)
+        inner = section_class(hint)
         if name in schema.__dataclass_fields__ and inner is not None:
             yield from _sections(inner, f"{prefix}.{name}" if prefix else name)
 
 
-def _dataclass_in(hint: Any) -> type[Any] | None:
-    """Return the dataclass that a type hint names, alone or as `... | None`."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    return next((option for option in options if isinstance(option, type) and dataclasses.is_dataclass(option)), None)
-
-
 def describe_config(config: Dataclass | type[Any]) -> str:
     """Return the resolved config as YAML text, which `load_config` reads back to an equal value."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    described = OmegaConf.structured(config) if isinstance(config, type) else OmegaConf.create(as_literal(config))
+    return OmegaConf.to_yaml(described)
 
 
 def describe_changes(before: Dataclass, after: Dataclass) -> str:
@@ -135,26 +284,30 @@ def describe_changes(before: Dataclass, after: Dataclass) -> str:
     changed = OmegaConf.create({})
     for key, (_, value) in changed_settings(before, after).items():
         if not is_free(type(after), key):
-            OmegaConf.update(changed, key, value)
+            OmegaConf.update(changed, key, as_literal(value))
     return OmegaConf.to_yaml(changed) if changed else ""
 
 
-def changed_settings(before: Dataclass, after: Dataclass) -> dict[str, tuple[object, object]]:
+def changed_settings(before: Dataclass, after: Dataclass | None) -> dict[str, tuple[object, object]]:
     """Return {key: (before, after)} of the settings that differ between two configs of one schema."""
-    old, new = (OmegaConf.structured(config) for config in (before, after))
-    values = {key: (OmegaConf.select(old, key), OmegaConf.select(new, key)) for key in _keys(old)}
-    return {key: pair for key, pair in values.items() if pair[0] != pair[1] and not _is_section(pair[0])}
-
-
-def _is_section(value: object) -> bool:
-    return isinstance(value, DictConfig)
+    changed: dict[str, tuple[object, object]] = {}
+    for field in dataclasses.fields(before):
+        old, new = getattr(before, field.name), getattr(after, field.name, None)
+        if dataclasses.is_dataclass(old) and not isinstance(old, type):
+            inner = changed_settings(old, new)
+            changed |= {f"{field.name}.{key}": pair for key, pair in inner.items()}
+        elif as_literal(old) != as_literal(new):
+            changed[field.name] = (old, new)
+    return changed
 
 
 def _load_yaml(path: str | Path) -> DictConfig:
     try:
         loaded = OmegaConf.load(path)
     except FileNotFoundError:
-        raise UserError(f"there is no config file {path}") from None
+        there = [str(file) for file in sorted(Path(path).parent.glob("[!.]*.y*ml"))]
+        hint = did_you_mean(str(path), there) if there else "; give the path of a YAML file, or settings as key=value"
+        raise UserError(f"there is no config file {path}{hint}") from None
     except (OSError, UnicodeDecodeError, YAMLError) as error:
         raise UserError(f"{path} is not a YAML config: {' '.join(str(error).split())}") from error
     if isinstance(loaded, ListConfig):
@@ -162,14 +315,25 @@ def _load_yaml(path: str | Path) -> DictConfig:
     return loaded
 
 
-def _parse_overrides(overrides: tuple[str, ...]) -> DictConfig:
-    for override in overrides:
-        if "=" not in override:
-            raise UserError(f"{override!r} is neither a file nor a setting; settings are written key=value")
+def _parse_override(override: str) -> DictConfig:
+    if "=" not in override:
+        raise UserError(f"{override!r} is neither a file nor a setting; settings are written key=value")
     try:
-        return OmegaConf.from_dotlist(list(overrides))
+        return OmegaConf.from_dotlist([override])
+    except OmegaConfBaseException as error:
+        key, _, value = override.partition("=")
+        raise UserError(_describe_unresolved(key, value, error)) from error
     except YAMLError as error:
-        raise UserError(f"can't read the overrides {list(overrides)}: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        quoted = f"'{override.partition('=')[0]}=\"...\"'"
+        raise UserError(
+            f"can't read the setting {override!r}: {reason}; a text with such signs needs quotes of its own: {quoted}"
+        ) from error
+
+
+def setting_names(schema: type[Any]) -> list[str]:
+    """Return the names of all settings of a schema, in sections `section.name`."""
+    return _keys(OmegaConf.structured(schema))
 
 
 def _keys(config: DictConfig, prefix: str = "") -> list[str]:
@@ -187,4 +351,5 @@ def did_you_mean(name: str, known: Collection[str]) -> str:
     by_last_part = {key.rsplit(".", 1)[-1]: key for key in reversed(known)}
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
     near = near or [by_last_part[m] for m in difflib.get_close_matches(name.rsplit(".", 1)[-1], by_last_part, n=1)]
-    return f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(known)}"
+    listed = [key for key in known if "." not in key] or known  # of settings, the sections alone
+    return f"; did you mean {near[0]}?" if near else f"; there are: {', '.join(listed)}"

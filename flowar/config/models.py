@@ -47,10 +47,10 @@ class ModelConfig(abc.ABC):
         variant, family = given.get("variant"), given.get("family")
         if variant not in (None, CUSTOM_VARIANT):
             return variant_config(str(variant))
-        if family is not None and family not in MODEL_CONFIGS:
+        if family is not None and str(family) not in MODEL_CONFIGS:
             raise UserError(f"model.family={family} is unknown{did_you_mean(str(family), MODEL_CONFIGS)}")
         if family is not None or cls is ModelConfig:
-            return MODEL_CONFIGS[family or ModelConfig.family]()
+            return MODEL_CONFIGS[str(family or ModelConfig.family)]()
         return None
 
 

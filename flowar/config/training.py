@@ -194,14 +194,14 @@ class PlanConfig(RecipeConfig):
     gpus_per_node: int = 8
     gpu: str = "H100"  # a name in the table of flowar/base/devices.py
     memory_gib: float = 80  # of one GPU
-    num_images: int = 1_281_167  # of the dataset; ImageNet's
+    num_images: int | None = None  # of the dataset; None: as data.path says if it is there, else ImageNet's
     assumed_mfu: float = 0.4  # share of the peak rate that training reaches
     assumed_gb_per_s: float = 40  # that one GPU sends to other nodes (400 Gbit/s give 50 at most)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("nodes", "gpus_per_node", "num_images"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
         if min(self.memory_gib, self.assumed_mfu, self.assumed_gb_per_s) <= 0:
             raise UserError("memory_gib, assumed_mfu and assumed_gb_per_s must be above 0")

@@ -1,10 +1,10 @@
 """Models from names and configs: the one place that knows which families there are. Read next: folders.py."""
 
 import dataclasses
-import json
 from typing import Any
 
-from flowar.config.load import load_config
+from flowar.base.errors import UserError
+from flowar.config.load import load_values
 from flowar.config.models import ModelConfig, variant_config
 from flowar.models.family import Family, Model
 from flowar.models.flowar import family as flowar_family
@@ -35,10 +35,25 @@ def create_model(name_or_config: str | ModelConfig, **overrides: object) -> Mode
     return model
 
 
-def config_from_dict(settings: dict[str, Any]) -> ModelConfig:
-    """Return the model's shape from `settings`, checked like a config file; without "family" it is a FlowAR's."""
-    words = tuple(f"{key}={json.dumps(value)}" for key, value in settings.items())
-    return load_config(ModelConfig, overrides=words)  # type: ignore[type-abstract]  # it makes a family's
+def config_from_dict(settings: Any, source: str = "the model's config") -> ModelConfig:
+    """Return the model's shape from `settings`, checked like a config file; without "family" it is a FlowAR's.
+
+    Args:
+        settings: what a config.json holds; its texts are taken literally, whoever wrote them.
+        source: what is called wrong in errors.
+
+    Raises:
+        UserError: if it is not a JSON object, or a setting is unknown or wrong.
+    """
+    if not isinstance(settings, dict):
+        raise UserError(
+            f"{source} holds a {type(settings).__name__}, but settings of a model are needed, for example "
+            '{"variant": "flowar-l"}; write it again with `flowar export` or `flowar convert`'
+        )
+    try:
+        return load_values(ModelConfig, settings)  # type: ignore[type-abstract]  # it makes a family's
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
 
 
 def convert_released(state_dict: dict[str, Any], ar_heads: int | None = None) -> Model:

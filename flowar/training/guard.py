@@ -21,7 +21,7 @@ from flowar.base.files import write_text
 from flowar.base.records import read_record, write_record
 from flowar.base.run_folder import ANOMALIES, CONFIG_FILE, Progress
 from flowar.base.tensors import load_tensors, save_tensors
-from flowar.config.load import describe_config
+from flowar.config.load import describe_config, has_environment
 from flowar.config.training import GuardConfig, TrainConfig
 from flowar.latents.batches import Batch
 from flowar.models.build import family_of
@@ -122,7 +122,7 @@ def keep_anomaly(
         tensors = {name: torch.cat([getattr(part, name) for part, _, _ in everyone]) for name in Batch._fields}
         save_tensors(tensors, folder / BATCH_FILE)
         settings_text = describe_config(config)
-        write_text(folder / CONFIG_FILE, settings_text)
+        write_text(folder / CONFIG_FILE, settings_text, private=has_environment(config))
         record = {
             "step": anomaly.step,
             "number": anomaly.number,

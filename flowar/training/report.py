@@ -17,7 +17,7 @@ from flowar.base.errors import UserError
 from flowar.base.files import write_text
 from flowar.base.records import DamagedRecordError, read_record, write_record
 from flowar.base.run_folder import CONFIG_FILE, EVALUATIONS, METRICS_FILE, step_name
-from flowar.config.load import load_config
+from flowar.config.load import load_described
 from flowar.config.training import TrainConfig, WandbConfig
 
 if TYPE_CHECKING:
@@ -188,7 +188,7 @@ def record_evaluation(run_dir: Path, record: dict[str, Any]) -> None:
     folder = run_dir / EVALUATIONS
     folder.mkdir(exist_ok=True)
     write_record(folder / f"{step_name(int(record['step']))}.{name}.json", record)
-    config = load_config(TrainConfig, run_dir / CONFIG_FILE)
+    config = load_described(TrainConfig, run_dir / CONFIG_FILE)
     with FileLock(folder / ".lock"):
         live = run_dir / LIVE_FILE
         if live.exists() and time.time() - live.stat().st_mtime < LIVE_S:

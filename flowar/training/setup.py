@@ -13,7 +13,14 @@ from flowar.base.distributed import World
 from flowar.base.errors import UserError
 from flowar.base.files import write_text
 from flowar.base.run_folder import CHECKPOINTS, CONFIG_FILE, HISTORY_FILE, checkpoint_step, find_latest
-from flowar.config.load import changed_settings, decisive_settings, describe_config, is_free, load_config
+from flowar.config.load import (
+    changed_settings,
+    decisive_settings,
+    describe_config,
+    has_environment,
+    is_free,
+    load_described,
+)
 from flowar.config.training import TrainConfig
 from flowar.latents.batches import check_fits, check_same_vae
 from flowar.latents.schema import Passport, read_passport, write_passport
@@ -140,7 +147,7 @@ def check_resumable(run_dir: Path, config: TrainConfig, passport: Passport, *, s
     """
     if not (run_dir / CONFIG_FILE).exists():
         return
-    before = load_config(TrainConfig, run_dir / CONFIG_FILE)
+    before = load_described(TrainConfig, run_dir / CONFIG_FILE)
     changed = changed_settings(before, config)
     for key in sorted(key for key in changed if is_free(TrainConfig, key)):
         old, new = changed.pop(key)
@@ -213,12 +220,17 @@ def record_settings(owner: Owner, config: TrainConfig, passport: Passport, step:
         "processes": world.size,
         "settings": dataclasses.asdict(config),
     }
+    is_private, history = has_environment(config), run_dir / HISTORY_FILE
     try:
         with owner_lock(run_dir):
             owner.check()
             check_resumable(run_dir, config, passport, say=False)
-            write_text(run_dir / CONFIG_FILE, describe_config(config))
-            with (run_dir / HISTORY_FILE).open("a") as file:
-                file.write(json.dumps(start) + "\n")
+            write_text(run_dir / CONFIG_FILE, describe_config(config), private=is_private)
+            if is_private:
+                history.touch()
+                history.chmod(0o600)
+            with history.open("a") as file:
+                file.write(json.dumps(start) + "
+")
     except OSError as error:
         raise UserError(f"can't write to run_dir={run_dir}: {error.strerror or error}") from error

@@ -1,6 +1,8 @@
 import re
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,17 +37,44 @@ def test_help_lists_every_verb():
         (["train", "none.yaml"], "there is no config file none.yaml"),
         (["train", "a.yaml", "b.yaml"], "one config file at a time"),
         (["train", "somewhere"], "'somewhere' is neither a .yaml file nor a setting"),
+        (["train", "--lr", "1e-3"], "--lr is not an option; there are: --help, --dry-run. Settings are written without "
+         "dashes, for example optim.lr=..."),
         (["info", "flowar-xs"], "no model is called 'flowar-xs'; did you mean flowar-s?"),
         pytest.param(
             ["prepare", "images=/none", "out_dir=/tmp/none"], "images=/none does not exist", marks=pytest.mark.slow
         ),
     ],
-)
+)  # fmt: skip
 def test_mistakes_end_with_one_line_and_no_traceback(arguments, message):
     result = run(*arguments)
     assert result.returncode == 1
     assert message in result.stderr.splitlines()[0]
     assert "Traceback" not in result.stderr
+
+
+ROOT = Path(__file__).parents[2]
+PROGRAMS = [
+    ".".join(file.relative_to(ROOT).with_suffix("").parts)
+    for package in ("benchmarks", "cluster", "data_prep")
+    for file in sorted((ROOT / package).rglob("*.py"))
+    if "__main__" in file.read_text()
+]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_help_of_every_program_prints_help_and_starts_nothing(program, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [program, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(program, run_name="__main__")
+    assert ended.value.code == 0 and "usage: " in capsys.readouterr().out
+
+
+def test_the_demo_vae_is_not_trained_into_a_folder_that_is_there(tmp_path, capsys, monkeypatch):
+    for words, message in (([str(tmp_path)], "exists already; give a new folder"), ([], "required: out_dir")):
+        monkeypatch.setattr(sys, "argv", ["train_demo_vae", *words])
+        with pytest.raises(SystemExit):
+            runpy.run_module("data_prep.train_demo_vae", run_name="__main__")
+        assert message in capsys.readouterr().err
 
 
 def test_dry_run_prints_the_resolved_config_and_writes_nothing(shards, tmp_path, capsys):
@@ -55,6 +84,12 @@ def test_dry_run_prints_the_resolved_config_and_writes_nothing(shards, tmp_path,
     assert "lr: 0.0004" in printed and "M parameters; dry run" in printed
     assert "24 images / batch of 2,048" in printed
     assert not (tmp_path / "run").exists()
+
+
+def test_an_error_of_a_dry_run_stands_alone(capsys):
+    with pytest.raises(SystemExit, match="data.path=/nowhere does not exist"):
+        main(["train", "run_dir=a", "data.path=/nowhere", "--dry-run"])
+    assert capsys.readouterr().out == ""
 
 
 def test_info_prints_parameters_tokens_and_flops(capsys):

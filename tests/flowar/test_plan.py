@@ -4,8 +4,8 @@ import torch
 from flowar import plan
 from flowar.base.errors import UserError
 from flowar.config.models import variant_config
-from flowar.config.training import EMAConfig, ParallelConfig, PlanConfig
-from tests.conftest import tiny_config
+from flowar.config.training import EMAConfig, ParallelConfig, PlanConfig, PlannedDataConfig
+from tests.conftest import MORE, tiny_config
 from tests.processes import fork_context, join, start_ranks
 
 
@@ -69,8 +69,33 @@ def test_activations_grow_with_the_batch_and_shrink_with_recomputation_and_bfloa
     assert 0.4 * sample < half < sample and recomputed < 0.5 * sample
 
 
-def test_the_table_names_every_engine_and_says_what_is_assumed(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "200")
+@pytest.mark.parametrize(
+    ("model", "memory_gib"),
+    [(tiny_config(), 1e-9), pytest.param(variant_config("flowar-h"), 80, marks=(MORE, pytest.mark.slow))],
+)
+def test_the_table_can_be_read_at_80_columns(capsys, monkeypatch, model, memory_gib):
+    monkeypatch.setenv("COLUMNS", "80")
+    plan.main(tiny_plan(model=model, nodes=64, batch_size=2048, memory_gib=memory_gib))
+    table = [line for line in capsys.readouterr().out.splitlines() if line and line[0] in "┏┃┡│└"]
+    assert max(map(len, table)) <= 80
+    cells = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in table if line[0] == "│"}
+    assert tuple(cells) == plan.ROWS and all(len(row) == len(plan.ENGINES) for row in cells.values())
+    assert all(cell.strip() and "…" not in cell for row in cells.values() for cell in row)
+    assert ("none" in cells["largest micro batch"][0]) == (memory_gib < 1)
+
+
+def test_the_images_are_those_of_the_dataset_where_it_is_there(shards, tmp_path, capsys):
+    here, elsewhere = (PlannedDataConfig(path=str(path)) for path in (shards, tmp_path / "none"))
+    assert plan.count_images(tiny_plan(num_images=None, data=here)) == (24, f"data.path={shards}")
+    assert plan.count_images(tiny_plan(num_images=7, data=here)) == (7, "num_images")
+    assert plan.count_images(PlanConfig())[0] == plan.count_images(PlanConfig(data=elsewhere))[0] == 1_281_167
+    with pytest.raises(UserError, match="has no dataset.json"):
+        plan.count_images(PlanConfig(data=PlannedDataConfig(path=str(tmp_path))))
+    plan.main(tiny_plan(num_images=None, data=here, epochs=10))
+    assert "Trained on 24 images (data.path=" in (printed := capsys.readouterr().out) and " 30 steps of" in printed
+
+
+def test_the_table_names_every_engine_and_says_what_is_assumed(capsys):
     plan.main(tiny_plan(nodes=2))
     found = capsys.readouterr().out
     assert all(engine in found for engine in plan.ENGINES)
@@ -78,7 +103,8 @@ def test_the_table_names_every_engine_and_says_what_is_assumed(capsys, monkeypat
 
 
 def test_what_can_not_be_planned_is_one_clear_error():
-    with pytest.raises(UserError, match="gpu=Abacus is not in the table: H200"):
+    with pytest.raises(UserError, match="gpu=Abacus is not in the table: H200.*peak_tflops=71 memory_gib=24"):
         plan.main(tiny_plan(gpu="Abacus"))
+    plan.main(tiny_plan(gpu="Abacus", peak_tflops=71))
     with pytest.raises(UserError, match="batch_size=8 is not a multiple of 6 processes; try batch_size=6"):
         plan.main(tiny_plan(gpus_per_node=6))

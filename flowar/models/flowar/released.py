@@ -68,6 +68,7 @@ def convert(state_dict: dict[str, Any], ar_heads: int | None = None) -> tuple[Fl
         if isinstance(state_dict.get(wrapper), dict):
             state_dict = state_dict[wrapper]
             break
+    _check_tensors(state_dict)
     config = _released_config(state_dict, ar_heads)
     with torch.device("meta"):
         released_names = {released_name(ours): ours for ours in FlowAR(config).state_dict()}
@@ -82,6 +83,24 @@ def convert(state_dict: dict[str, Any], ar_heads: int | None = None) -> tuple[Fl
     return config, weights
 
 
+def _check_tensors(state_dict: dict[Any, Any]) -> None:
+    """Raise a UserError if something in a state dict is not a tensor with a name and finite numbers."""
+    for name, value in state_dict.items():
+        lack = None
+        if not isinstance(name, str):
+            lack = "is no name of a tensor"
+        elif not isinstance(value, Tensor):
+            lack = f"is a {type(value).__name__}, but a tensor is needed"
+        elif value.is_meta or value.layout is not torch.strided:
+            lack = "is a tensor without plain numbers"
+        elif not RELEASED_DERIVED.fullmatch(name) and not value.is_floating_point():
+            lack = f"holds {value.dtype}, but floating point numbers are needed"
+        elif value.is_floating_point() and "mask" not in name and not value.isfinite().all():
+            lack = "holds numbers that are not finite: the file is damaged"
+        if lack:
+            raise UserError(f"the checkpoint is not a released FlowAR: {str(name)[:80]} {lack}")
+
+
 def released_name(ours: str) -> str:
     """Return the released name of one of our parameters."""
     name = ours if ours.startswith("flow.") else ours.replace(".modulation.", ".ada_lin.1.")
@@ -94,27 +113,39 @@ def released_name(ours: str) -> str:
 def _released_config(state_dict: dict[str, Tensor], ar_heads: int | None) -> FlowARConfig:
     """Return the shape of a released checkpoint, read off its tensors."""
 
-    def shape(name: str) -> torch.Size:
+    def shape(name: str, dimensions: int) -> torch.Size:
         if name not in state_dict:
             raise UserError(
                 f"the checkpoint is not a released FlowAR: missing {name}; its keys are {name_some(sorted(state_dict))}"
             )
-        return state_dict[name].shape
+        found = state_dict[name].shape
+        if len(found) != dimensions or 0 in found:
+            raise UserError(
+                f"the checkpoint is not a released FlowAR: {name} is {tuple(found)}, but {dimensions} dimensions above "
+                "0 are needed"
+            )
+        return found
 
     def depth(prefix: str) -> int:
-        found = [int(m[1]) for name in state_dict if (m := re.match(rf"{re.escape(prefix)}\.(\d+)\.", name))]
-        if not found:
-            raise UserError(f"the checkpoint is not a released FlowAR: missing {prefix}.0")
-        return max(found) + 1
+        pattern = re.compile(rf"{re.escape(prefix)}\.(\d+)\.")
+        found = {m[1] for name in state_dict if (m := pattern.match(name))}
+        needed = {str(number) for number in range(max(1, len(found)))}
+        if found != needed:  # also where a number is too large to be tried
+            there = name_some(sorted(found)) or "missing"
+            raise UserError(
+                f"the checkpoint is not a released FlowAR: the numbers of {prefix} are {there}, but must run from 0 "
+                "without a gap"
+            )
+        return len(found)
 
-    tokens = shape("encoder_pos_embed_learned")[1]
+    tokens = shape("encoder_pos_embed_learned", 3)[1]
     if tokens != num_tokens(RELEASED_SCALES):
         raise UserError(
             f"encoder_pos_embed_learned holds {tokens} tokens, but the released models have "
             f"{num_tokens(RELEASED_SCALES)} (scales {RELEASED_SCALES})"
         )
-    rows, ar_width = shape("class_emb.weight")
-    flow_width, latent_channels = shape("flownet.input_proj.weight")
+    rows, ar_width = shape("class_emb.weight", 2)
+    flow_width, latent_channels = shape("flownet.input_proj.weight", 2)
     if ar_heads is None:
         frequencies = "encoder_blocks.0.attn.rope.freqs"
         if frequencies not in state_dict:
@@ -122,7 +153,7 @@ def _released_config(state_dict: dict[str, Tensor], ar_heads: int | None) -> Flo
                 f"the checkpoint has no {frequencies} to tell the AR Transformer's heads by; give ar_heads=... "
                 "(12 for -S and -B, 16 for -L and -H)"
             )
-        ar_heads = ar_width // (4 * len(state_dict[frequencies]))  # a quarter of a head's width
+        ar_heads = ar_width // (4 * shape(frequencies, 1)[0])  # a quarter of a head's width
     config = FlowARConfig(
         variant=CUSTOM_VARIANT,
         scales=RELEASED_SCALES,

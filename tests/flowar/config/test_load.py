@@ -5,7 +5,7 @@ import pytest
 from flowar.base.errors import UserError
 from flowar.config.data import PrepareConfig
 from flowar.config.drawing import SampleConfig
-from flowar.config.jobs import DemoConfig
+from flowar.config.jobs import ClusterConfig, DemoConfig, PipelineConfig
 from flowar.config.load import changed_settings, describe_config, load_config
 from flowar.config.models import MODEL_VARIANTS, FlowARConfig
 from flowar.config.training import TrainConfig
@@ -40,9 +40,12 @@ def test_a_variant_sets_the_whole_model_and_single_settings_come_on_top():
         (("optim.lrr=1",), "optim.lrr is not a setting; did you mean optim.lr?"),
         (("optm.lr=1",), "optm is not a setting; did you mean optim?"),
         (("lr=1",), "lr is not a setting; did you mean optim.lr?"),
-        (("optim.lr=fast",), "'fast' .*Float.*optim.lr"),
-        (("batch_size=2.5",), "batch_size"),
-        (("precision=fp16",), "'fp16'.*fp32.*tf32.*bf16.*precision"),
+        (("optim.lr=fast",), "^optim.lr=fast is wrong: it must be a number; for example optim.lr=0.0004$"),
+        (("batch_size=2.5",), "^batch_size=2.5 is wrong: it must be a whole number; for example batch_size=2048$"),
+        (
+            ("precision=fp16",),
+            "^precision=fp16 is wrong: it must be one of fp32, tf32, bf16; for example precision=tf32$",
+        ),
         (("model.scales=[4,2]",), r"model.scales=\[4, 2\] must grow"),
         (("model.ar_depth=3",), "model.ar_depth=3 must be even"),
         (("model.ar_width=100",), "model.ar_width=100 must be a multiple of 4 x model.ar_heads=16"),
@@ -54,13 +57,38 @@ def test_a_variant_sets_the_whole_model_and_single_settings_come_on_top():
         (("optim.lr=-1",), "optim.lr=-1.0 must be above 0"),
         (("epochs=0",), "epochs=0.0 must be above 0"),
         (("batch_size",), "neither a file nor a setting"),
-        (("seed=[",), "can't read the overrides"),
+        (("seed=[",), "can't read the setting 'seed=\\['"),
+        (("run_dir=${",), r"^run_dir=\$\{ can't be resolved: .*a plain \$\{ is written \\\$\{"),
+        (("data.path=${oc.env:NO_SUCH}",), r"^data.path=\$\{oc.env:NO_SUCH\} can't be resolved: .*'NO_SUCH' not found"),
+        (("optim=5",), "^optim=5 is wrong: it must be a section with settings among lr, .*example optim.lr=0.0004$"),
+        (("profile_steps=3",), r"be a list of 2 whole numbers, or null; for example profile_steps=\[1,2\]$"),
+        (("wandb=[1]",), "it must be a section .*; for example wandb.mode=disabled$"),
+        (("model.family=[x]",), "model.family=.*is unknown"),
+        (("a.b=1",), "a is not a setting; there are: model, vae, [^.]*$"),
     ],
 )
 def test_bad_settings_are_one_clear_line(overrides, message):
     with pytest.raises(UserError, match=message) as caught:
         load_config(TrainConfig, None, (*REQUIRED, *overrides))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("schema", "words", "message"),
+    [
+        (SampleConfig, "classes=[boot]", r"classes=\[boot\] is wrong: it must be a list of whole numbers, or null; for "
+         r"example classes=\[1,2\]"),
+        (SampleConfig, "classes=5", r"classes=5 is wrong: it must be a list of whole numbers.*classes=\[1,2\]"),
+        (SampleConfig, "also=png", r"also=png is wrong: it must be a list of values, each one of npz, tar, mds; for "
+         r"example also=\[npz\]"),
+        (ClusterConfig, "environment=[1]", r"environment=\[1\] is wrong: it must be a section of names and values; for "
+         r"example environment=\{name: value\}"),
+        (PipelineConfig, "train=5", "train=5 is wrong: it must be a section .*; for example train.epochs=400"),
+    ],
+)  # fmt: skip
+def test_a_wrong_kind_is_named_with_an_example(schema, words, message):
+    with pytest.raises(UserError, match=f"^{message}$"):
+        load_config(schema, None, (words, *(("model=a", "out_dir=b") if schema is SampleConfig else ())))
 
 
 def test_required_settings_are_named():
@@ -71,8 +99,10 @@ def test_required_settings_are_named():
 
 
 def test_bad_files_are_one_clear_line(tmp_path):
-    with pytest.raises(UserError, match="there is no config file"):
+    with pytest.raises(UserError, match="there is no config file .*give the path of a YAML file"):
         load_config(TrainConfig, tmp_path / "none.yaml")
+    with pytest.raises(UserError, match="there is no config file .*did you mean .*/flowar_s.yaml"):
+        load_config(TrainConfig, CONFIGS / "train" / "flowar_x.yaml")
     (tmp_path / "a.yaml").write_text("a: [1\nb: }")
     with pytest.raises(UserError, match="is not a YAML config"):
         load_config(TrainConfig, tmp_path / "a.yaml")

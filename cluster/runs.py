@@ -1,0 +1,122 @@
+"""What a training run's folder says of itself, however the run was started. Read next: status.py."""
+
+import math
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from flowar.base.errors import UserError
+from flowar.base.leases import is_of_this_machine, process_is_gone
+from flowar.base.records import DamagedRecordError, read_record
+from flowar.base.run_folder import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, STATE_FILE, checkpoint_step, find_latest
+from flowar.config.load import load_described
+from flowar.config.training import TrainConfig
+from flowar.training.owner import OWNER_CURE, OWNER_FILE
+
+
+class RunCells(NamedTuple):
+    """Cells of the table of `flowar status`."""
+
+    step: str = ""
+    loss: str = ""
+    images_per_s: str = ""
+    left: str = ""
+    logged: str = ""  # how long ago
+    checkpoint: str = ""  # the newest complete one: its step and age
+
+
+class Trainer(NamedTuple):
+    """The process that trains in a run folder, or that did so last."""
+
+    state: str
+    pid: int
+    host: str
+    job: str  # the scheduler's number; empty where it was started without one
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is that of a training run."""
+    return (folder / CONFIG_FILE).is_file() and (folder / CHECKPOINTS).is_dir()
+
+
+def read_run(run_dir: Path) -> RunCells:
+    """Return how far a run is."""
+    from flowar.training.report import read_metrics
+
+    records = read_metrics(run_dir)
+    cells = RunCells(checkpoint=_checkpoint(run_dir))
+    if not records:
+        return cells
+    last, num_steps = records[-1], total_steps(run_dir)
+    return cells._replace(
+        step=f"{last['step']:,}" + (f" of {num_steps:,}" if num_steps else ""),
+        loss=f"{last['loss']:.4f}",
+        images_per_s=f"{last['images_per_s']:,.1f}",
+        left=str(timedelta(seconds=round(last["remaining_s"]))),
+        logged=f"{_age(run_dir / METRICS_FILE)} ago",
+    )
+
+
+def total_steps(run_dir: Path) -> int | None:
+    """Return how many steps a run takes, by its settings and its dataset's passport; None: it has not written them."""
+    from flowar.latents.schema import PASSPORT_FILE, read_passport
+
+    if not (run_dir / CONFIG_FILE).is_file() or not (run_dir / PASSPORT_FILE).is_file():
+        return None
+    config = load_described(TrainConfig, run_dir / CONFIG_FILE)
+    return math.ceil(config.epochs * read_passport(run_dir).num_images / config.batch_size)
+
+
+def find_trainer(run_dir: Path) -> Trainer:
+    """Return who trains in a run folder.
+
+    Raises:
+        UserError: if owner.json, which says so, is missing or damaged.
+    """
+    file = run_dir / OWNER_FILE
+    try:
+        owner = read_record(file, OWNER_CURE)
+        state = _state(owner, run_dir)
+        return Trainer(state, int(owner["pid"]), str(owner["host"]), str(owner["job"]))
+    except FileNotFoundError:
+        raise UserError(
+            f"{run_dir} has no {OWNER_FILE}, so nothing was trained there yet; start `flowar train`"
+        ) from None
+    except (KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise DamagedRecordError(f"{file} is damaged ({type(error).__name__}: {error}); {OWNER_CURE}") from error
+
+
+def _state(owner: dict[str, Any], run_dir: Path) -> str:
+    latest = find_latest(run_dir)
+    if latest is not None and checkpoint_step(latest) == total_steps(run_dir):
+        return "FINISHED"
+    if not is_of_this_machine(owner):
+        return "UNKNOWN"
+    return "STOPPED" if process_is_gone(owner) else "RUNNING"
+
+
+def advise(run_dir: Path, trainer: Trainer) -> str:
+    """Return in a sentence what can be done with a run that no scheduler started."""
+    latest = find_latest(run_dir)
+    where = {
+        "RUNNING": f"process {trainer.pid} trains {run_dir}; `kill {trainer.pid}` has it save and stop",
+        "STOPPED": f"process {trainer.pid} has ended; the same `flowar train` command resumes {run_dir}",
+        "UNKNOWN": f"process {trainer.pid} of {trainer.host} trained {run_dir} last; look there whether it lives",
+        "FINISHED": f"{run_dir} is trained to its end",
+    }[trainer.state]
+    if latest is None:
+        return f"{where}. It has no complete checkpoint yet, so that nothing can be drawn or measured"
+    step = checkpoint_step(latest)
+    return f"{where}. `flowar sample model={run_dir}` draws with its checkpoint of step {step:,}"
+
+
+def _checkpoint(run_dir: Path) -> str:
+    latest = find_latest(run_dir)
+    return f"{checkpoint_step(latest):,}, {_age(latest / STATE_FILE)} ago" if latest is not None else ""
+
+
+def _age(file: Path) -> timedelta:
+    return timedelta(seconds=max(0, round(time.time() - file.stat().st_mtime)))
