@@ -230,7 +230,6 @@ def record_settings(owner: Owner, config: TrainConfig, passport: Passport, step:
                 history.touch()
                 history.chmod(0o600)
             with history.open("a") as file:
-                file.write(json.dumps(start) + "
-")
+                file.write(json.dumps(start) + "\n")
     except OSError as error:
         raise UserError(f"can't write to run_dir={run_dir}: {error.strerror or error}") from error
