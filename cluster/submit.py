@@ -30,8 +30,8 @@ from flowar.config.load import (
     as_literal,
     as_word,
     describe_config,
-    has_environment,
     load_config,
+    save_described,
 )
 from flowar.config.training import TrainConfig
 
@@ -169,7 +169,7 @@ def submit_one(job: PlannedJob, folder: Path, after: tuple[str, ...]) -> Job:
         if job.again is not None:  # word for word, for the code of that time
             shutil.copy(job.again.folder / JOB_CONFIG_FILE, folder / JOB_CONFIG_FILE)
         else:
-            write_text(folder / JOB_CONFIG_FILE, describe_config(job.config), private=has_environment(job.config))
+            save_described(job.config, folder / JOB_CONFIG_FILE)
     except OSError as error:
         raise UserError(f"can't write {folder}: {error.strerror or error}") from error
     passed = passed_variables(job.cluster)

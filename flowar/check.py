@@ -46,7 +46,7 @@ def check_folder(folder: Path) -> Iterator[str]:
     kind = kind_of(folder)
     if kind is None:
         raise UserError(f"{folder} is not a folder that flowar wrote; give {KINDS}")
-    checks = {"run": check_run, "checkpoint": check_checkpoint, "model": check_model}
+    checks = {"run": check_training_run, "checkpoint": check_checkpoint, "model": check_model}
     yield from checks[kind](folder)
 
 
@@ -60,7 +60,7 @@ def check_checkpoint(folder: Path) -> Iterator[str]:
     yield from problem_of(lambda: f"{check_pieces(folder) / MIB:,.1f} MiB of tensors", f"checkpoint {folder}")
 
 
-def check_run(folder: Path) -> Iterator[str]:
+def check_training_run(folder: Path) -> Iterator[str]:
     """Check a training run: its settings and records, all checkpoints and averages, kept steps, measurements."""
     yield from problem_of(lambda: load_described(TrainConfig, folder / CONFIG_FILE), f"settings {folder / CONFIG_FILE}")
     yield from problem_of(lambda: read_passport(folder), f"passport of the shards of {folder}")

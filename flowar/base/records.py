@@ -55,12 +55,26 @@ def read_record(file: Path, cure: str) -> dict[str, Any]:
         FileNotFoundError: if there is none.
     """
     try:
-        values = json.loads(file.read_text())
-        if not isinstance(values, dict):
-            raise TypeError(f"it holds a {type(values).__name__}, not a JSON object")
-        if HASH_KEY in values and values[HASH_KEY] != hash_record(values):
-            raise ValueError("its values don't have the hash that it names: it was edited or damaged")
+        return parse_record(file.read_text())
     except (ValueError, TypeError, RecursionError) as error:
         raise DamagedRecordError(f"{file} is damaged ({error}); {cure}") from error
+
+
+def record_line(values: Mapping[str, Any]) -> str:
+    """Return a record as one line of a .jsonl file."""
+    return json.dumps(dict(values) | {HASH_KEY: hash_record(values)}) + "\n"
+
+
+def parse_record(text: str) -> dict[str, Any]:
+    """Return the values of a record's text, without its hash.
+
+    Raises:
+        ValueError, TypeError, RecursionError: if it is not what was written.
+    """
+    values = json.loads(text)
+    if not isinstance(values, dict):
+        raise TypeError(f"it holds a {type(values).__name__}, not a JSON object")
+    if HASH_KEY in values and values[HASH_KEY] != hash_record(values):
+        raise ValueError("its values don't have the hash that it names: it was edited or damaged")
     values.pop(HASH_KEY, None)
     return values

@@ -13,14 +13,17 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
+import xxhash
 from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
 from flowar.base.errors import UserError
+from flowar.base.files import write_text
 from flowar.config.kinds import describe_kind, example_of, section_class, shorten
 
 Schema = TypeVar("Schema")
+HASH_COMMENT = "# xxh3 of the lines above: "
 FREE = "free"  # key of a field's metadata
 INTERPOLATION = re.compile(r"(\\*)\$\{")  # its beginning, with the backslashes that take its meaning away
 
@@ -94,15 +97,32 @@ def load_config(schema: type[Schema], path: str | Path | None = None, overrides:
     return _fill(schema, typing.cast(DictConfig, given))
 
 
+def save_described(config: Dataclass, path: Path) -> None:
+    """Write the resolved config as YAML, its hash in the last line; private if some of it came from the environment."""
+    text = describe_config(config)
+    write_text(path, f"{text}{HASH_COMMENT}{_hash(text)}\n", private=has_environment(config))
+
+
 def load_described(schema: type[Schema], path: str | Path) -> Schema:
-    """Return `schema` filled from a file that `describe_config` wrote, and that somebody else may have changed.
+    """Return `schema` filled from a file that `save_described` wrote; version 0.1 wrote no hash.
 
     It is resolved already, so that all in it is literal: `${oc.env:NAME}` in it reads no variable.
 
     Raises:
-        UserError: as `load_config`.
+        UserError: as `load_config`, or if it is not what was written.
     """
+    text = Path(path).read_text(errors="replace") if Path(path).is_file() else ""
+    written, mark, digest = text.rpartition(HASH_COMMENT)
+    if mark and digest.strip() != _hash(written):
+        raise UserError(
+            f"{path} is damaged: its settings don't have the hash in its last line; put it back from a backup, or, if "
+            "you know that the settings are right, delete that line"
+        )
     return load_values(schema, _unescape(OmegaConf.to_container(_load_yaml(path), resolve=False)))
+
+
+def _hash(text: str) -> str:
+    return xxhash.xxh3_64_hexdigest(text.encode())
 
 
 def _unescape(value: Any) -> Any:

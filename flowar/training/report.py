@@ -15,7 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from flowar.base.errors import UserError
 from flowar.base.files import write_text
-from flowar.base.records import DamagedRecordError, read_record, write_record
+from flowar.base.records import DamagedRecordError, parse_record, read_record, record_line, write_record
 from flowar.base.run_folder import CONFIG_FILE, EVALUATIONS, METRICS_FILE, step_name
 from flowar.config.load import load_described
 from flowar.config.training import TrainConfig, WandbConfig
@@ -44,10 +44,10 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
         if not line.endswith("\n"):
             break  # half-written
         try:
-            record = json.loads(line)
-            if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            record = parse_record(line)
+            if not isinstance(record.get("step"), int):
                 raise ValueError("it has no step")
-        except (ValueError, RecursionError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise UserError(f"{file} is damaged in line {number} ({error}); remove that line") from error
         records.append(record)
     return records
@@ -115,7 +115,7 @@ class TrainingReport:
             return
         try:
             with self.file.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(record_line(record))
         except OSError as error:
             raise UserError(
                 f"can't write to {self.file}: {error.strerror or error}; checkpoints are intact; free some space or "
@@ -156,21 +156,9 @@ class TrainingReport:
         """Drop the records after `step`: those steps are done again."""
         if not self.is_main or not self.file.exists():
             return
-        kept = []
-        for line in self.file.read_text().splitlines(keepends=True):
-            if not line.endswith("\n"):
-                break  # a process that died while writing left half a line
-            try:
-                is_kept = json.loads(line)["step"] <= step
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(
-                    f"{self.file} is damaged in line {len(kept) + 1} ({error}); remove that line, then run the same "
-                    "command again"
-                ) from error
-            if is_kept:
-                kept.append(line)
+        kept = [record for record in read_metrics(self.file.parent) if record["step"] <= step]
         replacement = self.file.with_name("." + self.file.name)
-        replacement.write_text("".join(kept))
+        replacement.write_text("".join(map(record_line, kept)))
         replacement.replace(self.file)
 
 

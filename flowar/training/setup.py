@@ -11,15 +11,14 @@ import torch
 from flowar import __version__
 from flowar.base.distributed import World
 from flowar.base.errors import UserError
-from flowar.base.files import write_text
 from flowar.base.run_folder import CHECKPOINTS, CONFIG_FILE, HISTORY_FILE, checkpoint_step, find_latest
 from flowar.config.load import (
     changed_settings,
     decisive_settings,
-    describe_config,
     has_environment,
     is_free,
     load_described,
+    save_described,
 )
 from flowar.config.training import TrainConfig
 from flowar.latents.batches import check_fits, check_same_vae
@@ -220,13 +219,13 @@ def record_settings(owner: Owner, config: TrainConfig, passport: Passport, step:
         "processes": world.size,
         "settings": dataclasses.asdict(config),
     }
-    is_private, history = has_environment(config), run_dir / HISTORY_FILE
+    history = run_dir / HISTORY_FILE
     try:
         with owner_lock(run_dir):
             owner.check()
             check_resumable(run_dir, config, passport, say=False)
-            write_text(run_dir / CONFIG_FILE, describe_config(config), private=is_private)
-            if is_private:
+            save_described(config, run_dir / CONFIG_FILE)
+            if has_environment(config):
                 history.touch()
                 history.chmod(0o600)
             with history.open("a") as file:
