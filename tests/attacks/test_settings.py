@@ -64,7 +64,7 @@ def test_a_wrong_config_of_a_model_is_refused_and_reads_no_variable(tmp_path, at
     save_model(model.config, model.state_dict(), tmp_path / "model")
     file = tmp_path / "model" / "config.json"
     file.write_text(json.dumps(ATTACKS[attack](json.loads(file.read_text()))))
-    with pytest.raises(UserError, match="config") as refused:
+    with pytest.raises(UserError, match="model/config.json") as refused:
         load_model(tmp_path / "model")
     assert SECRET not in str(refused.value) and "\n" not in str(refused.value)
 
