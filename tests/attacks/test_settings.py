@@ -122,6 +122,8 @@ def test_what_came_from_the_environment_is_known():
     cluster = load_config(ClusterConfig, None, ("environment.KEY=${oc.env:FLOWAR_SECRET}", "environment.LITERAL=a"))
     assert cluster.environment == {"KEY": SECRET, "LITERAL": "a"}
     assert [has_environment(cluster.environment[name]) for name in ("KEY", "LITERAL")] == [True, False]
+    spaced = load_config(TrainConfig, None, (*REQUIRED, "wandb.entity='${ oc.env:FLOWAR_SECRET }'"))
+    assert spaced.wandb.entity == SECRET and has_environment(spaced)
     assert cluster.environment["KEY"].source == "${oc.env:FLOWAR_SECRET}"
 
 
