@@ -44,18 +44,26 @@ def read_run(run_dir: Path) -> RunCells:
     """Return how far a run is."""
     from flowar.training.report import read_metrics
 
-    records = read_metrics(run_dir)
-    cells = RunCells(checkpoint=_checkpoint(run_dir))
-    if not records:
-        return cells
-    last, num_steps = records[-1], total_steps(run_dir)
-    return cells._replace(
-        step=f"{last['step']:,}" + (f" of {num_steps:,}" if num_steps else ""),
-        loss=f"{last['loss']:.4f}",
-        images_per_s=f"{last['images_per_s']:,.1f}",
-        left=str(timedelta(seconds=round(last["remaining_s"]))),
-        logged=f"{_age(run_dir / METRICS_FILE)} ago",
-    )
+    cells, file = RunCells(checkpoint=_checkpoint(run_dir)), run_dir / METRICS_FILE
+    try:
+        records = read_metrics(run_dir)
+        if not records:
+            return cells
+        last, num_steps = records[-1], total_steps(run_dir)
+        return cells._replace(
+            step=f"{last['step']:,}" + (f" of {num_steps:,}" if num_steps else ""),
+            loss=f"{last['loss']:.4f}",
+            images_per_s=f"{last['images_per_s']:,.1f}",
+            left=str(timedelta(seconds=round(last["remaining_s"]))),
+            logged=f"{_age(file)} ago",
+        )
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{file} is damaged ({type(error).__name__}: {error}): each line must be a JSON object with step, loss, "
+            "images_per_s and remaining_s; remove the lines that are not"
+        ) from error
 
 
 def total_steps(run_dir: Path) -> int | None:

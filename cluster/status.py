@@ -64,7 +64,7 @@ def find_ids(job: Job) -> Job:
         seen = queue("--me", "-r")
         found = [job_id for job_id, one in seen.items() if one.comment and Path(one.comment).resolve() == job.folder]
     file = job.folder / ATTEMPTS_FILE
-    started = re.findall(r'"job": "([0-9_]+)"', file.read_text()) if file.exists() else []
+    started = re.findall(r'"job": "([0-9]+(?:_[0-9]+)?)"', file.read_text(errors="replace")) if file.exists() else []
     ids = sorted(dict.fromkeys((*found, *started)), key=lambda job_id: [int(part) for part in job_id.split("_")])
     return dataclasses.replace(job, ids=tuple(ids))
 
@@ -193,10 +193,10 @@ def status_table(run_dirs: list[Path]) -> Table:
     )  # fmt: skip
     table = Table(*columns, box=None)
     notes = []
-    jobs = [newest for folder in run_dirs for newest in find_jobs(folder)] if run_dirs else live_jobs()
-    for folder in run_dirs:
-        notes += _add_run(table, folder, has_jobs=bool(find_jobs(folder)))
-    for job in jobs:
+    submitted = {folder: find_jobs(folder) for folder in run_dirs}
+    for folder, jobs in submitted.items():
+        notes += _add_run(table, folder, has_jobs=bool(jobs))
+    for job in itertools.chain(*submitted.values()) if run_dirs else live_jobs():
         queued = ask_queue(job)
         run = job.folder.parent.parent.name if job.folder.parent.name == JOBS else job.folder.parent.stem
         for state, ids in _grouped(job, queued):
@@ -210,7 +210,7 @@ def status_table(run_dirs: list[Path]) -> Table:
             notes.append(f"{job.folder}: the submission was interrupted; submit it again")
         for job_id in job.ids:
             if job.mark("failed", job_id).exists():
-                notes.append(f"{job_id}: {job.mark('failed', job_id).read_text().strip()}")
+                notes.append(f"{job_id}: {job.mark('failed', job_id).read_text(errors='replace').strip()}")
     table.caption = escape("\n".join(notes)) or None
     return table
 
@@ -242,7 +242,7 @@ def _grouped(job: Job, queued: dict[str, Queued]) -> Iterable[tuple[str, list[st
 def attempt_count(job: Job, job_id: str) -> int:
     """Return how often a job was started."""
     file = job.folder / ATTEMPTS_FILE
-    return file.read_text().count(f'"job": "{job_id}"') if file.exists() else 0
+    return file.read_text(errors="replace").count(f'"job": "{job_id}"') if file.exists() else 0
 
 
 def _progress(job: Job) -> RunCells:

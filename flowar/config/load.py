@@ -27,6 +27,8 @@ HASH_COMMENT = "# xxh3 of the lines above: "
 FREE = "free"  # key of a field's metadata
 INTERPOLATION = re.compile(r"(\\*)\$\{")  # its beginning, with the backslashes that take its meaning away
 
+ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:")
+
 
 class FromEnvironment(str):
     """A text that came from an environment variable, by `${oc.env:NAME}`. It may be a secret."""
@@ -109,7 +111,7 @@ def load_described(schema: type[Schema], path: str | Path) -> Schema:
     It is resolved already, so that all in it is literal: `${oc.env:NAME}` in it reads no variable.
 
     Raises:
-        UserError: as `load_config`, or if it is not what was written.
+        UserError: as `load_config`, naming the file; or if it is not what was written.
     """
     text = Path(path).read_text(errors="replace") if Path(path).is_file() else ""
     written, mark, digest = text.rpartition(HASH_COMMENT)
@@ -118,7 +120,12 @@ def load_described(schema: type[Schema], path: str | Path) -> Schema:
             f"{path} is damaged: its settings don't have the hash in its last line; put it back from a backup, or, if "
             "you know that the settings are right, delete that line"
         )
-    return load_values(schema, _unescape(OmegaConf.to_container(_load_yaml(path), resolve=False)))
+    values = OmegaConf.to_container(_load_yaml(path), resolve=False)
+    assert isinstance(values, dict)
+    try:
+        return load_values(schema, _unescape(values))
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
 
 
 def _hash(text: str) -> str:
@@ -269,7 +276,7 @@ def _mark_environment(written: Any, value: Any) -> Any:
         return {name: _mark_environment(written[name], inner) for name, inner in value.items()}
     elif isinstance(written, list | tuple) and isinstance(value, list | tuple):
         return type(value)(_mark_environment(*pair) for pair in zip(written, value, strict=True))
-    elif isinstance(written, str) and type(value) is str and "${oc.env:" in written:
+    elif isinstance(written, str) and type(value) is str and ENVIRONMENT.search(written):
         value = FromEnvironment(value)
         value.source = written
     return value
@@ -328,7 +335,7 @@ def _load_yaml(path: str | Path) -> DictConfig:
         there = [str(file) for file in sorted(Path(path).parent.glob("[!.]*.y*ml"))]
         hint = did_you_mean(str(path), there) if there else "; give the path of a YAML file, or settings as key=value"
         raise UserError(f"there is no config file {path}{hint}") from None
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
+    except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException, RecursionError) as error:
         raise UserError(f"{path} is not a YAML config: {' '.join(str(error).split())}") from error
     if isinstance(loaded, ListConfig):
         raise UserError(f"{path} holds a list, but a config is `key: value` lines")

@@ -77,7 +77,7 @@ def load_model(path: str | Path, weights: str = "ema") -> Model:
             f"{folder} is not a model: it has no {' and no '.join(missing)}; write one with `flowar convert`, or give "
             "the run_dir of a training run"
         )
-    config = config_from_dict(read_record(folder / MODEL_CONFIG_FILE, MODEL_CURE))
+    config = config_from_dict(read_record(folder / MODEL_CONFIG_FILE, MODEL_CURE), str(folder / MODEL_CONFIG_FILE))
     model = create_model(config)
     load_strictly(model, load_tensors(folder / WEIGHTS_FILE, MODEL_CURE), str(folder / WEIGHTS_FILE))
     return model
@@ -90,7 +90,9 @@ def _load_from_checkpoint(folder: Path, weights: str) -> Model:
     if name not in ("raw", *averages):
         raise UserError(f"checkpoint {folder} has no weights={weights}; it has raw, {', '.join(averages)}")
     key = weight_key if name == "raw" else functools.partial(average_key, name)
-    model = create_model(config_from_dict(json.loads((folder / MODEL_CONFIG_FILE).read_text())))
+    model = create_model(
+        config_from_dict(json.loads((folder / MODEL_CONFIG_FILE).read_text()), str(folder / MODEL_CONFIG_FILE))
+    )
     load_state({key(parameter): tensor.detach() for parameter, tensor in model.named_parameters()}, folder)
     return model
 

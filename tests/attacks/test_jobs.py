@@ -215,3 +215,29 @@ def test_a_folder_without_jobs_says_what_to_do(tmp_path):
     with pytest.raises(UserError, match="no job was submitted for .*; its jobs would be in .*; is that the folder"):
         status([str(tmp_path)])
     assert find_jobs(tmp_path) == []
+
+
+METRICS_ATTACKS = {
+    "half a line": '{"step": 5, \n',
+    "a list": "[]\n",
+    "no loss": '{"step": 5, "images_per_s": 1, "remaining_s": 1}\n',
+    "a text for a number": '{"step": 5, "loss": "low", "images_per_s": 1, "remaining_s": 1}\n',
+    "for ever": '{"step": 5, "loss": 1, "images_per_s": 1, "remaining_s": Infinity}\n',
+    "no text": "\udcff\n",
+}
+
+
+@pytest.mark.parametrize("attack", METRICS_ATTACKS)
+def test_damaged_metrics_of_a_run_are_named(run_dir, attack):
+    with (run_dir / "metrics.jsonl").open("a", errors="surrogateescape") as file:
+        file.write(METRICS_ATTACKS[attack])
+    with pytest.raises(UserError, match="metrics.jsonl is damaged .*; remove the lines that are not"):
+        status([str(run_dir)])
+
+
+def test_damaged_notes_of_a_job_are_shown_as_they_are(job, capsys):
+    """They are for people, and decide nothing."""
+    (job.folder / "attempts.jsonl").write_bytes(b'{"job": "7"\xff')
+    (job.folder / "failed_7").write_bytes(b"disk \xff full [/x]")
+    status([str(job.folder.parents[1])])
+    assert "full [/x]" in capsys.readouterr().out

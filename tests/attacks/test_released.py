@@ -65,6 +65,7 @@ ATTACKS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Validating sparse tensor")
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_an_odd_checkpoint_is_refused_by_name(state, tmp_path, attack):
     torch.save(ATTACKS[attack](state), tmp_path / "FlowAR.pth")

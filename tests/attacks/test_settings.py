@@ -64,7 +64,7 @@ def test_a_wrong_config_of_a_model_is_refused_and_reads_no_variable(tmp_path, at
     save_model(model.config, model.state_dict(), tmp_path / "model")
     file = tmp_path / "model" / "config.json"
     file.write_text(json.dumps(ATTACKS[attack](json.loads(file.read_text()))))
-    with pytest.raises(UserError, match="config") as refused:
+    with pytest.raises(UserError, match="model/config.json") as refused:
         load_model(tmp_path / "model")
     assert SECRET not in str(refused.value) and "\n" not in str(refused.value)
 
@@ -122,6 +122,8 @@ def test_what_came_from_the_environment_is_known():
     cluster = load_config(ClusterConfig, None, ("environment.KEY=${oc.env:FLOWAR_SECRET}", "environment.LITERAL=a"))
     assert cluster.environment == {"KEY": SECRET, "LITERAL": "a"}
     assert [has_environment(cluster.environment[name]) for name in ("KEY", "LITERAL")] == [True, False]
+    spaced = load_config(TrainConfig, None, (*REQUIRED, "wandb.entity='${ oc.env:FLOWAR_SECRET }'"))
+    assert spaced.wandb.entity == SECRET and has_environment(spaced)
     assert cluster.environment["KEY"].source == "${oc.env:FLOWAR_SECRET}"
 
 

@@ -61,6 +61,7 @@ PROGRAMS = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_help_of_every_program_prints_help_and_starts_nothing(program, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", [program, "--help"])

@@ -6,7 +6,7 @@ from flowar.base.errors import UserError
 from flowar.config.data import PrepareConfig
 from flowar.config.drawing import SampleConfig
 from flowar.config.jobs import ClusterConfig, DemoConfig, PipelineConfig
-from flowar.config.load import changed_settings, describe_config, load_config
+from flowar.config.load import changed_settings, describe_config, load_config, load_described
 from flowar.config.models import MODEL_VARIANTS, FlowARConfig
 from flowar.config.training import TrainConfig
 
@@ -109,6 +109,23 @@ def test_bad_files_are_one_clear_line(tmp_path):
     (tmp_path / "b.yaml").write_text("- 1\n")
     with pytest.raises(UserError, match="holds a list"):
         load_config(TrainConfig, tmp_path / "b.yaml")
+
+
+DAMAGED_CONFIGS = [
+    "5", "text", "1: 2", "null: 1", "? [1]\n: 2", "a: &x [*x]", "!!python/name:os.system", "\0", "seed: ${",
+    "model: {variant: '${'}", "a: 1\na: 2", "optim: 5", "optim: {lr: fast}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", DAMAGED_CONFIGS)
+def test_a_damaged_config_of_a_run_is_named(tmp_path, text):
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as by_user:
+        load_config(TrainConfig, file, REQUIRED)
+    with pytest.raises(UserError, match=f"^{file}") as of_run:
+        load_described(TrainConfig, file)
+    assert "\n" not in str(by_user.value) + str(of_run.value)
 
 
 def test_changed_settings_are_found_by_key():
