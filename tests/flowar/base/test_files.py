@@ -1,5 +1,7 @@
+import errno
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -20,7 +22,14 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_of_many_that_create_a_file_at_once_one_does_and_it_is_whole(tmp_path):
+def refuse_links(path, target):
+    raise PermissionError(errno.EPERM, "Operation not permitted")
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_of_many_that_create_a_file_at_once_one_does_and_it_is_whole(tmp_path, monkeypatch, has_links):
+    if not has_links:  # such a file system can't be had here
+        monkeypatch.setattr(Path, "hardlink_to", refuse_links)
     barrier = threading.Barrier(8)
 
     def create(number):
