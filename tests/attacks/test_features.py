@@ -24,7 +24,7 @@ from flowar.sampling.worker import draw_job
 from tests.attacks.measured import NUM, drawing, judge, measuring, sweeping
 from tests.attacks.test_checkpoints import Trap
 from tests.attacks.test_samples import cut, rewrite
-from tests.conftest import flip_bit, read_evaluations, training
+from tests.conftest import MORE, change_bytes, flip_bit, read_evaluations, training
 
 STORE = "features-demo-classifier"
 
@@ -344,3 +344,30 @@ def test_shards_of_0_1_name_nobody_and_are_read(root, extractor, copied):
     record = read_record(folder / STORE / "features.json", "")
     (folder / STORE / "features.json").write_text(json.dumps(record))
     assert torch.equal(store.read().layers["features"], found.layers["features"])
+
+
+@pytest.mark.parametrize("number", [100, pytest.param(2000, marks=MORE)])
+def test_no_single_changed_byte_of_features_passes_in_silence(root, extractor, copied, number):
+    """Either it is refused, or all that is read is the same."""
+    config = measuring(root, reference=copied / "ref_real")
+
+    def read():
+        own = prepare_features(copied / "seed0", "samples", extractor, copied / "out", config).read()
+        real = prepare_reference(config, extractor, copied / "out").read()
+        statistics = [torch.from_numpy(array) for array in real.statistics["features"]]
+        both = (own, real.features)
+        return [
+            *statistics,
+            *(tensor for found in both for tensor in (found.numbers, found.labels, *found.layers.values())),
+        ]
+
+    needed, refused = read(), 0
+    files = [file for folder in ("seed0", "ref_real") for file in (copied / folder).rglob("*") if file.is_file()]
+    for place in change_bytes(sorted(files), number):
+        try:
+            found = read()
+        except UserError:
+            refused += 1
+        else:
+            assert all(torch.equal(own, other) for own, other in zip(found, needed, strict=True)), place
+    assert refused > number / 2

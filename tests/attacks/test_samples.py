@@ -26,7 +26,7 @@ from flowar.sampling.folder import read_hashes, read_samples, write_new_hashes
 from flowar.sampling.images import ImageSink
 from flowar.sampling.job import check_same_samples, describe_samples, open_job
 from flowar.sampling.worker import draw_job, draw_missing
-from tests.conftest import flip_bit, randomise
+from tests.conftest import MORE, change_bytes, flip_bit, randomise
 from tests.processes import PATIENCE_S, Death, fork_context, start, stop
 
 NUM = 6
@@ -407,3 +407,18 @@ def test_whenever_a_process_is_killed_every_image_has_its_hash_or_is_drawn_again
     main(config)
     assert len(measured(out_dir)) == 40
     assert_hashes_are_right(out_dir)
+
+
+@pytest.mark.parametrize("number", [100, pytest.param(2000, marks=MORE)])
+def test_no_single_changed_byte_of_samples_passes_in_silence(drawn, number):
+    """Either it is refused, or what is measured is the same."""
+    needed, refused = measured(drawn), 0
+    files = [drawn / "samples.json", drawn / "images.xxh64", *sorted((drawn / "images").iterdir())]
+    for place in change_bytes(files, number):
+        try:
+            found = measured(drawn)
+        except UserError:
+            refused += 1
+        else:
+            assert all(np.array_equal(found[image], needed[image]) for image in needed), place
+    assert refused > number / 2
