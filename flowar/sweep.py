@@ -32,7 +32,7 @@ from flowar.evaluation.protocols import frechet_metric
 from flowar.evaluation.references import Reference, check_reference, prepare_reference
 from flowar.evaluation.store import FeatureSink, read_features
 from flowar.models.build import family_of
-from flowar.models.folders import export_model, find_model_folder
+from flowar.models.folders import export_model
 from flowar.sampling.folder import identify, read_samples
 from flowar.sampling.job import SamplingJob, choose_vae, open_job
 from flowar.sampling.worker import draw_missing
@@ -85,7 +85,7 @@ def main(config: SweepConfig, dry_run: bool = False) -> None:
     """Sweep, with whoever else was given the same command; print the table, write sweep.json, a picture, a recipe."""
     device = pick_device(config.device)
     out_dir = Path(config.out_dir)
-    vae = choose_vae(config.sample.vae, find_model_folder(config.model))
+    vae = choose_vae(config.sample.vae, config.model)
     config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, vae=vae))
     settings = list_settings(config)
     rounds = plan_rounds(len(settings), config)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # these tests are about a CPU: bits, and processes without a GPU each
 os.environ["OMP_NUM_THREADS"] = "1"  # more would give other bits, and would wait for each other on a busy machine
@@ -176,3 +177,17 @@ def flip_bit(file: Path, place: int) -> None:
     content = bytearray(file.read_bytes())
     content[place] ^= 1
     file.write_bytes(content)
+
+
+def change_bytes(files: list[Path], number: int, seed: int = 0) -> Iterator[tuple[Path, int]]:
+    """Change one byte of one of the files at a time, so often, and yield where; it is as before afterwards."""
+    draw = random.Random(seed)
+    for _ in range(number):
+        file = draw.choice(files)
+        before = file.read_bytes()
+        place = draw.randrange(len(before))
+        changed = bytearray(before)
+        changed[place] = draw.choice([value for value in range(256) if value != before[place]])
+        file.write_bytes(changed)
+        yield file, place
+        file.write_bytes(before)

@@ -1,12 +1,14 @@
 """Files that are there whole or not at all, whenever the process dies."""
 
 import contextlib
+import errno
 import os
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 MIB, GIB = 2**20, 2**30  # bytes
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)  # what file systems without hard links say
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
@@ -18,10 +20,17 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 def create_whole(path: Path, write: Callable[[Path], object]) -> bool:
     """Write a file that is not there yet, whole; return whether it was this process that did.
 
-    Of all processes that try at once one succeeds: a hard link is made or not, on all file systems that clusters share.
+    Of all processes that try at once one succeeds: a hard link is made or not. Where the file system has no links (some
+    of laptops and clouds) the file is created and then filled: so a process that dies there may leave half of it.
     """
     with _filled(path, write) as hidden, contextlib.suppress(FileExistsError):
-        path.hardlink_to(hidden)
+        try:
+            path.hardlink_to(hidden)
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            with path.open("xb") as file:
+                file.write(hidden.read_bytes())
         return True
     return False
 

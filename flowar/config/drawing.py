@@ -51,7 +51,7 @@ class SamplingConfig(DrawConfig):
     weights: str = "ema"  # which weights of a run_dir: ema (its first average), raw, or an average such as decay_0.9999
     # None: the VAE that the model was trained with, as a run's config.yaml or an exported model's dataset.json says
     vae: VAEConfig | None = None
-    num_images: int = free(64)  # classes in turn: image i shows class i modulo num_classes
+    num_images: int = free(64)  # classes in turn: image i shows class i modulo num_classes; a set can grow, not shrink
     classes: tuple[int, ...] | None = None  # only these, in turn
     label_file: str | None = None  # or image i shows the class in line i of this file, which starts anew at its end
     unconditional: bool = False  # or of no class

@@ -149,7 +149,7 @@ class HashBook:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._hashes: dict[str, set[str]] = {}
-        self._read: dict[Path, tuple[int, int]] = {}  # files that were read, with size and time
+        self._read: dict[Path, int] = {}  # files that were read, and when they were written
 
     def new_files(self) -> list[Path]:
         """Return the files with hashes that are not in images.xxh64 yet."""
@@ -161,14 +161,20 @@ class HashBook:
         Raises:
             UserError: if one of the files is damaged.
         """
-        for file in (*self.new_files(), self.folder / HASHES_FILE):
-            with contextlib.suppress(FileNotFoundError):  # whoever finishes puts the files together
-                stat = file.stat()
-                if self._read.get(file) != (stat.st_size, stat.st_mtime_ns):
-                    for name, digest in read_hashes(file).items():
-                        self._hashes.setdefault(name, set()).add(digest)
-                    self._read[file] = stat.st_size, stat.st_mtime_ns
+        for file in self.new_files():  # which never change
+            if file not in self._read:
+                with contextlib.suppress(FileNotFoundError):  # whoever finishes has put them together meanwhile
+                    self._add(file)
+        file = self.folder / HASHES_FILE
+        if file.exists() and self._read.get(file) != file.stat().st_mtime_ns:
+            self._add(file)
         return self._hashes
+
+    def _add(self, file: Path) -> None:
+        stamp = file.stat().st_mtime_ns
+        for name, digest in read_hashes(file).items():
+            self._hashes.setdefault(name, set()).add(digest)
+        self._read[file] = stamp
 
 
 def read_drawn(file: Path, hashes: Collection[str], identity: str) -> bytes:

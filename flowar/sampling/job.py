@@ -55,15 +55,17 @@ def open_job(config: SampleConfig) -> "SamplingJob":
     return SamplingJob(config, model, vae, device, choose_classes(config, model.config), folder, weights_sha256)
 
 
-def choose_vae(given: VAEConfig | None, folder: Path) -> VAEConfig:
+def choose_vae(given: VAEConfig | None, model: str | Path) -> VAEConfig:
     """Return the VAE to decode with; what was not given is that of the training run, which is said.
 
     Args:
         given: the setting; None, or without weights, where it is to be found.
-        folder: of the model: a checkpoint, whose run's config.yaml names the VAE, or one with a dataset's passport.
+        model: as of `load_model`: a run or checkpoint of it, whose config.yaml names the VAE, or a folder with a
+            dataset's passport.
     """
     if given is not None and (given.weights is not None or given.name != VAEConfig().name):
         return given
+    folder = find_model_folder(model)
     config = folder.parent.parent / CONFIG_FILE
     if is_checkpoint(folder) and config.is_file():
         found, source = load_config(TrainConfig, config).vae, config

@@ -26,8 +26,8 @@ from flowar.sampling.folder import read_hashes, read_samples, write_new_hashes
 from flowar.sampling.images import ImageSink
 from flowar.sampling.job import check_same_samples, describe_samples, open_job
 from flowar.sampling.worker import draw_job, draw_missing
-from tests.conftest import flip_bit, randomise
-from tests.processes import PATIENCE_S, fork_context, start, stop
+from tests.conftest import MORE, change_bytes, flip_bit, randomise
+from tests.processes import PATIENCE_S, Death, fork_context, start, stop
 
 NUM = 6
 
@@ -388,3 +388,37 @@ def test_samples_of_0_1_have_no_hash_in_their_record_and_none_of_their_own(job, 
     write_record(drawn / "samples.json", read_samples(drawn) | {"seed": 1})
     with pytest.raises(UserError, match="seed was 1, now 0"):
         draw(job, drawn, num_images=NUM + 1)
+
+
+@pytest.mark.slow
+def test_whenever_a_process_is_killed_every_image_has_its_hash_or_is_drawn_again(root, tmp_path):
+    """While hashes are noted, while images are written, and while all is put together."""
+    out_dir, log = tmp_path / "out", tmp_path / "log"
+    deaths = [Death(at, str(out_dir / "hashes"), calls) for at, calls in ((2, 0), (4, 1))]
+    deaths += [Death(at, str(out_dir / "images"), calls) for at, calls in ((5, 0), (8, 2))]
+    deaths += [Death(1, str(out_dir / ".images.xxh64"))]  # with all images drawn, before their hashes are together
+    config = drawing(root, out_dir, num_images=40)
+    for death in deaths:
+        process = start(main, config, log=log, death=death)
+        process.join(PATIENCE_S)
+        assert process.exitcode == -signal.SIGKILL, log.read_text()[-2000:]
+    with pytest.raises(UserError, match=INCOMPLETE):
+        measured(out_dir)
+    main(config)
+    assert len(measured(out_dir)) == 40
+    assert_hashes_are_right(out_dir)
+
+
+@pytest.mark.parametrize("number", [100, pytest.param(2000, marks=MORE)])
+def test_no_single_changed_byte_of_samples_passes_in_silence(drawn, number):
+    """Either it is refused, or what is measured is the same."""
+    needed, refused = measured(drawn), 0
+    files = [drawn / "samples.json", drawn / "images.xxh64", *sorted((drawn / "images").iterdir())]
+    for place in change_bytes(files, number):
+        try:
+            found = measured(drawn)
+        except UserError:
+            refused += 1
+        else:
+            assert all(np.array_equal(found[image], needed[image]) for image in needed), place
+    assert refused > number / 2

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from flowar.base.records import DamagedRecordError, read_record, write_record
+from flowar.base.records import DamagedRecordError, create_record, read_record, write_record
 
 
 def test_a_record_comes_back_whatever_its_formatting(tmp_path):
@@ -44,3 +44,8 @@ def test_what_is_no_record_is_named(tmp_path, text):
 def test_a_record_of_version_0_1_has_no_hash(tmp_path):
     (tmp_path / "r.json").write_text('{"step": 20}')
     assert read_record(tmp_path / "r.json", "draw again") == {"step": 20}
+
+
+def test_a_record_that_is_there_is_not_written_over(tmp_path):
+    assert create_record(tmp_path / "r.json", {"seed": 0}) and not create_record(tmp_path / "r.json", {"seed": 1})
+    assert read_record(tmp_path / "r.json", "draw again") == {"seed": 0}
