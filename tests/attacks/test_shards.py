@@ -19,6 +19,7 @@ from flowar.base.errors import UserError
 from flowar.base.hashes import hash_file
 from flowar.base.records import write_record
 from flowar.config.data import CheckConfig, DataConfig
+from flowar.latents.cache import make_private
 from flowar.latents.schema import read_passport
 from flowar.latents.shards import LatentShards
 from tests.conftest import MORE, flip_bit, training, upload
@@ -252,10 +253,19 @@ def test_a_remote_index_writes_nothing_outside_the_cache(bucket, attacked, tmp_p
     assert not list(tmp_path.rglob("*stolen*")) and not Path("/tmp/stolen-by-flowar").exists()
 
 
-@pytest.fixture
-def cached(bucket, shards, tmp_path):
-    """A remote dataset, all of it in the cache."""
+@pytest.fixture(scope="module")
+def fetched(bucket, shards, tmp_path_factory):
+    """A cache with all of a remote dataset."""
+    cache = tmp_path_factory.mktemp("fetched") / "cache"
     upload(bucket, shards, "cached")
+    open_remote("cached", cache).fetch_all()
+    return cache
+
+
+@pytest.fixture
+def cached(fetched, tmp_path):
+    """The same in the test's own cache, verified."""
+    shutil.copytree(fetched, tmp_path / "cache")
     remote = open_remote("cached", tmp_path / "cache")
     remote.fetch_all()
     return remote.folder
@@ -289,28 +299,23 @@ def test_a_cached_shard_is_hashed_once(cached, tmp_path):
     assert {file: file.stat().st_mtime_ns for file in markers} == markers
 
 
-def test_the_cache_is_for_its_owner_alone(bucket, shards, tmp_path, monkeypatch):
+def test_the_cache_is_for_its_owner_alone(fetched, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    upload(bucket, shards, "private")
     cache = tmp_path / f"flowar-{getpass.getuser()}"
     cache.mkdir(mode=0o755)  # as version 0.1 made it
-    folder = open_remote("private", None).folder
+    folder = open_remote("cached", None).folder
     assert folder.parent == cache
     assert [stat.S_IMODE(path.stat().st_mode) for path in (cache, folder)] == [0o700] * 2
 
 
-@pytest.mark.parametrize("what", ["the cache", "a folder in a cache"])
 @pytest.mark.parametrize("problem", ["is a link", "belongs to user 12345", "is not a folder"])
-def test_a_cache_that_somebody_else_may_have_made_is_refused(bucket, shards, tmp_path, monkeypatch, what, problem):
+def test_a_cache_that_somebody_else_may_have_made_is_refused(tmp_path, monkeypatch, problem):
+    """The default one, and the folder of a dataset within one: both have names that anybody can tell in advance."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    upload(bucket, shards, "private")
-    place = open_remote("private", None).folder
-    if what == "the cache":
-        place = place.parent
-    shutil.rmtree(place)
+    place, elsewhere = tmp_path / f"flowar-{getpass.getuser()}", tmp_path / "elsewhere"
+    elsewhere.mkdir()
     if problem == "is a link":
-        (tmp_path / "elsewhere").mkdir()
-        place.symlink_to(tmp_path / "elsewhere")
+        place.symlink_to(elsewhere)
     elif problem == "is not a folder":
         place.write_text("")
     else:
@@ -319,6 +324,9 @@ def test_a_cache_that_somebody_else_may_have_made_is_refused(bucket, shards, tmp
             os.chown(place, 12345, -1)
         except PermissionError:
             pytest.skip("only root can give a folder away")
-    with pytest.raises(UserError, match=rf"the cache {place} {problem}.*remove it, or set data.cache to a folder of"):
-        open_remote("private", None)
-    assert what != "the cache" or problem != "is a link" or not list((tmp_path / "elsewhere").iterdir())
+    message = rf"the cache {place} {problem}.*remove it, or set data.cache to a folder of your own"
+    with pytest.raises(UserError, match=message):
+        open_remote("none", None)
+    with pytest.raises(UserError, match=message):
+        make_private(place)
+    assert not list(elsewhere.iterdir())

@@ -55,7 +55,7 @@ def test_a_damaged_vae_is_refused(tmp_path, attack):
         load_vae(str(folder))
 
 
-@pytest.mark.parametrize("content", [[1], {"model": 1}, {"model": {"encoder.conv_in.weight": 1}}, {}])
+@pytest.mark.parametrize("content", [[1], {"model": 1}, {}])
 def test_another_checkpoint_than_mars_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "kl16.ckpt")
     with pytest.raises(UserError, match=r"vae.weights=.*kl16.ckpt is not MAR's kl16.ckpt"):
