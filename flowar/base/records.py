@@ -74,7 +74,10 @@ def parse_record(text: str) -> dict[str, Any]:
     values = json.loads(text)
     if not isinstance(values, dict):
         raise TypeError(f"it holds a {type(values).__name__}, not a JSON object")
+    *others, (last, value) = values.items() or [("", None)]
     if HASH_KEY in values and values[HASH_KEY] != hash_record(values):
         raise ValueError("its values don't have the hash that it names: it was edited or damaged")
+    if HASH_KEY not in values and value == hash_record(dict(others)):
+        raise ValueError(f"its hash is called {last!r}")
     values.pop(HASH_KEY, None)
     return values

@@ -38,11 +38,9 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
         UserError: if a line is damaged.
     """
     file = Path(run_dir) / METRICS_FILE
-    lines = file.read_text(errors="replace").splitlines(keepends=True) if file.exists() else []
+    *lines, _ = file.read_text(errors="replace").split("\n") if file.exists() else [""]  # the rest is half-written
     records = []
     for number, line in enumerate(lines, start=1):
-        if not line.endswith("\n"):
-            break  # half-written
         try:
             record = parse_record(line)
             if not isinstance(record.get("step"), int):

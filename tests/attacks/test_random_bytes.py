@@ -1,5 +1,7 @@
 """Single changed bytes of every file that flowar reads back: refused by name, or the result is the same."""
 
+# ruff: noqa: F811 - fixtures of another file
+
 import dataclasses
 import random
 import shutil
@@ -9,14 +11,15 @@ import torch
 
 from flowar import train
 from flowar.base.errors import UserError
+from flowar.base.records import read_record
 from flowar.config.load import load_described
 from flowar.config.training import TrainConfig
 from flowar.evaluation.image_sets import open_images
 from flowar.evaluation.references import prepare_features, prepare_reference
 from flowar.latents.schema import read_passport
-from flowar.training.owner import Owner
+from flowar.training.owner import OWNER_CURE, OWNER_FILE
 from flowar.training.report import read_metrics
-from tests.attacks.test_features import STORE, extractor, measuring, root  # noqa: F401 - fixtures
+from tests.attacks.test_features import STORE, extractor, measuring, root  # noqa: F401
 from tests.conftest import MORE, training
 
 
@@ -48,11 +51,9 @@ def read_reference(folder, root, extractor):
 
 def read_run(folder, root, extractor):
     """What is read of a run beside its checkpoints, which have a test of their own."""
-    owner = Owner(folder, "another")
-    with pytest.raises(UserError, match="was taken over by"):
-        owner.check()
     settings = dataclasses.asdict(load_described(TrainConfig, folder / "config.yaml"))
-    return [read_metrics(folder), settings, dataclasses.asdict(read_passport(folder))]
+    owner = read_record(folder / OWNER_FILE, OWNER_CURE)
+    return [owner, read_metrics(folder), settings, dataclasses.asdict(read_passport(folder))]
 
 
 KINDS = {
@@ -66,7 +67,7 @@ KINDS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [10, pytest.param(200, marks=MORE)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_single_changed_byte_passes_in_silence(root, run_dir, extractor, tmp_path, kind, number):  # noqa: F811
+def test_no_single_changed_byte_passes_in_silence(root, run_dir, extractor, tmp_path, kind, number):
     """In each kind of file so many; either it is refused by a UserError, or all that is read is the same."""
     read, name, patterns = KINDS[kind]
     folder = tmp_path / "copy"
