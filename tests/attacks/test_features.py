@@ -355,11 +355,11 @@ def test_no_single_changed_byte_of_features_passes_in_silence(root, extractor, c
         own = prepare_features(copied / "seed0", "samples", extractor, copied / "out", config).read()
         real = prepare_reference(config, extractor, copied / "out").read()
         statistics = [torch.from_numpy(array) for array in real.statistics["features"]]
-        both = (own, real.features)
-        return [
-            *statistics,
-            *(tensor for found in both for tensor in (found.numbers, found.labels, *found.layers.values())),
+        both = [
+            (found.numbers, found.labels, *(found.layers[name] for name in sorted(found.layers)))
+            for found in (own, real.features)
         ]
+        return [*statistics, *both[0], *both[1]]
 
     needed, refused = read(), 0
     files = [file for folder in ("seed0", "ref_real") for file in (copied / folder).rglob("*") if file.is_file()]
