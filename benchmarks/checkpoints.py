@@ -9,6 +9,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import torch
@@ -28,14 +29,20 @@ def make_state(num_bytes: int) -> dict[str, Tensor]:
     return {f"model.{number}": torch.randn(num_bytes // 4 // TENSORS) for number in range(TENSORS)}
 
 
+def finish(saving: object) -> None:
+    """Wait until a save in the background is done."""
+    assert isinstance(saving, Future)
+    saving.result()
+
+
 def save_plain(state: dict[str, Tensor], hidden: Path) -> None:
     """Save with torch's own writer."""
-    dcp.async_save(state, checkpoint_id=hidden, no_dist=True).result()
+    finish(dcp.async_save(state, checkpoint_id=hidden, no_dist=True))
 
 
 def save_hashed(state: dict[str, Tensor], hidden: Path) -> None:
     """Save as training does."""
-    dcp.async_save(state, storage_writer=HashingWriter(hidden), no_dist=True).result()
+    finish(dcp.async_save(state, storage_writer=HashingWriter(hidden), no_dist=True))
     (hidden / STATE_FILE).write_text('{"checksums": true}')
     write_checksums(hidden)
 

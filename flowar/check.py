@@ -1,10 +1,11 @@
-"""Is a folder whole? A run, a checkpoint, a model: every file that flowar reads back, against its hash. Read-only.
+"""Is a folder whole? A run, a checkpoint, a model, samples, features, a reference: every file that flowar reads back, against its hash. Read-only.
 
 Datasets are checked by data_prep/check.py, which sends the other kinds here.
 """
 
 import functools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from flowar.base.errors import UserError
@@ -21,9 +22,13 @@ from flowar.base.run_folder import (
 )
 from flowar.config.load import load_described
 from flowar.config.training import TrainConfig
+from flowar.evaluation.image_sets import open_images
+from flowar.evaluation.references import STATISTICS_FILE, read_statistics
+from flowar.evaluation.store import STORE_FILE, read_features, read_store
 from flowar.latents.schema import read_passport
-from flowar.models.checkpoint_files import check_pieces
+from flowar.models.checkpoint_files import CHECKED_AT_ONCE, check_pieces
 from flowar.models.folders import WEIGHTS_FILE, load_model
+from flowar.sampling.folder import IMAGES_FOLDER, SAMPLES_FILE, read_samples
 from flowar.training.guard import WEIGHTS_FOLDER, load_bundle
 from flowar.training.owner import OWNER_FILE
 from flowar.training.report import read_metrics
@@ -33,8 +38,15 @@ KINDS = "a dataset, a training run, a checkpoint, a model, samples, features, or
 
 def kind_of(folder: Path) -> str | None:
     """Return what a folder holds, by the files in it; None: nothing that this file checks."""
-    marks = {"run": CHECKPOINTS, "checkpoint": METADATA_FILE, "model": WEIGHTS_FILE}
-    return next((kind for kind, mark in marks.items() if (folder / mark).exists()), None)
+    marks = {
+        "run": CHECKPOINTS,
+        "checkpoint": METADATA_FILE,
+        "model": WEIGHTS_FILE,
+        "samples": SAMPLES_FILE,
+        "features": STORE_FILE,
+    }
+    kind = next((kind for kind, mark in marks.items() if (folder / mark).exists()), None)
+    return kind or ("reference" if any(folder.glob(f"features-*/{STORE_FILE}")) else None)
 
 
 def check_folder(folder: Path) -> Iterator[str]:
@@ -46,7 +58,14 @@ def check_folder(folder: Path) -> Iterator[str]:
     kind = kind_of(folder)
     if kind is None:
         raise UserError(f"{folder} is not a folder that flowar wrote; give {KINDS}")
-    checks = {"run": check_training_run, "checkpoint": check_checkpoint, "model": check_model}
+    checks = {
+        "run": check_training_run,
+        "checkpoint": check_checkpoint,
+        "model": check_model,
+        "samples": check_samples,
+        "features": check_features,
+        "reference": check_all_features,
+    }
     yield from checks[kind](folder)
 
 
@@ -58,6 +77,49 @@ def check_model(folder: Path) -> Iterator[str]:
 def check_checkpoint(folder: Path) -> Iterator[str]:
     """Check one checkpoint."""
     yield from problem_of(lambda: f"{check_pieces(folder) / MIB:,.1f} MiB of tensors", f"checkpoint {folder}")
+
+
+def check_samples(folder: Path) -> Iterator[str]:
+    """Check samples: their record, every image, and features that were drawn instead of images."""
+    yield from problem_of(functools.partial(read_samples, folder), f"record {folder / SAMPLES_FILE}")
+    if (folder / IMAGES_FOLDER).is_dir():
+        yield from problem_of(functools.partial(read_images, folder), f"images of {folder}")
+    yield from check_all_features(folder)
+
+
+def read_images(folder: Path) -> str:
+    """Read every image of samples; return how many there are.
+
+    Raises:
+        UserError: if one is not what was drawn, or missing.
+    """
+    images = open_images(folder, "samples")
+    with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
+        return f"{sum(1 for _ in pool.map(images.read, range(len(images)))):,} images"
+
+
+def check_all_features(folder: Path) -> Iterator[str]:
+    """Check the features of samples, or of a reference, by each network."""
+    for store in sorted(file.parent for file in folder.glob(f"features-*/{STORE_FILE}")):
+        yield from check_features(store)
+
+
+def check_features(folder: Path) -> Iterator[str]:
+    """Check a folder of features, and the statistics of a reference in it."""
+    yield from problem_of(functools.partial(read_store_whole, folder), f"features {folder}")
+
+
+def read_store_whole(folder: Path) -> str:
+    """Read all features of a folder and its statistics; return how many images they are of.
+
+    Raises:
+        UserError: if something is not what was written, or missing.
+    """
+    record = read_store(folder)
+    if (folder / STATISTICS_FILE).exists():
+        read_statistics(folder / STATISTICS_FILE)
+    read_features(folder, record["num_images"])
+    return f"{record['num_images']:,} images"
 
 
 def check_training_run(folder: Path) -> Iterator[str]:

@@ -18,7 +18,7 @@ from flowar.base.run_folder import CONFIG_FILE, checkpoint_step, is_checkpoint
 from flowar.base.seeding import Stream
 from flowar.config.data import VAEConfig
 from flowar.config.drawing import SampleConfig
-from flowar.config.load import load_config
+from flowar.config.load import load_described
 from flowar.config.models import ModelConfig
 from flowar.config.training import TrainConfig
 from flowar.latents.batches import check_same_vae
@@ -68,7 +68,7 @@ def choose_vae(given: VAEConfig | None, model: str | Path) -> VAEConfig:
     folder = find_model_folder(model)
     config = folder.parent.parent / CONFIG_FILE
     if is_checkpoint(folder) and config.is_file():
-        found, source = load_config(TrainConfig, config).vae, config
+        found, source = load_described(TrainConfig, config).vae, config
     elif (folder / PASSPORT_FILE).is_file():
         found, source = VAEConfig(name=read_passport(folder).vae_name), folder / PASSPORT_FILE
     else:

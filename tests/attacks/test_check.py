@@ -1,5 +1,7 @@
 """`flowar check` says of every kind of folder whether it is whole."""
 
+# ruff: noqa: F811 - fixtures of another file
+
 import shutil
 
 import pytest
@@ -10,6 +12,7 @@ from flowar.base.errors import UserError
 from flowar.config.data import CheckConfig
 from flowar.models.build import create_model
 from flowar.models.folders import save_model
+from tests.attacks.test_features import STORE, root  # noqa: F401
 from tests.conftest import flip_bit, tiny_config, training
 
 
@@ -42,6 +45,8 @@ def test_a_whole_folder_is_whole(folders, capsys, kind):
         ("run", "owner.json", 20),
         ("model", "model.safetensors", 20_000),
         ("model", "config.json", 20),
+        ("run", "config.yaml", 20),
+        ("run", "metrics.jsonl", 20),
     ],
 )
 def test_one_bit_in_each_kind_of_file_is_named(folders, tmp_path, capsys, kind, file, place):
@@ -56,3 +61,29 @@ def test_one_bit_in_each_kind_of_file_is_named(folders, tmp_path, capsys, kind, 
 def test_a_folder_of_somebody_else_is_no_folder_of_ours(tmp_path):
     with pytest.raises(UserError, match="is not a folder that flowar wrote; give a dataset, a training run"):
         run_check(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["images", "seed0", "ref_real", f"seed0/{STORE}"])
+def test_whole_samples_features_and_references_are_whole(root, capsys, kind):
+    run_check(root / kind)
+    assert f"{root / kind} is what was written" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "place"),
+    [
+        ("images", "samples.json", 30),
+        ("images", "images/000007_class0007.png", 300),
+        ("images", "images.xxh64", 3),
+        ("seed0", "samples.json", 30),
+        ("seed0", f"{STORE}/features_*", 700),
+        ("ref_real", f"{STORE}/features.json", 30),
+        ("ref_real", f"{STORE}/*.npz", 100),
+    ],
+)
+def test_one_bit_of_samples_features_and_references_is_named(root, tmp_path, capsys, kind, file, place):
+    shutil.copytree(root / kind, tmp_path / kind)
+    flip_bit(next((tmp_path / kind).glob(file)), place)
+    with pytest.raises(UserError, match="problems, the first"):
+        run_check(tmp_path / kind)
+    assert str(tmp_path / kind) in capsys.readouterr().out.split("WRONG: ")[1]

@@ -1,4 +1,3 @@
-import json
 import os
 import subprocess
 import sys
@@ -6,14 +5,14 @@ import sys
 import pytest
 
 from flowar.base.errors import UserError
+from flowar.base.records import read_record, write_record
 from flowar.training.owner import OWNER_FILE, take_over
 
 
 def owned_by(run_dir, **changes):
     """Note another owner in the folder."""
     take_over(run_dir)
-    owner = json.loads((run_dir / OWNER_FILE).read_text())
-    (run_dir / OWNER_FILE).write_text(json.dumps(owner | changes))
+    write_record(run_dir / OWNER_FILE, read_record(run_dir / OWNER_FILE, "") | changes)
 
 
 @pytest.fixture
