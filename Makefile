@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-.PHONY: demo check test test-all test-cluster test-rest clean
+.PHONY: demo check test test-all test-flowar test-others clean
 
 demo: $(VENV)/.installed
 	@echo "== flowar demo: about five minutes on two CPU cores =="
@@ -20,20 +20,20 @@ check: $(VENV)/.installed
 	@$(RUN)/mypy
 	@$(RUN)/pytest -q --no-header --durations=0 --durations-min=5 tests/test_structure.py
 
-# The tests of Slurm wait more than they compute, so they run beside the others; each half prints under its own name.
+# In two halves, side by side; each prints under its own name.
 test: check
 	@echo "== tests: about ten minutes on two CPU cores =="
-	@$(MAKE) --no-print-directory -j2 test-cluster test-rest
+	@$(MAKE) --no-print-directory -j2 test-flowar test-others
 
 test-all: export FLOWAR_TEST_ALL := 1
 test-all: check
-	@FLOWAR_TEST_TIERS=1 $(MAKE) --no-print-directory test-cluster test-rest
+	@FLOWAR_TEST_TIERS=1 $(MAKE) --no-print-directory test-flowar test-others
 
-test-cluster: $(VENV)/.installed
-	@$(RUN)/pytest tests/cluster | sed -u 's/^/cluster | /'
+test-flowar: $(VENV)/.installed
+	@$(RUN)/pytest tests/flowar | sed -u 's/^/flowar | /'
 
-test-rest: $(VENV)/.installed
-	@$(RUN)/pytest --ignore tests/cluster --deselect tests/test_structure.py | sed -u 's/^/rest    | /'
+test-others: $(VENV)/.installed
+	@$(RUN)/pytest --ignore tests/flowar --deselect tests/test_structure.py | sed -u 's/^/others | /'
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flowar needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'

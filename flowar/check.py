@@ -1,4 +1,4 @@
-"""Is a folder whole? A run, a checkpoint, a model, samples, features, a reference: every file that flowar reads back, against its hash. Read-only.
+"""Is a folder whole? Every file of it that flowar reads back, against its hash. Read-only.
 
 Datasets are checked by data_prep/check.py, which sends the other kinds here.
 """
