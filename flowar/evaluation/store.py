@@ -36,6 +36,7 @@ from flowar.sampling.job import SamplingJob, check_finite
 
 STORE_FILE = "features.json"
 NAMED = ("extractor", "weights_sha256", "identity")  # in features.json: what tells features apart
+STORE_KEY = "store"  # of a shard's metadata
 SHARD_NAME = re.compile(r"features_(\d+)_(\d+)_([0-9a-f]{16})\.safetensors")
 
 READERS = 8  # threads that decode images
@@ -116,7 +117,8 @@ def write_shard(
     """Write the features of some images, of the store that has this record, whole or not at all."""
     tensors = {name: values.contiguous() for name, values in layers.items()}
     ids = {"numbers": torch.tensor(list(numbers)), "labels": torch.tensor(labels)}
-    content = safetensors.torch.save(ids | tensors, metadata={name: str(record[name]) for name in NAMED})
+    owner = json.dumps({name: str(record[name]) for name in NAMED})  # one text: the file's bytes must not vary
+    content = safetensors.torch.save(ids | tensors, metadata={STORE_KEY: owner})
     name = f"features_{numbers[0]:08d}_{numbers[-1]:08d}_{xxhash.xxh64(content).hexdigest()}.safetensors"
     write_whole(folder / name, lambda hidden: hidden.write_bytes(content))
 
@@ -139,7 +141,7 @@ def read_shard(file: Path, record: dict[str, Any]) -> dict[str, Tensor]:
         if xxhash.xxh64(content).hexdigest() != match[3]:
             raise ValueError("it does not have the hash in its name")
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        named = header.get("__metadata__", {})  # nothing where version 0.1 wrote it
+        named = json.loads(header.get("__metadata__", {}).get(STORE_KEY, "{}"))  # nothing where version 0.1 wrote it
         other = [name for name in NAMED if str(record[name]) != named.get(name, str(record[name]))]
         if other:
             raise ValueError(f"its {other[0]} is {named[other[0]]}, that of {STORE_FILE} {record[other[0]]}")

@@ -1,4 +1,4 @@
-"""Single changed bytes of every file that flowar reads back: refused by name, or the result is the same."""
+"""Single changed bytes of references and of a run's records; the other files have such a test beside their attacks."""
 
 # ruff: noqa: F811 - fixtures of another file
 
@@ -14,8 +14,7 @@ from flowar.base.errors import UserError
 from flowar.base.records import read_record
 from flowar.config.load import load_described
 from flowar.config.training import TrainConfig
-from flowar.evaluation.image_sets import open_images
-from flowar.evaluation.references import prepare_features, prepare_reference
+from flowar.evaluation.references import prepare_reference
 from flowar.latents.schema import read_passport
 from flowar.training.owner import OWNER_CURE, OWNER_FILE
 from flowar.training.report import read_metrics
@@ -28,17 +27,6 @@ def run_dir(shards, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("bytes") / "run"
     train.main(training(shards, run_dir, epochs=2))
     return run_dir
-
-
-def read_images(folder, root, extractor):
-    images = open_images(folder, "samples")
-    return [images.numbers, images.labels, [images.read(place).tobytes() for place in range(len(images))]]
-
-
-def read_features(folder, root, extractor):
-    found = prepare_features(folder, "samples", extractor, folder / "out", measuring(root)).read()
-    layers = {name: tensor.tolist() for name, tensor in found.layers.items()}
-    return [found.numbers.tolist(), found.labels.tolist(), layers]
 
 
 def read_reference(folder, root, extractor):
@@ -57,8 +45,6 @@ def read_run(folder, root, extractor):
 
 
 KINDS = {
-    "images": (read_images, "images", ["samples.json", "images.xxh64", "images/000007_class0007.png"]),
-    "features": (read_features, "seed0", ["samples.json", f"{STORE}/features.json", f"{STORE}/features_*"]),
     "reference": (read_reference, "ref_real", [f"{STORE}/features.json", f"{STORE}/*.npz", f"{STORE}/features_*"]),
     "run": (read_run, None, ["config.yaml", "metrics.jsonl", "owner.json", "dataset.json"]),
 }
