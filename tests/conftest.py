@@ -88,7 +88,12 @@ def training(shards: Path, run_dir: Path, **changes: object) -> TrainConfig:
     """Return a run of 30 steps on the fixture's shards."""
     passport = read_passport(shards)
     model = tiny_config(
-        scales=(1, 2, passport.latent_size), latent_channels=passport.latent_channels, num_classes=2, dropout=0.1
+        scales=(1, 2, passport.latent_size),
+        latent_channels=passport.latent_channels,
+        num_classes=2,
+        ar_depth=2,
+        flow_depth=1,
+        dropout=0.1,
     )
     settings = {
         "model": model,
