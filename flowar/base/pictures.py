@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from flowar.base.files import write_whole
 
@@ -22,11 +21,19 @@ def save_png(image: Tensor, path: Path) -> None:
     write_whole(path, lambda hidden: picture.save(hidden, format="PNG"))
 
 
+def make_grid(images: Tensor, columns: int) -> Tensor:
+    """Return uint8 images (N, 3, H, W) as one (3, H, W), white between them."""
+    import torchvision.utils  # takes a second
+
+    grid: Tensor = torchvision.utils.make_grid(images, nrow=columns, padding=GRID_PADDING, pad_value=255)
+    return grid
+
+
 def save_grid(images: Tensor, path: Path, *, columns: int, enlarge: int = 1) -> None:
     """Write uint8 images (N, 3, H, W) as one picture with `columns` columns, each pixel `enlarge` pixels wide."""
     images = images.repeat_interleave(enlarge, dim=2).repeat_interleave(enlarge, dim=3)
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_png(make_grid(images, nrow=columns, padding=GRID_PADDING, pad_value=255), path)
+    save_png(make_grid(images, columns), path)
 
 
 def save_loss_curve(records: list[dict[str, float]], path: Path) -> None:

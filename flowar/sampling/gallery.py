@@ -6,10 +6,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid
 
 from flowar.base.devices import drawing_precision
-from flowar.base.pictures import GRID_PADDING, SMALLEST_SHOWN, save_grid, save_labelled
+from flowar.base.pictures import SMALLEST_SHOWN, make_grid, save_grid, save_labelled
 from flowar.base.seeding import StepNoise, draw_image_noise
 from flowar.config.drawing import SamplingConfig
 from flowar.latents.vae import VAE, to_uint8
@@ -93,7 +92,7 @@ def save_guidance(
             own = dataclasses.replace(config, guidance=guidance, num_steps=num_steps, last_scale_steps=last)
             cells.append(draw_images(own, model, vae, labels, numbers))
     by_class = torch.stack(cells).transpose(0, 1)  # (classes, cells, 3, H, W)
-    pictures = [make_grid(own, nrow=len(steps), padding=GRID_PADDING, pad_value=255) for own in by_class]
+    pictures = [make_grid(own, len(steps)) for own in by_class]
     save_labelled(
         pictures,
         path,

@@ -111,7 +111,7 @@ def assert_same_run_but_for_the_log(run_dir, finished):
 def test_another_model_or_seed_in_the_same_run_is_refused(shards, finished):
     config = training(shards, finished)
     changed = tiny_config(**{**vars(config.model), "ar_depth": 6})
-    with pytest.raises(UserError, match=r"holds another run: model.ar_depth was 4, now 6; give another run_dir"):
+    with pytest.raises(UserError, match=r"holds another run: model.ar_depth was 2, now 6; give another run_dir"):
         main(training(shards, finished, model=changed))
     with pytest.raises(UserError, match=r"seed was 0, now 1"):
         main(training(shards, finished, seed=1))
