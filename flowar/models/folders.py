@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import torch.distributed.checkpoint as dcp
@@ -38,6 +39,9 @@ from flowar.models.state_dicts import load_strictly
 WEIGHTS_FILE, MODEL_CONFIG_FILE = "model.safetensors", "config.json"
 LOCK_FILE = ".lock"
 MODEL_CURE = "export or convert it again"
+
+
+warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in one process it is meant to be
 
 
 def load_state(state: dict[str, Tensor], folder: Path, group: ProcessGroup | None = None) -> None:

@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import json
 import shutil
-import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from pathlib import Path
@@ -42,8 +41,6 @@ from flowar.models.folders import MODEL_CONFIG_FILE
 from flowar.training.averages import EMA
 from flowar.training.engine import Engine
 from flowar.training.owner import Owner
-
-warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in one process it is meant to be
 
 
 @dataclasses.dataclass(frozen=True)
