@@ -170,6 +170,8 @@ def train(config: TrainConfig, world: World) -> None:
                 ema.update(engine.local_weights(), progress.updates)
             else:
                 engine.skip()
+                if world.is_main:
+                    owner.check()  # before anything of the run is changed
                 bundle = keep_anomaly(
                     engine, batch, Anomaly(step, number, problem, losses, grad_norm), run.step, config
                 )
@@ -186,6 +188,7 @@ def train(config: TrainConfig, world: World) -> None:
                 batches = read_from(progress, config, run, world)
                 meter = StepMeter(progress.step, terms, world)
                 guard.in_a_row = 0
+                asked_to_stop = 0  # the next step notes it again, and is saved
                 continue
 
             # What a step leaves behind.

@@ -196,3 +196,8 @@ def change_bytes(files: list[Path], number: int, seed: int = 0) -> Iterator[tupl
         file.write_bytes(changed)
         yield file, place
         file.write_bytes(before)
+
+
+def written_by_0_1(config: Path) -> str:
+    """Return the text of a config.yaml without its hash."""
+    return config.read_text().partition("\n")[2].rpartition("# xxh3")[0]

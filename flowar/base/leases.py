@@ -133,7 +133,9 @@ class Leases:
     def holder(self, name: str) -> str:
         """Return who holds `name`, for messages."""
         generations = sorted(self.folder.glob(f"{name}.*"), key=lambda path: int(path.suffix[1:]))
-        with contextlib.suppress(OSError, ValueError, KeyError, IndexError):  # it may be given up while we look
+        with contextlib.suppress(
+            OSError, ValueError, TypeError, KeyError, IndexError
+        ):  # it may be given up while we look
             owner = json.loads(generations[-1].read_text())
             return f"{owner['host']} process {owner['pid']}"
         return "nobody"
@@ -160,7 +162,7 @@ class Leases:
         if seen is not None and not is_ours and now - seen.looked_at > longest_gap:
             seen = None  # this process may have slept since
         try:
-            content = path.read_text()
+            content = path.read_text(errors="replace")
         except FileNotFoundError:
             return False  # all work is done, and somebody tidies up
         since = seen.unchanged_since if seen is not None and seen.content == content else now
@@ -273,8 +275,8 @@ def _holder_is_gone(content: str) -> bool:
     """Return whether the holder was a process of this machine that has ended."""
     try:
         return process_is_gone(json.loads(content))
-    except json.JSONDecodeError:
-        return False  # half-written: unless its writer is dead it will change
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return False  # half-written or damaged: unless its writer is dead it will change
 
 
 def describe_process() -> dict[str, Any]:

@@ -5,7 +5,7 @@ by version 0.1, and is accepted.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ class DamagedRecordError(UserError):
 
 def hash_record(values: Mapping[str, Any]) -> str:
     """Return the hash of a record's values."""
-    plain = {key: value for key, value in values.items() if key != HASH_KEY}
+    own = {key: value for key, value in values.items() if key != HASH_KEY}
+    plain = json.loads(json.dumps(own))  # with texts as keys, as it will be read
     return xxhash.xxh3_64_hexdigest(json.dumps(plain, sort_keys=True).encode())
 
 
@@ -43,19 +44,23 @@ def create_record(file: Path, values: Mapping[str, Any]) -> bool:
     return create_whole(file, lambda hidden: hidden.write_text(text))
 
 
-def read_record(file: Path, cure: str) -> dict[str, Any]:
+def read_record(file: Path, cure: str, needs: Collection[str] = ()) -> dict[str, Any]:
     """Return the values of a record, without its hash.
 
     Args:
         file: what `write_record` wrote.
         cure: what to do about a damaged one; it ends the error's sentence.
+        needs: keys that it must have.
 
     Raises:
         DamagedRecordError: if it is not what was written.
         FileNotFoundError: if there is none.
     """
     try:
-        return parse_record(file.read_text())
+        values = parse_record(file.read_text())
+        if lacking := [key for key in needs if key not in values]:
+            raise ValueError(f"it has no {lacking[0]}")
+        return values
     except (ValueError, TypeError, RecursionError) as error:
         raise DamagedRecordError(f"{file} is damaged ({error}); {cure}") from error
 

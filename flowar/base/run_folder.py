@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from flowar.base.errors import UserError
+
 CONFIG_FILE = "config.yaml"
 HISTORY_FILE = "history.jsonl"  # step s was trained with the last line whose after_step is below s
 METRICS_FILE = "metrics.jsonl"
@@ -100,7 +102,7 @@ def is_checkpoint(folder: Path) -> bool:
         return False
     try:
         read_progress(folder)
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
+    except (FileNotFoundError, NotADirectoryError, ArithmeticError, LookupError, ValueError, TypeError, AttributeError):
         return False  # missing, half-written or damaged
     return True
 
@@ -123,9 +125,16 @@ def find_latest(run_dir: str | Path) -> Path | None:
 
 
 def set_aside(folder: Path) -> Path:
-    """Move a checkpoint that is damaged to RUN_DIR/damaged, so that its step can be written again; return its place."""
+    """Move a checkpoint that is damaged to RUN_DIR/damaged, so that its step can be written again; return its place.
+
+    Raises:
+        UserError: if it can't be moved.
+    """
     target = folder.parent.parent / DAMAGED / f"{folder.parent.name}-{folder.name}"
-    target.parent.mkdir(exist_ok=True)
-    while target.exists():
-        target = target.with_name(f"{target.name}_again")
-    return folder.rename(target)
+    try:
+        target.parent.mkdir(exist_ok=True)
+        while target.exists():
+            target = target.with_name(f"{target.name}_again")
+        return folder.rename(target)
+    except OSError as error:
+        raise UserError(f"{folder} is damaged and can't be moved to {target}: {error}; move it yourself") from error

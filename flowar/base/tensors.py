@@ -35,15 +35,19 @@ def load_tensors(file: Path, cure: str) -> dict[str, Tensor]:
     try:
         tensors = load_file(file)
         with safe_open(file, "pt") as opened:
-            hashes = dict(json.loads((opened.metadata() or {}).get(HASHES, "{}")))
+            hashes = json.loads((opened.metadata() or {}).get(HASHES, "{}"))
+        if not isinstance(hashes, dict):
+            raise TypeError(f"its hashes are a {type(hashes).__name__}")
         wrong = [name for name in hashes if name not in tensors or hash_tensor(tensors[name]) != hashes[name]]
         if wrong:
             raise ValueError(f"{wrong[0]} is not what was written")
-    except (SafetensorError, ValueError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({' '.join(str(error).split())}); {cure}") from error
     return tensors
 
 
 def hash_tensor(tensor: Tensor) -> str:
-    """Return the hash of a tensor's bytes."""
-    return xxhash.xxh3_64_hexdigest(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    """Return the hash of a tensor's type, shape and bytes."""
+    digest = xxhash.xxh3_64(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()

@@ -23,6 +23,7 @@ from flowar.base.files import write_text
 from flowar.config.kinds import describe_kind, example_of, section_class, shorten
 
 Schema = TypeVar("Schema")
+HEAD_COMMENT = "# Written by flowar; the last line has the hash of all others.\n"
 HASH_COMMENT = "# xxh3 of the lines above: "
 FREE = "free"  # key of a field's metadata
 INTERPOLATION = re.compile(r"(\\*)\$\{")  # its beginning, with the backslashes that take its meaning away
@@ -101,7 +102,7 @@ def load_config(schema: type[Schema], path: str | Path | None = None, overrides:
 
 def save_described(config: Dataclass, path: Path) -> None:
     """Write the resolved config as YAML, its hash in the last line; private if some of it came from the environment."""
-    text = describe_config(config)
+    text = HEAD_COMMENT + describe_config(config)
     write_text(path, f"{text}{HASH_COMMENT}{_hash(text)}\n", private=has_environment(config))
 
 
@@ -115,7 +116,7 @@ def load_described(schema: type[Schema], path: str | Path) -> Schema:
     """
     text = Path(path).read_text(errors="replace") if Path(path).is_file() else ""
     written, mark, digest = text.rpartition(HASH_COMMENT)
-    if mark and digest.strip() != _hash(written):
+    if (mark or text.startswith(HEAD_COMMENT[:20])) and digest.strip() != _hash(written):
         raise UserError(
             f"{path} is damaged: its settings don't have the hash in its last line; put it back from a backup, or, if "
             "you know that the settings are right, delete that line"

@@ -134,6 +134,9 @@ def save_model_whole(
     partial.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(partial / LOCK_FILE, timeout=0):
+            for leftover in partial.iterdir():
+                if leftover.name != LOCK_FILE:
+                    leftover.unlink()
             save_model(config, state, partial)
             if passport_of is not None and (passport_of / PASSPORT_FILE).is_file():
                 shutil.copy(passport_of / PASSPORT_FILE, partial / PASSPORT_FILE)

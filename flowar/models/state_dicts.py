@@ -22,6 +22,9 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str) -> No
     ]
     if shapes:
         raise UserError(f"{source} holds another model ({len(shapes)} shapes differ): {'; '.join(shapes[:3])}")
+    numbers = [f"{name} is {state[name].dtype}" for name in expected if not state[name].is_floating_point()]
+    if numbers:
+        raise UserError(f"{source} holds no weights: {'; '.join(numbers[:3])}; floating-point numbers are needed")
     model.load_state_dict(state)
 
 

@@ -146,7 +146,7 @@ def load_bundle(folder: Path) -> dict[str, Any]:
             f"{folder} must be the record of a skipped step, but has no {ANOMALY_FILE}; see RUN_DIR/anomalies"
         )
     cure = "it can't be replayed; take another one"
-    bundle = read_record(folder / ANOMALY_FILE, cure)
+    bundle = read_record(folder / ANOMALY_FILE, cure, ("step", "number", "problem", "losses", "grad_norm"))
     return bundle | load_tensors(folder / BATCH_FILE, cure)
 
 

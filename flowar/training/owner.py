@@ -16,6 +16,7 @@ from flowar.base.leases import describe_process, is_of_this_machine, process_is_
 from flowar.base.records import read_record, write_record
 
 OWNER_FILE = "owner.json"
+OWNER_KEYS = ("host", "machine", "pid", "started", "token", "job")
 OWNER_CURE = "if no process trains there, delete it and run the same command again"
 
 
@@ -28,7 +29,7 @@ class Owner(NamedTuple):
     def check(self) -> None:
         """Raise a UserError if another process has taken over the run."""
         try:
-            owner = read_record(self.run_dir / OWNER_FILE, OWNER_CURE)
+            owner = read_record(self.run_dir / OWNER_FILE, OWNER_CURE, OWNER_KEYS)
         except FileNotFoundError:
             raise UserError(f"run_dir={self.run_dir} was removed while it was trained") from None
         if owner["token"] != self.token:
@@ -52,7 +53,7 @@ def take_over(run_dir: Path) -> Owner:
     job = os.environ.get("FLOWAR_JOB", "")
     with owner_lock(run_dir):
         if file.exists():
-            owner = read_record(file, OWNER_CURE)
+            owner = read_record(file, OWNER_CURE, OWNER_KEYS)
             is_mine = owner["pid"] == os.getpid() or (job and owner["job"] == job)
             if not is_mine and is_of_this_machine(owner) and not process_is_gone(owner):
                 raise UserError(

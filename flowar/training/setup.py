@@ -145,6 +145,11 @@ def check_resumable(run_dir: Path, config: TrainConfig, passport: Passport, *, s
         say: print which settings change from here on.
     """
     if not (run_dir / CONFIG_FILE).exists():
+        if (latest := find_latest(run_dir)) is not None:
+            raise UserError(
+                f"run_dir={run_dir} has {latest.name}, but no {CONFIG_FILE}, which says with which settings it was "
+                "trained; put it back from a backup or from RUN_DIR/jobs, or give another run_dir"
+            )
         return
     before = load_described(TrainConfig, run_dir / CONFIG_FILE)
     changed = changed_settings(before, config)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from flowar.base.errors import UserError
 from flowar.models.build import create_model
-from flowar.models.folders import load_model, save_model
+from flowar.models.folders import load_model, save_model, save_model_whole
 from tests.conftest import ALL, randomise, tiny_config
 
 
@@ -60,3 +60,29 @@ def test_a_model_without_hashes_is_accepted(model_folder):
     (model_folder / "config.json").write_text(json.dumps(config))
     found = load_model(model_folder).state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+
+
+def test_numbers_of_another_type_are_refused(model_folder):
+    file = model_folder / "model.safetensors"
+    whole = load_file(file)
+    file.write_bytes(file.read_bytes().replace(b'"F32"', b'"I32"', 1))
+    with pytest.raises(UserError, match="model.safetensors is damaged"):
+        load_model(model_folder)
+    save_file({name: tensor.view(torch.int32) for name, tensor in whole.items()}, file)  # without hashes
+    with pytest.raises(UserError, match="holds no weights: .* is torch.int32"):
+        load_model(model_folder)
+
+
+@pytest.mark.parametrize("hashes", ["5", "null", "[]", "[1]", "{"])
+def test_hashes_that_are_none_are_named(model_folder, hashes):
+    file = model_folder / "model.safetensors"
+    save_file(load_file(file), file, metadata={"xxh3": hashes})
+    with pytest.raises(UserError, match="model.safetensors is damaged"):
+        load_model(model_folder)
+
+
+def test_nothing_of_an_interrupted_export_goes_into_the_next(tmp_path):
+    (tmp_path / "model.partial").mkdir()
+    (tmp_path / "model.partial" / "dataset.json").write_text("{}")
+    save_model_whole(tiny_config(), create_model(tiny_config()).state_dict(), tmp_path / "model")
+    assert {file.name for file in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors"}

@@ -14,12 +14,12 @@ from flowar import train
 from flowar.base.distributed import StopSignals
 from flowar.base.errors import EXIT_AGAIN, EXIT_INTERRUPTED, UserError
 from flowar.base.run_folder import find_latest
-from flowar.config.load import load_config
+from flowar.config.load import load_described
 from flowar.config.training import OptimConfig, ParallelConfig, TrainConfig
 from flowar.models import folders
 from flowar.models.build import create_model
 from flowar.training.report import read_metrics
-from tests.conftest import tiny_config, training
+from tests.conftest import flip_bit, tiny_config, training
 from tests.processes import PATIENCE_S, fork_context, join, start
 
 
@@ -54,7 +54,7 @@ def test_a_run_is_trained_on_along_a_longer_schedule(finished, capsys):
         (0, 1e-3),
         (6, 5e-4),
     ]
-    assert load_config(TrainConfig, Path(finished.run_dir) / "config.yaml") == longer
+    assert load_described(TrainConfig, Path(finished.run_dir) / "config.yaml") == longer
     by_step = {record["step"]: record["lr"] for record in read_metrics(finished.run_dir)}
     third = 1e-5 + (5e-4 - 1e-5) * 0.75  # of the cosine: 3 of the 9 steps after the warm-up are done
     assert by_step[7] == pytest.approx(third) and find_latest(finished.run_dir).name == "step_00000012"
@@ -65,7 +65,35 @@ def test_a_run_is_not_cut_to_fewer_steps_than_it_has(finished):
         train.main(dataclasses.replace(finished, epochs=1))
 
 
-@pytest.mark.parametrize("content", ["", '{"token": "a"', "[]", '{"token": "a", "xxh3": "0"}'])
+def test_a_run_whose_settings_are_lost_is_not_resumed_with_others(finished):
+    (Path(finished.run_dir) / "config.yaml").unlink()
+    with pytest.raises(UserError, match=r"has step_00000006, but no config.yaml, which says with which settings"):
+        train.main(dataclasses.replace(finished, seed=7, epochs=4))
+
+
+def test_a_config_that_is_cut_anywhere_is_not_taken_for_one_of_0_1(finished):
+    file = Path(finished.run_dir) / "config.yaml"
+    lines = file.read_text().splitlines(keepends=True)
+    for number in range(1, len(lines)):
+        file.write_text("".join(lines[:number]))
+        with pytest.raises(UserError, match="config.yaml is damaged"):
+            load_described(TrainConfig, file)
+
+
+def test_a_checkpoint_that_cant_be_set_aside_is_named(finished):
+    flip_bit(Path(finished.run_dir) / "checkpoints" / "step_00000006" / "__0_0.distcp", 5_000)
+    (Path(finished.run_dir) / "damaged").write_text("a file")
+    with pytest.raises(UserError, match=r"step_00000006 is damaged and can't be moved"):
+        train.main(dataclasses.replace(finished, epochs=4))
+
+
+def test_a_step_beyond_all_numbers_is_damage(finished):
+    file = Path(finished.run_dir) / "checkpoints" / "step_00000006" / "state.json"
+    file.write_text(file.read_text().replace('"step": 6', '"step": 1e345'))
+    assert find_latest(finished.run_dir).name == "step_00000004"
+
+
+@pytest.mark.parametrize("content", ["{}", "", '{"token": "a"', "[]", '{"token": "a", "xxh3": "0"}'])
 def test_a_damaged_owner_is_named(finished, content):
     (Path(finished.run_dir) / "owner.json").write_text(content)
     with pytest.raises(UserError, match=r"owner.json is damaged .*if no process trains there, delete it"):
@@ -147,7 +175,7 @@ def test_of_two_runs_begun_in_one_folder_one_goes_on_and_it_has_its_own_settings
         process.join()
     assert sorted(process.exitcode for process in both) == [0, 1]
     winner, loser = (0, 1) if both[0].exitcode == 0 else (1, 0)
-    assert load_config(TrainConfig, tmp_path / "run" / "config.yaml") == configs[winner]
+    assert load_described(TrainConfig, tmp_path / "run" / "config.yaml") == configs[winner]
     assert {start["settings"]["seed"] for start in history(configs[winner])} == {configs[winner].seed}
     said = logs[loser].read_text()
     assert "is in use by process" in said or "was taken over by process" in said or "holds another run" in said

@@ -21,7 +21,7 @@ from flowar.config.load import (
 from flowar.config.training import TrainConfig
 from flowar.models.build import config_from_dict, create_model
 from flowar.models.folders import load_model, save_model
-from tests.conftest import tiny_config, training
+from tests.conftest import tiny_config, training, written_by_0_1
 
 SECRET = "not-to-be-seen"
 REQUIRED = ("run_dir=a", "data.path=b")
@@ -100,7 +100,7 @@ def test_the_config_of_somebody_elses_run_reads_no_variable(shards, tmp_path, ca
     run_dir = tmp_path / "run"
     train.main(training(shards, run_dir, epochs=1))
     file = run_dir / "config.yaml"
-    text, _, _ = file.read_text().rpartition("# xxh3")  # as version 0.1 wrote it
+    text = written_by_0_1(file)
     file.write_text(text.replace("project: flowar", "project: ${oc.env:FLOWAR_SECRET}"))
     assert load_described(TrainConfig, file).wandb.project == "${oc.env:FLOWAR_SECRET}"
     train.main(training(shards, run_dir, epochs=1))

@@ -359,3 +359,20 @@ def test_a_merge_that_was_cut_off_is_finished(image_folder, shards, tmp_path):
         assert contents(tmp_path / "out") == needed
         shutil.rmtree(tmp_path / "out")
         assert not any(tmp_path.iterdir())
+
+
+def test_a_chunk_with_more_than_ten_classes_is_finished(tmp_path):
+    """Class numbers are keys of its record: as numbers 9 comes before 10, as texts after it."""
+    for label in range(12):
+        (tmp_path / "images" / f"{label:02d}").mkdir(parents=True)
+        Image.new("RGB", (32, 32), (20 * label, 0, 0)).save(tmp_path / "images" / f"{label:02d}" / "0.png")
+    main(
+        PrepareConfig(
+            images=str(tmp_path / "images"),
+            out_dir=str(tmp_path / "shards"),
+            vae=VAEConfig(name="demo"),
+            image_size=32,
+            num_workers=0,
+        )
+    )
+    assert read_passport(tmp_path / "shards").class_counts == [1] * 12

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from flowar.base.leases import Leases, finish_together
+from flowar.base.leases import Leases, _holder_is_gone, finish_together
 
 SHORT_S, LONG_S = 0.6, 2
 PATIENCE_S = 600  # for what is sure to come
@@ -132,3 +132,8 @@ def test_a_claim_that_a_dead_holder_left_empty_is_taken_over_by_one_who_looks_an
         with Leases(tmp_path, SHORT_S) as ours:
             is_mine = ours.claim("a")
         time.sleep(SHORT_S / 20)
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{}", b"5", b"\xff\xfe", b'{"machine": 1.5}'])
+def test_a_damaged_claim_is_of_nobody_who_is_known_to_be_dead(content):
+    assert not _holder_is_gone(content.decode(errors="replace"))

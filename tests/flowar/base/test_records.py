@@ -15,6 +15,17 @@ def test_a_record_comes_back_whatever_its_formatting(tmp_path):
     assert read_record(tmp_path / "r.json", "draw again") == values
 
 
+def test_keys_that_are_numbers_come_back_as_texts(tmp_path):
+    write_record(tmp_path / "r.json", {"counts": {9: 1, 10: 2, 100: 3}})
+    assert read_record(tmp_path / "r.json", "draw again") == {"counts": {"9": 1, "10": 2, "100": 3}}
+
+
+def test_a_record_that_lacks_a_key_is_named(tmp_path):
+    write_record(tmp_path / "r.json", {"step": 1})
+    with pytest.raises(DamagedRecordError, match="it has no pid"):
+        read_record(tmp_path / "r.json", "draw again", ("step", "pid"))
+
+
 def test_no_changed_byte_of_a_record_passes_in_silence_with_other_values(tmp_path):
     values = {"step": 20, "names": ["raw", "std"], "rate": 0.125}
     write_record(tmp_path / "r.json", values)

@@ -16,7 +16,7 @@ from flowar.evaluation.digits import DigitClassifier, save_classifier
 from flowar.evaluation.extractors import DEMO_EXTRACTOR
 from flowar.models.folders import export_model
 from flowar.sampling.job import choose_vae, open_job
-from tests.conftest import training
+from tests.conftest import training, written_by_0_1
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_an_exported_models_passport_names_the_vae(run, tmp_path, capsys):
 )
 def test_what_is_given_counts_and_the_run_completes_it(run, tmp_path, given, taken):
     copied = shutil.copytree(run, tmp_path / "run")
-    text, _, _ = (copied / "config.yaml").read_text().rpartition("# xxh3")  # as version 0.1 wrote it
+    text = written_by_0_1(copied / "config.yaml")
     named = text.replace("name: demo\n  weights: null", "name: mar\n  weights: /data/kl16.ckpt")
     assert named != text
     (copied / "config.yaml").write_text(named)
