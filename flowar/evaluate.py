@@ -98,6 +98,9 @@ def main(config: EvaluateConfig, dry_run: bool = False) -> None:
     # Numbers, by one of them.
     stores = [str(store) for store in (found, reference, against, sorted(others.items()))]
     stores += [str(source.fingerprint()) for source in (reference, *(source for _, source in others.values()))]
+    kept = [found, reference.store, against]
+    kept += [own for _, (store, source) in sorted(others.items()) for own in (store, source.store)]
+    stores += [own.identity() for own in kept if own is not None]
     identity = hashlib.sha256(json.dumps([decisive_settings(config), stores, __version__]).encode()).hexdigest()
 
     def is_done() -> bool:
