@@ -3,14 +3,18 @@
 import shutil
 
 import pytest
+import torch
 
-from flowar import evaluate
+from flowar import evaluate, sweep, train
 from flowar.base.errors import UserError
+from flowar.base.leases import CLAIMS_FOLDER, Leases
 from flowar.base.records import read_record
 from flowar.check import check_samples
+from flowar.config.training import EMAConfig
+from flowar.models.folders import export_model, load_model
 from flowar.sampling.packing import is_packed, pack_images
-from tests.attacks.measured import NUM, measuring
-from tests.conftest import flip_bit
+from tests.attacks.measured import NUM, measuring, sweeping
+from tests.conftest import flip_bit, training
 
 
 @pytest.fixture(scope="module")
@@ -52,3 +56,46 @@ def test_a_record_that_names_no_packed_files_is_named(tmp_path, text):
     (tmp_path / "packed.json").write_text(text)
     with pytest.raises(UserError, match="packed.json is damaged .its npz does not name packed files.; delete it and"):
         is_packed("npz", NUM, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def run(shards, tmp_path_factory):
+    """A run with checkpoints of steps 1, 2 and 3, and kept averages of step 2."""
+    run = tmp_path_factory.mktemp("runs") / "run"
+    averages = EMAConfig(decays=(0.9,), stds=(0.05, 0.1), keep_every_steps=2)
+    train.main(training(shards, run, epochs=1, save_every_steps=1, keep_checkpoints=3, ema=averages))
+    return run
+
+
+def test_a_sweep_of_a_run_that_trains_compares_weights_of_one_step(root, run, tmp_path, monkeypatch):
+    trained = shutil.copytree(run, tmp_path / "run")
+    (trained / "checkpoints" / "step_00000003").rename(tmp_path / "later")
+
+    def export_and_train_on(*arguments):
+        export_model(*arguments)
+        if (tmp_path / "later").exists():
+            (tmp_path / "later").rename(trained / "checkpoints" / "step_00000003")
+
+    monkeypatch.setattr(sweep, "export_model", export_and_train_on)
+    config = sweeping(root, tmp_path / "swept", model=str(trained), weights=("ema", "raw"))
+    (tmp_path / "swept").mkdir()
+    with Leases(tmp_path / "swept" / CLAIMS_FOLDER, 60) as leases:
+        sweep.keep_models(config, leases)
+    for name in ("ema", "raw"):
+        found = load_model(tmp_path / "swept" / "models" / name).state_dict()
+        needed = load_model(run / "checkpoints" / "step_00000002", name).state_dict()
+        assert all(torch.equal(found[key], needed[key]) for key in needed)
+
+
+def test_a_sweep_takes_checkpoint_and_kept_averages_of_one_step(root, run, tmp_path):
+    config = sweeping(root, tmp_path, model=str(run), ema_stds=(0.07,))
+    assert sweep.choose_checkpoint(config) == (run / "checkpoints" / "step_00000002", 2)
+
+
+def test_a_sweep_whose_checkpoint_is_gone_says_so(root, run, tmp_path):
+    trained = shutil.copytree(run, tmp_path / "run")
+    config = sweeping(root, tmp_path, model=str(trained))
+    checkpoint, _ = sweep.choose_checkpoint(config)
+    shutil.rmtree(checkpoint)
+    with pytest.raises(UserError, match="step_00000003 is gone, .*; ema was not copied yet: give another out_dir"):
+        sweep.choose_checkpoint(config)
