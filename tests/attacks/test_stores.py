@@ -99,3 +99,21 @@ def test_a_sweep_whose_checkpoint_is_gone_says_so(root, run, tmp_path):
     shutil.rmtree(checkpoint)
     with pytest.raises(UserError, match="step_00000003 is gone, .*; ema was not copied yet: give another out_dir"):
         sweep.choose_checkpoint(config)
+
+
+def test_a_damaged_checkpoint_does_not_stop_the_numbers_of_its_samples(root, run, tmp_path, monkeypatch):
+    damaged, notes = shutil.copytree(run, tmp_path / "run"), []
+    flip_bit(next((damaged / "checkpoints" / "step_00000003").glob("*.distcp")), 50_000)
+    flip_bit(damaged / "checkpoints" / "step_00000003" / "config.json", 20)
+    assert not evaluate.check_run(measuring(root), damaged, 3, notes)
+    assert len(notes) == 1 and f"not added to {damaged}: checkpoint " in notes[0] and "is damaged" in notes[0]
+    with pytest.raises(UserError, match="is damaged: .*; leave run_dir and step out to measure alone"):
+        evaluate.check_run(measuring(root, run_dir=str(damaged), step=3), damaged, 3, [])
+
+    def delete(checkpoint):
+        shutil.rmtree(checkpoint)
+        raise FileNotFoundError(checkpoint)
+
+    monkeypatch.setattr(evaluate, "read_progress", delete)
+    assert not evaluate.check_run(measuring(root), damaged, 2, notes)
+    assert notes[1] == f"not added to {damaged}: its checkpoint of step 2 was deleted meanwhile"
