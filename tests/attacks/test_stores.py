@@ -2,6 +2,7 @@
 
 import shutil
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,6 +12,7 @@ from flowar.base.leases import CLAIMS_FOLDER, Leases
 from flowar.base.records import read_record
 from flowar.check import check_samples
 from flowar.config.training import EMAConfig
+from flowar.evaluation.image_sets import open_images
 from flowar.models.folders import export_model, load_model
 from flowar.sampling.packing import is_packed, pack_images
 from tests.attacks.measured import NUM, measuring, sweeping
@@ -117,3 +119,14 @@ def test_a_damaged_checkpoint_does_not_stop_the_numbers_of_its_samples(root, run
     monkeypatch.setattr(evaluate, "read_progress", delete)
     assert not evaluate.check_run(measuring(root), damaged, 2, notes)
     assert notes[1] == f"not added to {damaged}: its checkpoint of step 2 was deleted meanwhile"
+
+
+def test_changed_bytes_of_a_stored_npz_are_not_measured(tmp_path):
+    images = np.zeros((NUM, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "a.npz", arr_0=images)
+    assert len(open_images(tmp_path / "a.npz", "samples")) == NUM
+    content = bytearray((tmp_path / "a.npz").read_bytes())
+    content[10_000:30_000] = bytes([7]) * 20_000
+    (tmp_path / "b.npz").write_bytes(content)
+    with pytest.raises(UserError, match="b.npz is not an .npz .*: Bad CRC-32 for file 'arr_0.npy'; copy or make"):
+        open_images(tmp_path / "b.npz", "samples")
