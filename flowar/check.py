@@ -29,6 +29,7 @@ from flowar.latents.schema import read_passport
 from flowar.models.checkpoint_files import CHECKED_AT_ONCE, check_pieces
 from flowar.models.folders import WEIGHTS_FILE, load_model
 from flowar.sampling.folder import IMAGES_FOLDER, SAMPLES_FILE, read_samples
+from flowar.sampling.packing import PACKED_FILE, check_packed
 from flowar.training.guard import WEIGHTS_FOLDER, load_bundle
 from flowar.training.owner import OWNER_FILE
 from flowar.training.report import read_metrics
@@ -80,10 +81,12 @@ def check_checkpoint(folder: Path) -> Iterator[str]:
 
 
 def check_samples(folder: Path) -> Iterator[str]:
-    """Check samples: their record, every image, and features that were drawn instead of images."""
+    """Check samples: their record, every image, what they are packed in, and features that were drawn instead."""
     yield from problem_of(functools.partial(read_samples, folder), f"record {folder / SAMPLES_FILE}")
     if (folder / IMAGES_FOLDER).is_dir():
         yield from problem_of(functools.partial(read_images, folder), f"images of {folder}")
+    if (folder / PACKED_FILE).exists():
+        yield from problem_of(functools.partial(check_packed, folder), f"packed forms of {folder}")
     yield from check_all_features(folder)
 
 

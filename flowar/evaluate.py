@@ -98,6 +98,9 @@ def main(config: EvaluateConfig, dry_run: bool = False) -> None:
     # Numbers, by one of them.
     stores = [str(store) for store in (found, reference, against, sorted(others.items()))]
     stores += [str(source.fingerprint()) for source in (reference, *(source for _, source in others.values()))]
+    kept = [found, reference.store, against]
+    kept += [own for _, (store, source) in sorted(others.items()) for own in (store, source.store)]
+    stores += [own.identity() for own in kept if own is not None]
     identity = hashlib.sha256(json.dumps([decisive_settings(config), stores, __version__]).encode()).hexdigest()
 
     def is_done() -> bool:
@@ -212,10 +215,10 @@ def check_run(config: EvaluateConfig, run_dir: Path, step: int, notes: list[str]
     """Return whether the numbers go to a run: the samples were drawn with weights of its checkpoint.
 
     Where that can't be known, because the checkpoint is gone or `flowar sample` didn't draw them, they go to a run that
-    was named as run_dir, and to no other; a note says so.
+    was named as run_dir, and to no other; a note says so. To one whose checkpoint is damaged they go in no case.
 
     Raises:
-        UserError: if the named run's checkpoint has other weights.
+        UserError: if the named run's checkpoint has other weights, or is damaged.
     """
     sampling = read_sampling(config)
     checkpoint = next((own for own in list_checkpoints(run_dir) if checkpoint_step(own) == step), None)
@@ -224,10 +227,18 @@ def check_run(config: EvaluateConfig, run_dir: Path, step: int, notes: list[str]
         if config.run_dir is None:
             notes.append(f"not added to {run_dir}: {why}; to add it, give run_dir={run_dir} step={step}")
         return config.run_dir is not None
-    wanted, names = sampling.get("weights_sha256"), [*read_progress(checkpoint).averages, "raw"]
-    names.sort(key=lambda name: name != sampling.get("weights"))  # the likeliest first
-    if any(hash_weights(load_model(checkpoint, name).state_dict()) == wanted for name in names):
-        return True
+    wanted = sampling.get("weights_sha256")
+    try:
+        names = [*read_progress(checkpoint).averages, "raw"]
+        names.sort(key=lambda name: name != sampling.get("weights"))  # the likeliest first
+        if any(hash_weights(load_model(checkpoint, name).state_dict()) == wanted for name in names):
+            return True
+    except (UserError, FileNotFoundError) as error:  # damaged, or deleted meanwhile by the run
+        why = str(error) if checkpoint.exists() else f"its checkpoint of step {step} was deleted meanwhile"
+        if config.run_dir is not None:
+            raise UserError(f"run_dir={run_dir}: {why}; leave run_dir and step out to measure alone") from error
+        notes.append(f"not added to {run_dir}: {why}")
+        return False
     problem = f"samples={config.samples} were drawn with weights {str(wanted)[:12]}, which {checkpoint} does not have"
     if config.run_dir is not None:
         raise UserError(f"{problem}; give the run_dir and step that they are of, or leave both out")

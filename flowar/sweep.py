@@ -22,6 +22,7 @@ from flowar.base.files import write_text
 from flowar.base.leases import CLAIMS_FOLDER, WAIT_S, Leases, finish_together
 from flowar.base.pictures import save_scatter
 from flowar.base.records import DamagedRecordError, create_record, read_record, write_record
+from flowar.base.run_folder import AVERAGES, CHECKPOINTS, checkpoint_step, is_checkpoint, list_checkpoints
 from flowar.base.terminal import plain_console
 from flowar.config.drawing import SampleConfig
 from flowar.config.load import decisive_settings, describe_changes, extend
@@ -32,7 +33,7 @@ from flowar.evaluation.protocols import frechet_metric
 from flowar.evaluation.references import Reference, check_reference, prepare_reference
 from flowar.evaluation.store import FeatureSink, read_features
 from flowar.models.build import family_of
-from flowar.models.folders import export_model
+from flowar.models.folders import export_model, find_model_folder
 from flowar.sampling.folder import identify, read_samples
 from flowar.sampling.job import SamplingJob, choose_vae, open_job
 from flowar.sampling.worker import draw_missing
@@ -40,6 +41,7 @@ from flowar.training.averages import save_average
 
 SETTINGS, MODELS = "settings", "models"
 REFERENCE_FILE = "reference.json"
+CHECKPOINT_FILE = "checkpoint.json"  # of which step of a run the weights are
 RESULTS_FILE, RECIPE_FILE, PICTURE_FILE = "sweep.json", "recipe.yaml", "pareto.png"
 DELETE = "delete it and run the same command again"
 
@@ -200,20 +202,79 @@ def list_models(config: SweepConfig) -> list[str]:
     return [*config.weights, *(f"std_{std:g}" for std in config.ema_stds)]
 
 
+def choose_checkpoint(config: SweepConfig) -> tuple[str | Path, int | None]:
+    """Choose of which step of a run all weights are, for it may train on: one process does, and the others follow.
+
+    Returns:
+        The checkpoint, or a model that is no run; and the step at which averages of ema_stds end, None: the last one.
+
+    Raises:
+        UserError: if there is none, or the chosen one is gone.
+    """
+    run, out_dir = Path(config.model), Path(config.out_dir)
+    if not (run / CHECKPOINTS).is_dir():
+        return config.model, None
+    file, cure = out_dir / CHECKPOINT_FILE, "restore it from a copy, or give another out_dir"
+    there = [name for name in list_models(config) if (out_dir / MODELS / name).exists()]  # before looking for the note
+    if there and not file.exists():
+        raise UserError(f"{out_dir / MODELS} holds {there[0]}, but no {file} says of which step of the run; {cure}")
+    if not file.exists():
+        create_record(file, newest_step(config))
+    record = read_record(file, cure)
+    name, step = record.get("checkpoint"), record.get("averages_step")
+    if not isinstance(name, str | None) or not isinstance(step, int | None):
+        raise DamagedRecordError(f"{file} is damaged (checkpoint is {name!r}, averages_step {step!r}); {cure}")
+    if name is None:
+        return config.model, step
+    checkpoint = run / CHECKPOINTS / name
+    lacking = [weights for weights in config.weights if not (out_dir / MODELS / weights).exists()]
+    if lacking and not is_checkpoint(checkpoint):
+        raise UserError(
+            f"{checkpoint} is gone, of which {file} says that all weights are; {lacking[0]} was not copied yet: "
+            "give another out_dir"
+        )
+    return checkpoint, step
+
+
+def newest_step(config: SweepConfig) -> dict[str, Any]:
+    """Return the newest checkpoint of a run; if ema_stds are compared too, that of the last step with kept averages.
+
+    Raises:
+        UserError: if there is none.
+    """
+    run = Path(config.model)
+    if not config.ema_stds:
+        return {"checkpoint": find_model_folder(run).name, "averages_step": None}
+    kept = {checkpoint_step(folder) for folder in list_checkpoints(run, AVERAGES)}
+    if not config.weights or not kept:
+        return {"checkpoint": None, "averages_step": max(kept, default=None)}
+    by_step = {checkpoint_step(folder): folder.name for folder in list_checkpoints(run)}
+    common = kept & by_step.keys()
+    if not common:
+        raise UserError(
+            f"model={run} has checkpoints of steps {sorted(by_step)}, and kept averages of others, up to {max(kept)}: "
+            "weights of different steps don't compare; give weights=[] or ema_stds=[]"
+        )
+    return {"checkpoint": by_step[max(common)], "averages_step": max(common)}
+
+
 def keep_models(config: SweepConfig, leases: Leases) -> None:
     """Copy the weights that are compared into the sweep's folder, each by one process: a run that trains goes on."""
     stds = {f"std_{std:g}": std for std in config.ema_stds}
-    for name in list_models(config):
-        target = Path(config.out_dir) / MODELS / name
+    targets = {name: Path(config.out_dir) / MODELS / name for name in list_models(config)}
+    if all(target.exists() for target in targets.values()):
+        return
+    source, step = choose_checkpoint(config)
+    for name, target in targets.items():
         target.parent.mkdir(exist_ok=True)
         while not target.exists():
             if not leases.claim(name):
                 time.sleep(WAIT_S)
                 continue
             if not target.exists() and name in stds:
-                save_average(Path(config.model), stds[name], None, target)
+                save_average(Path(config.model), stds[name], step, target)
             elif not target.exists():
-                export_model(config.model, name, target)
+                export_model(source, name, target)
             leases.release(name)
 
 

@@ -3,6 +3,7 @@
 Read next: features.py.
 """
 
+import functools
 import io
 import zipfile
 from collections.abc import Callable, Iterable
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from flowar.base.errors import UserError
+from flowar.base.files import MIB
 from flowar.base.records import read_record
 from flowar.base.tars import list_tar_images, read_bytes_at
 from flowar.latents.schema import INDEX_FILE
@@ -188,7 +190,9 @@ def _open_npz(path: Path, setting: str) -> ImageSet:
             raise ValueError(f"it holds {', '.join(names)}")
         images = _map_member(path, "arr_0.npy")
     except Exception as error:  # damaged archives raise any kind
-        raise UserError(f"{setting}={path} is not an .npz with images in arr_0: {error}") from error
+        raise UserError(
+            f"{setting}={path} is not an .npz with images in arr_0: {error}; copy or make it again"
+        ) from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise UserError(
             f"{setting}={path}: arr_0 is {images.dtype} {images.shape}; uint8 images (N, height, width, 3) are needed"
@@ -216,6 +220,8 @@ def _map_member(path: Path, member: str) -> NDArray[Any]:
             header_bytes = file.tell()
     if dtype.hasobject:
         raise ValueError(f"{member} holds Python objects")
+    stat = path.stat()
+    _check_member(path, member, stat.st_size, stat.st_mtime_ns)
     with path.open("rb") as raw:
         raw.seek(info.header_offset)
         local = raw.read(30)  # the local header: its name and extra field may differ from the directory's
@@ -223,6 +229,17 @@ def _map_member(path: Path, member: str) -> NDArray[Any]:
     order: Literal["F", "C"] = "F" if is_fortran else "C"
     mapped: NDArray[Any] = np.memmap(path, dtype=dtype, mode="r", offset=start + header_bytes, shape=shape, order=order)
     return mapped
+
+
+@functools.lru_cache
+def _check_member(path: Path, member: str, size: int, mtime_ns: int) -> None:
+    """Raise a BadZipFile error if a member of an archive doesn't have its checksum, which mapping doesn't look at.
+
+    One read of the whole member more, some seconds for 10 GB; of a file with the same size and time once a process.
+    """
+    with zipfile.ZipFile(path) as archive, archive.open(member) as file:
+        while file.read(MIB):  # at its end zipfile compares
+            continue
 
 
 def _open_tars(path: Path) -> ImageSet:

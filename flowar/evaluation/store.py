@@ -168,6 +168,10 @@ class FeatureStore(NamedTuple):
     num_images: int
     images: Path
 
+    def identity(self) -> str:
+        """Return the hash of which images these are, as the features say it: others may lie at the same place."""
+        return str(read_store(self.folder)["identity"])
+
     def read(self, layers: Iterable[str] | None = None) -> Features:
         """Return the features; errors as `read_features`."""
         return read_features(self.folder, self.num_images, layers)

@@ -14,11 +14,12 @@ import psutil
 from numpy.typing import NDArray
 from PIL import Image
 
+from flowar.base.errors import UserError
 from flowar.base.files import publish_folder, write_whole
 from flowar.base.hashes import hash_file
-from flowar.base.records import read_record, write_record
+from flowar.base.records import DamagedRecordError, read_record, write_record
 
-PACKED_FILE = "packed.json"  # what was packed: how many images, and the xxh3 of every file
+PACKED_FILE = "packed.json"  # what was packed: how many images, and the hash and size of every file
 PERMUTATION_SEED = 0  # of the .npz: always the same order for as many images
 IMAGES_PER_TAR = 10_000
 MDS_COLUMNS = {"image": "png", "label": "int", "number": "int"}
@@ -49,13 +50,21 @@ def pack_images(
     PACKERS[kind](files, labels, target, read)
     written = [target] if target.is_file() else sorted(path for path in target.rglob("*") if path.is_file())
     hashes = {str(path.relative_to(out_dir)): hash_file(path) for path in written}
-    write_record(out_dir / PACKED_FILE, record | {kind: {"num_images": len(files), "xxh64": hashes}})
+    sizes = {str(path.relative_to(out_dir)): path.stat().st_size for path in written}
+    about = {"num_images": len(files), "xxh64": hashes, "sizes": sizes}
+    write_record(out_dir / PACKED_FILE, record | {kind: about})
     return target
 
 
 def _read_packed(out_dir: Path) -> dict[str, Any]:
-    file = out_dir / PACKED_FILE
-    return read_record(file, "delete it and run again, which packs anew") if file.exists() else {}
+    """Return what is packed, by its form; "sizes" are not there where version 0.1 wrote it."""
+    file, cure = out_dir / PACKED_FILE, "delete it and run again, which packs anew"
+    record = read_record(file, cure) if file.exists() else {}
+    for kind, own in record.items():
+        is_whole = isinstance(own, dict) and type(own.get("num_images")) is int
+        if not is_whole or not all(isinstance(part, dict) for part in (own.get("xxh64"), own.get("sizes", {}))):
+            raise DamagedRecordError(f"{file} is damaged (its {kind} does not name packed files); {cure}")
+    return record
 
 
 def find_half_packed(out_dir: Path) -> list[Path]:
@@ -87,9 +96,38 @@ def _target(kind: str, out_dir: Path) -> Path:
 
 
 def is_packed(kind: str, num_images: int, out_dir: Path) -> bool:
-    """Return whether so many images are packed in this form."""
+    """Return whether so many images are packed in this form, and all files are there with their size."""
+    own = _read_packed(out_dir).get(kind)
+    if own is None or own["num_images"] != num_images or not own["xxh64"]:
+        return False
+    sizes = own.get("sizes", {})
+    return all(_has_size(out_dir / name, sizes.get(name)) for name in own["xxh64"])
+
+
+def _has_size(file: Path, size: int | None) -> bool:
+    """Return whether a file is there with this size; None: with any but 0."""
+    if not file.is_file():
+        return False
+    return file.stat().st_size == size if size is not None else file.stat().st_size > 0
+
+
+def check_packed(out_dir: Path) -> str:
+    """Hash all files that are packed; return how many images they hold.
+
+    Raises:
+        UserError: if one is not what was packed, or missing.
+    """
     record = _read_packed(out_dir)
-    return record.get(kind, {}).get("num_images") == num_images and _target(kind, out_dir).exists()
+    for kind, own in record.items():
+        for name, digest in own["xxh64"].items():
+            file = out_dir / name
+            if not file.is_file() or hash_file(file) != digest:
+                found = "does not have the hash in" if file.is_file() else "is not there, but named in"
+                raise UserError(
+                    f"{file} {found} {out_dir / PACKED_FILE}; delete {_target(kind, out_dir)} and run the same `flowar "
+                    "sample` again, which packs it anew"
+                )
+    return ", ".join(f"{own['num_images']:,} images as {kind}" for kind, own in record.items())
 
 
 def write_npz(files: Sequence[Path], labels: Sequence[int], target: Path, read: Read) -> None:
