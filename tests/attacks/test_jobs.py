@@ -131,6 +131,17 @@ def test_a_job_that_the_scheduler_never_got_is_shown_as_such(job, capsys):
     assert "NOT SUBMITTED" in capsys.readouterr().out
 
 
+def test_a_submission_of_the_same_second_leaves_the_other_ones_job_alone(job, tmp_path, monkeypatch):
+    """Both have looked for live jobs before either had one."""
+    (tmp_path / "local.yaml").write_text("scheduler: local\n")
+    monkeypatch.setattr("time.strftime", lambda _: job.folder.name.removeprefix("doctor-"))
+    ended = []
+    monkeypatch.setattr("cluster.submit.end_job", ended.append)
+    with pytest.raises(UserError, match=f"can't write {job.folder}: another submission made it in the same second"):
+        submit(["doctor", f"run_dir={tmp_path / 'run'}", "--cluster", str(tmp_path / "local.yaml")])
+    assert not ended and Job.load(job.folder) == job
+
+
 def test_a_config_of_somebody_elses_job_reads_no_variable(job, tmp_path, capsys):
     """Its training folder is looked for when the job is shown."""
     write_record(job.folder / "job.json", read_record(job.folder / "job.json", "") | {"verb": "train"})
