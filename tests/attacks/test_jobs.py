@@ -17,6 +17,7 @@ from cluster.status import cancel, find_jobs, logs, status
 from flowar import train
 from flowar.base.errors import UserError
 from flowar.base.records import read_record, write_record
+from flowar.base.run_folder import find_latest, list_checkpoints
 from flowar.config.jobs import ClusterConfig, DoctorConfig
 from flowar.config.load import describe_config
 from tests.conftest import MORE, flip_bit, training
@@ -198,6 +199,24 @@ def test_status_of_a_run_without_a_scheduler_shows_the_run(run_dir, capsys):
     owner = read_record(run_dir / "owner.json", "")
     write_record(run_dir / "owner.json", owner | {"machine": "another one", "host": "far"})
     assert f"process {process.pid} train UNKNOWN far" in shown(run_dir, capsys)
+
+
+@pytest.mark.parametrize("older", [1, 0])
+def test_a_checkpoint_that_is_deleted_while_status_looks_at_it_does_not_count(run_dir, capsys, monkeypatch, older):
+    *others, newest = list_checkpoints(run_dir)
+    for checkpoint in others[: len(others) - older]:
+        shutil.rmtree(checkpoint)
+
+    def find_and_delete(folder):
+        latest = find_latest(folder)
+        if latest == newest:
+            shutil.rmtree(newest)
+        return latest
+
+    monkeypatch.setattr("cluster.runs.find_latest", find_and_delete)
+    text = shown(run_dir, capsys)
+    assert "train RUNNING this machine" in text
+    assert ("its checkpoint of step 20" if older else "no complete checkpoint yet") in text
 
 
 OWNER_ATTACKS = {
