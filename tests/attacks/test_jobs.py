@@ -143,6 +143,24 @@ def test_a_submission_of_the_same_second_leaves_the_other_ones_job_alone(job, tm
     assert not ended and Job.load(job.folder) == job
 
 
+def test_following_a_run_goes_on_where_slurm_is_slow_or_a_disk_is_full(tmp_path, monkeypatch, capsys):
+    (tmp_path / "local.yaml").write_text("scheduler: local\n")
+    troubles = [None, UserError("squeue is slow"), OSError(28, "disk full"), OSError(28, "queue full"), None, None]
+
+    def meet(*_):
+        if trouble := troubles.pop(0):
+            raise trouble
+        return not troubles
+
+    monkeypatch.setattr("cluster.follow.look", meet)
+    monkeypatch.setattr("cluster.follow.is_over", meet)  # the second, the fourth and the last
+    words = ["evaluate", f"evaluate.reference={tmp_path}", "poll_s=0.01", "--follow", str(tmp_path)]
+    submit([*words, "--cluster", str(tmp_path / "local.yaml")])
+    shown = capsys.readouterr().out
+    for trouble in ("squeue is slow", "disk full", "queue full"):
+        assert f"{trouble} (looking again in 0.01 s)" in shown
+
+
 def test_a_config_of_somebody_elses_job_reads_no_variable(job, tmp_path, capsys):
     """Its training folder is looked for when the job is shown."""
     write_record(job.folder / "job.json", read_record(job.folder / "job.json", "") | {"verb": "train"})
