@@ -27,6 +27,7 @@ from flowar.models.folders import export_model
 from flowar.sampling.job import choose_vae
 
 MODEL = "model"
+MAY_PASS = (UserError, OSError)  # Slurm is busy, or a disk is full: the next look may go better
 
 
 def follow(run_dir: Path, words: list[str], cluster_file: str, *, once: bool, dry_run: bool) -> None:
@@ -56,12 +57,21 @@ def follow(run_dir: Path, words: list[str], cluster_file: str, *, once: bool, dr
             print(f"would measure {checkpoint} with {num_images(config, checkpoint_step(checkpoint)):,} images")
         return
     look(run_dir, config, cluster)
-    while not once and (due_checkpoints(run_dir, config) or not is_over(run_dir)):
+    while not once and not is_done(run_dir, config):
         time.sleep(config.poll_s)
         try:
             look(run_dir, config, cluster)
-        except UserError as error:  # Slurm is busy, or a disk is full: the next look may go better
-            print(error)
+        except MAY_PASS as error:
+            print(f"{error} (looking again in {config.poll_s:g} s)")
+
+
+def is_done(run_dir: Path, config: FollowConfig) -> bool:
+    """Return whether nothing is due any more; not so where that can't be found out now."""
+    try:
+        return not due_checkpoints(run_dir, config) and is_over(run_dir)
+    except MAY_PASS as error:
+        print(f"{error} (looking again in {config.poll_s:g} s)")
+        return False
 
 
 def look(run_dir: Path, config: FollowConfig, cluster: ClusterConfig) -> None:

@@ -1,5 +1,6 @@
 """What a training run's folder says of itself, however the run was started. Read next: status.py."""
 
+import contextlib
 import math
 import time
 from datetime import timedelta
@@ -98,8 +99,8 @@ def find_trainer(run_dir: Path) -> Trainer:
 
 
 def _state(owner: dict[str, Any], run_dir: Path) -> str:
-    latest = find_latest(run_dir)
-    if latest is not None and checkpoint_step(latest) == total_steps(run_dir):
+    latest = _latest(run_dir)
+    if latest is not None and latest[0] == total_steps(run_dir):
         return "FINISHED"
     if not is_of_this_machine(owner):
         return "UNKNOWN"
@@ -108,7 +109,7 @@ def _state(owner: dict[str, Any], run_dir: Path) -> str:
 
 def advise(run_dir: Path, trainer: Trainer) -> str:
     """Return in a sentence what can be done with a run that no scheduler started."""
-    latest = find_latest(run_dir)
+    latest = _latest(run_dir)
     where = {
         "RUNNING": f"process {trainer.pid} trains {run_dir}; `kill {trainer.pid}` has it save and stop",
         "STOPPED": f"process {trainer.pid} has ended; the same `flowar train` command resumes {run_dir}",
@@ -117,13 +118,20 @@ def advise(run_dir: Path, trainer: Trainer) -> str:
     }[trainer.state]
     if latest is None:
         return f"{where}. It has no complete checkpoint yet, so that nothing can be drawn or measured"
-    step = checkpoint_step(latest)
-    return f"{where}. `flowar sample model={run_dir}` draws with its checkpoint of step {step:,}"
+    return f"{where}. `flowar sample model={run_dir}` draws with its checkpoint of step {latest[0]:,}"
 
 
 def _checkpoint(run_dir: Path) -> str:
-    latest = find_latest(run_dir)
-    return f"{checkpoint_step(latest):,}, {_age(latest / STATE_FILE)} ago" if latest is not None else ""
+    latest = _latest(run_dir)
+    return f"{latest[0]:,}, {latest[1]} ago" if latest is not None else ""
+
+
+def _latest(run_dir: Path) -> tuple[int, timedelta] | None:
+    """Return the step and age of the newest complete checkpoint, or None; one that is just deleted doesn't count."""
+    while (latest := find_latest(run_dir)) is not None:
+        with contextlib.suppress(FileNotFoundError):
+            return checkpoint_step(latest), _age(latest / STATE_FILE)
+    return None
 
 
 def _age(file: Path) -> timedelta:

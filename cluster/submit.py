@@ -138,9 +138,12 @@ def submit(planned: list[PlannedJob], *, dry_run: bool, listed_in: Path | None =
         return
     stamp = time.strftime("%Y%m%d-%H%M%S")
     folders = [job.jobs.absolute() / f"{job.verb}-{stamp}" for job in planned]
+    made: list[Path] = []
     done: list[Job] = []
     try:
         for job, folder in zip(planned, folders, strict=True):
+            make_folder(folder)
+            made.append(folder)
             done.append(submit_one(job, folder, after=done[-1].ids if done else ()))
             if listed_in is not None:
                 (listed_in / JOBS).mkdir(parents=True, exist_ok=True)
@@ -148,7 +151,7 @@ def submit(planned: list[PlannedJob], *, dry_run: bool, listed_in: Path | None =
                 if not link.exists():  # the chain may be listed where one of its jobs is
                     link.symlink_to(folder)
     except BaseException:
-        for folder in folders:  # the last one's number may not have been noted yet
+        for folder in made:  # the last one's number may not have been noted yet
             if (folder / RECORD_FILE).is_file():
                 end_job(find_ids(Job.load(folder)))
         raise
@@ -160,11 +163,22 @@ def submit(planned: list[PlannedJob], *, dry_run: bool, listed_in: Path | None =
     print(f"watch it: flowar status {shown} --watch")
 
 
-def submit_one(job: PlannedJob, folder: Path, after: tuple[str, ...]) -> Job:
-    """Fill the job's folder, hand the job to the scheduler, and note its ids."""
+def make_folder(folder: Path) -> None:
+    """Make a job's folder, which is this submission's from then on."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700)  # settings, and lines of the batch script, may hold secrets
+    except OSError as error:
+        if isinstance(error, FileExistsError) and folder.is_dir():
+            raise UserError(
+                f"can't write {folder}: another submission made it in the same second; `flowar status` shows its job"
+            ) from error
+        raise UserError(f"can't write {folder}: {error.strerror or error}") from error
+
+
+def submit_one(job: PlannedJob, folder: Path, after: tuple[str, ...]) -> Job:
+    """Fill the job's folder, hand the job to the scheduler, and note its ids."""
+    try:
         code = copy_code(job.again, folder)
         if job.again is not None:  # word for word, for the code of that time
             shutil.copy(job.again.folder / JOB_CONFIG_FILE, folder / JOB_CONFIG_FILE)

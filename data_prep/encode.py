@@ -29,7 +29,7 @@ from data_prep.sources import ChangedSourceError, Stamp
 from flowar import __version__
 from flowar.base.devices import convolution_precision, pick_device
 from flowar.base.errors import UserError
-from flowar.base.leases import WAIT_S, Leases, claim_name, claimed_chunks
+from flowar.base.leases import WAIT_S, Leases, any_live, claim_name, claimed_chunks
 from flowar.config.data import PrepareConfig
 from flowar.config.load import decisive_settings
 from flowar.latents.schema import PASSPORT_FILE, SCHEMA_VERSION, Passport, read_passport
@@ -76,7 +76,8 @@ def prepare(config: PrepareConfig, vae: VAE, device: torch.device) -> None:
     except OSError as error:
         raise UserError(f"can't write to {job.partial}: {error}; fix that and run the same command again") from error
     finally:
-        if has_dataset(out_dir) or not any_file(job.partial):  # else others are at work, or the next run goes on
+        # Else the next run goes on, or others are at work: one that lists the images has written nothing yet.
+        if has_dataset(out_dir) or not (any_file(job.partial) or any_live(claims)):
             shutil.rmtree(claims, ignore_errors=True)
             with contextlib.suppress(OSError):
                 job.partial.rmdir()

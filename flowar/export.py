@@ -1,13 +1,10 @@
 """`flowar export`, `ema` and `convert`: what becomes a model folder of its own. Read next: models/folders.py."""
 
-import zipfile
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from flowar.base.errors import UserError
 from flowar.base.run_folder import CHECKPOINTS, is_checkpoint
+from flowar.base.tensors import load_plain_checkpoint
 from flowar.config.training import AverageConfig, ConvertConfig, ExportConfig
 from flowar.models.build import convert_released
 from flowar.models.folders import (
@@ -64,7 +61,7 @@ def convert_checkpoint(config: ConvertConfig, dry_run: bool = False) -> None:
             f"there is no file {source}; download FlowAR-S.pth, FlowAR-L.pth or FlowAR-H.pth from the authors' release"
         )
     check_new(target)
-    state_dict = read_checkpoint(source)
+    state_dict = load_plain_checkpoint(source)
     try:
         model = convert_released(state_dict, config.ar_heads)
     except UserError as error:
@@ -76,25 +73,3 @@ def convert_checkpoint(config: ConvertConfig, dry_run: bool = False) -> None:
         return
     save_model_whole(model.config, model.state_dict(), target)
     print(f"wrote {target / WEIGHTS_FILE} and {target / MODEL_CONFIG_FILE}")
-
-
-def read_checkpoint(source: Path) -> dict[str, Any]:
-    """Return what a PyTorch checkpoint of somebody else holds; no code in it is run.
-
-    Raises:
-        UserError: if it is not one, or not what was written: torch itself doesn't look at the checksums in the file.
-    """
-    try:
-        state_dict = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
-        with zipfile.ZipFile(source) as archive:
-            damaged = archive.testzip()
-    except Exception as error:  # whatever a damaged or hostile pickle makes torch raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(
-            f"{source} is not a readable PyTorch checkpoint of tensors: {reason}; download it again"
-        ) from error
-    if damaged is not None:
-        raise UserError(f"{source} is damaged: {damaged} in it doesn't have its checksum; download it again")
-    if not isinstance(state_dict, dict):
-        raise UserError(f"{source} holds a {type(state_dict).__name__}, but a state dict is needed")
-    return state_dict

@@ -256,6 +256,18 @@ def claim_name(chunk: int) -> str:
     return f"{chunk:06d}"
 
 
+def any_live(folder: Path) -> bool:
+    """Return whether a claim in a folder, which may not exist, is held by a process that may be alive."""
+    held: dict[str, tuple[int, Path]] = {}
+    with contextlib.suppress(OSError):  # nobody claims, or somebody tidies up
+        for path in folder.iterdir():
+            if path.suffix[1:].isdecimal():
+                held[path.stem] = max(held.get(path.stem, (-1, path)), (int(path.suffix[1:]), path))
+        contents = [path.read_text() for _, path in held.values()]
+        return any(content != GIVEN_UP and not _holder_is_gone(content) for content in contents)
+    return False
+
+
 @cache
 def _machine() -> str:
     """Return what two processes have in common if they see each other's process numbers."""

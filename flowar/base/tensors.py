@@ -1,8 +1,10 @@
-"""Tensors in .safetensors files, each with its hash beside it."""
+"""Tensors in .safetensors files, each with its hash beside it; and those in PyTorch's checkpoints of others."""
 
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
@@ -44,6 +46,30 @@ def load_tensors(file: Path, cure: str) -> dict[str, Tensor]:
     except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{file} is damaged ({' '.join(str(error).split())}); {cure}") from error
     return tensors
+
+
+def load_plain_checkpoint(source: Path) -> dict[str, Any]:
+    """Return what a PyTorch checkpoint of somebody else holds; no code in it is run.
+
+    Raises:
+        UserError: if it is not one, or not what was written: torch itself doesn't look at the checksums in the file.
+    """
+    try:
+        with zipfile.ZipFile(source) as archive:
+            damaged = archive.testzip()
+        state_dict = torch.load(source, map_location="cpu", weights_only=True, mmap=True) if damaged is None else {}
+    except PermissionError as error:
+        raise UserError(f"{source} can't be read: {error.strerror}; ask its owner for leave to read it") from error
+    except Exception as error:  # whatever a damaged or hostile pickle makes torch raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"{source} is not a readable PyTorch checkpoint of tensors: {reason}; download it again"
+        ) from error
+    if damaged is not None:
+        raise UserError(f"{source} is damaged: {damaged} in it doesn't have its checksum; download it again")
+    if not isinstance(state_dict, dict):
+        raise UserError(f"{source} holds a {type(state_dict).__name__}, but a state dict is needed")
+    return state_dict
 
 
 def hash_tensor(tensor: Tensor) -> str:

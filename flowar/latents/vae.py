@@ -4,7 +4,6 @@ The networks are diffusers' AutoencoderKL and AutoencoderDC; MAR's weights are m
 """
 
 import math
-import pickle
 import re
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from flowar.base.errors import UserError
 from flowar.base.hashes import hash_weights
+from flowar.base.tensors import load_plain_checkpoint
 
 DEMO_VAE = Path(__file__).parents[1] / "assets" / "demo_vae"
 
@@ -187,9 +187,8 @@ def _load_mar(weights: str | Path | None) -> nn.Module:
             "github.com/LTH14/mar) and set vae.weights=/path/to/kl16.ckpt"
         )
     try:
-        checkpoint = torch.load(weights, map_location="cpu", weights_only=True)
-        return mar_autoencoder(checkpoint["model"])
-    except (pickle.UnpicklingError, EOFError, *NOT_A_VAE) as error:
+        return mar_autoencoder(load_plain_checkpoint(Path(weights))["model"])
+    except NOT_A_VAE as error:
         problem = " ".join(str(error).split())[:300]
         raise UserError(f"vae.weights={weights} is not MAR's kl16.ckpt: {problem}") from error
 

@@ -17,6 +17,7 @@ from cluster.status import cancel, find_jobs, logs, status
 from flowar import train
 from flowar.base.errors import UserError
 from flowar.base.records import read_record, write_record
+from flowar.base.run_folder import find_latest, list_checkpoints
 from flowar.config.jobs import ClusterConfig, DoctorConfig
 from flowar.config.load import describe_config
 from tests.conftest import MORE, flip_bit, training
@@ -131,6 +132,35 @@ def test_a_job_that_the_scheduler_never_got_is_shown_as_such(job, capsys):
     assert "NOT SUBMITTED" in capsys.readouterr().out
 
 
+def test_a_submission_of_the_same_second_leaves_the_other_ones_job_alone(job, tmp_path, monkeypatch):
+    """Both have looked for live jobs before either had one."""
+    (tmp_path / "local.yaml").write_text("scheduler: local\n")
+    monkeypatch.setattr("time.strftime", lambda _: job.folder.name.removeprefix("doctor-"))
+    ended = []
+    monkeypatch.setattr("cluster.submit.end_job", ended.append)
+    with pytest.raises(UserError, match=f"can't write {job.folder}: another submission made it in the same second"):
+        submit(["doctor", f"run_dir={tmp_path / 'run'}", "--cluster", str(tmp_path / "local.yaml")])
+    assert not ended and Job.load(job.folder) == job
+
+
+def test_following_a_run_goes_on_where_slurm_is_slow_or_a_disk_is_full(tmp_path, monkeypatch, capsys):
+    (tmp_path / "local.yaml").write_text("scheduler: local\n")
+    troubles = [None, UserError("squeue is slow"), OSError(28, "disk full"), OSError(28, "queue full"), None, None]
+
+    def meet(*_):
+        if trouble := troubles.pop(0):
+            raise trouble
+        return not troubles
+
+    monkeypatch.setattr("cluster.follow.look", meet)
+    monkeypatch.setattr("cluster.follow.is_over", meet)  # the second, the fourth and the last
+    words = ["evaluate", f"evaluate.reference={tmp_path}", "poll_s=0.01", "--follow", str(tmp_path)]
+    submit([*words, "--cluster", str(tmp_path / "local.yaml")])
+    shown = capsys.readouterr().out
+    for trouble in ("squeue is slow", "disk full", "queue full"):
+        assert f"{trouble} (looking again in 0.01 s)" in shown
+
+
 def test_a_config_of_somebody_elses_job_reads_no_variable(job, tmp_path, capsys):
     """Its training folder is looked for when the job is shown."""
     write_record(job.folder / "job.json", read_record(job.folder / "job.json", "") | {"verb": "train"})
@@ -187,6 +217,24 @@ def test_status_of_a_run_without_a_scheduler_shows_the_run(run_dir, capsys):
     owner = read_record(run_dir / "owner.json", "")
     write_record(run_dir / "owner.json", owner | {"machine": "another one", "host": "far"})
     assert f"process {process.pid} train UNKNOWN far" in shown(run_dir, capsys)
+
+
+@pytest.mark.parametrize("older", [1, 0])
+def test_a_checkpoint_that_is_deleted_while_status_looks_at_it_does_not_count(run_dir, capsys, monkeypatch, older):
+    *others, newest = list_checkpoints(run_dir)
+    for checkpoint in others[: len(others) - older]:
+        shutil.rmtree(checkpoint)
+
+    def find_and_delete(folder):
+        latest = find_latest(folder)
+        if latest == newest:
+            shutil.rmtree(newest)
+        return latest
+
+    monkeypatch.setattr("cluster.runs.find_latest", find_and_delete)
+    text = shown(run_dir, capsys)
+    assert "train RUNNING this machine" in text
+    assert ("its checkpoint of step 20" if older else "no complete checkpoint yet") in text
 
 
 OWNER_ATTACKS = {

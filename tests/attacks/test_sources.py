@@ -9,6 +9,7 @@ import shutil
 import signal
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -18,6 +19,7 @@ from data_prep import check
 from data_prep.encode import main as prepare
 from data_prep.sources import open_source
 from flowar.base.errors import UserError
+from flowar.base.leases import GIVEN_UP
 from flowar.base.records import write_record
 from flowar.config.data import CheckConfig
 from flowar.latents.schema import read_passport
@@ -240,6 +242,27 @@ def test_an_image_that_was_read_and_removed_can_be_left_out_too(resume):
     follow(caught.value)
     prepare(preparing("source", "out", chunk_images=CHUNK_IMAGES, skip_unreadable=True))
     assert list(read_passport("out").skipped.values()) == ["dark/0.png (removed after it was listed)"]
+
+
+@pytest.mark.parametrize("state", ["listing", "given up"])
+def test_a_worker_that_is_interrupted_leaves_alone_what_another_one_needs_that_lists_the_images(
+    image_folder, tmp_path, monkeypatch, state
+):
+    claim, partial = tmp_path / "out.claims" / "plan.0", tmp_path / "out.partial"
+    claim.parent.mkdir()
+    partial.mkdir()
+    owner = {"host": "elsewhere", "machine": "elsewhere", "pid": 1, "started": "0.000", "beat": "000000001"}
+    claim.write_text(json.dumps(owner))
+
+    def interrupt(_):
+        if state == "given up":
+            claim.write_text(GIVEN_UP)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("data_prep.plan.time", SimpleNamespace(sleep=interrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepare(preparing(image_folder, tmp_path / "out"))
+    assert claim.exists() == partial.exists() == (state == "listing")
 
 
 def path_of(name):

@@ -1,5 +1,6 @@
 """VAEs that are damaged or somebody else's: refused by name; no weight is drawn at random, and no code runs."""
 
+import errno
 import json
 import os
 import shutil
@@ -9,7 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flowar.base.errors import UserError
+from flowar.latents import vae
 from flowar.latents.vae import DEMO_VAE, load_vae
+from tests.conftest import flip_bit
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -60,6 +63,27 @@ def test_another_checkpoint_than_mars_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "kl16.ckpt")
     with pytest.raises(UserError, match=r"vae.weights=.*kl16.ckpt is not MAR's kl16.ckpt"):
         load_vae("mar", tmp_path / "kl16.ckpt")
+
+
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
+def test_a_changed_byte_of_mars_checkpoint_is_refused(tmp_path, monkeypatch, share):
+    file = tmp_path / "kl16.ckpt"
+    monkeypatch.setattr(vae, "mar_autoencoder", lambda state: state)  # the real one has 260 MB
+    torch.save({"model": {"a": torch.zeros(10_000)}}, file)
+    flip_bit(file, int(share * file.stat().st_size))
+    with pytest.raises(UserError, match=r"vae.weights=.*kl16.ckpt .* doesn't have its checksum; download it again"):
+        load_vae("mar", file)
+
+
+def test_mars_checkpoint_that_may_not_be_read_is_refused(tmp_path, monkeypatch):
+    torch.save({"model": {}}, tmp_path / "kl16.ckpt")
+    monkeypatch.setattr("zipfile.ZipFile", refuse)  # root may read everything
+    with pytest.raises(UserError, match=r"kl16.ckpt can't be read: Permission denied; ask its owner"):
+        load_vae("mar", tmp_path / "kl16.ckpt")
+
+
+def refuse(*_):
+    raise PermissionError(errno.EACCES, "Permission denied")
 
 
 class Trap:
