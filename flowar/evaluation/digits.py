@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from flowar.base.errors import UserError
 from flowar.base.files import write_whole
+from flowar.base.tensors import load_tensors, save_tensors
 
 IMAGE_SIZE = 32
 NUM_CLASSES = 10
@@ -106,16 +106,25 @@ def accuracy(model: DigitClassifier, images: NDArray[np.uint8], labels: NDArray[
 
 
 def save_classifier(model: DigitClassifier, path: Path) -> None:
-    """Write the classifier as safetensors."""
-    write_whole(path, lambda hidden: save_file(model.state_dict(), hidden))
+    """Write the classifier as safetensors, with their hashes."""
+    write_whole(path, lambda hidden: save_tensors(model.state_dict(), hidden))
 
 
 def load_classifier(path: str | Path) -> DigitClassifier:
-    """Return the classifier that `save_classifier` wrote, in evaluation mode."""
+    """Return the classifier that `save_classifier` wrote, in evaluation mode.
+
+    Raises:
+        UserError: if there is none, or it is not what was written.
+    """
     if not Path(path).is_file():
         raise UserError(f"there is no classifier {path}; `flowar demo` writes one to RUN_DIR/classifier.safetensors")
     model = DigitClassifier()
-    model.load_state_dict(load_file(path))
+    cure = "remove it and run the same `flowar demo` again, which trains another"
+    try:
+        model.load_state_dict(load_tensors(Path(path), cure))
+    except RuntimeError as error:  # other names or shapes
+        problem = " ".join(str(error).split())[:300]
+        raise UserError(f"{path} is not the demo's classifier ({problem}); {cure}") from error
     return model.eval()
 
 

@@ -5,6 +5,7 @@ beside that. `checksums.json`, written last, has the hashes of `.metadata`, of t
 is checked in memory when it is read, so that nothing is read twice. Read next: folders.py, training/checkpoint.py.
 """
 
+import concurrent.futures
 import contextlib
 import io
 import json
@@ -22,6 +23,8 @@ from torch.distributed.checkpoint import (
     CheckpointException,
     FileSystemReader,
     FileSystemWriter,
+    LoadPlan,
+    LoadPlanner,
     Metadata,
     SavePlan,
     SavePlanner,
@@ -37,6 +40,7 @@ from flowar.base.run_folder import METADATA_FILE, STATE_FILE
 
 CHECKSUMS_FILE = "checksums.json"
 CHECKED_AT_ONCE = 4  # files
+HASHED_AT_ONCE = 2  # pieces, while others are read
 PIECE_HASH = "xxh3"  # attribute of torch's record of where a piece lies
 # What torch's metadata is made of: all that a `.metadata` may name.
 METADATA_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
@@ -184,18 +188,37 @@ class CheckedReader(FileSystemReader):
         metadata.storage_meta.load_id = self.load_id
         return metadata
 
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read this rank's pieces; other threads hash them meanwhile, and all are checked before this returns."""
+        self._checks: list[concurrent.futures.Future[None]] = []
+        with ThreadPoolExecutor(HASHED_AT_ONCE) as self._pool:
+            try:
+                done = super().read_data(plan, planner)
+            finally:  # damage may be why torch can't read a piece; then it is the error
+                for check in self._checks:
+                    check.result()
+        return done
+
     def _slice_file(self, file: Any, sinfo: Any) -> IO[bytes]:
-        file.seek(sinfo.offset)
-        content = file.read(sinfo.length)
-        expected = getattr(sinfo, PIECE_HASH, None)
-        is_right = xxhash.xxh3_64_hexdigest(content) == expected if self._has_hashes else len(content) == sinfo.length
+        content = self.read_piece(file, sinfo)
+        self._checks.append(self._pool.submit(self.check_piece, content, sinfo))
+        return io.BytesIO(content)
+
+    def read_piece(self, file: IO[bytes], place: Any) -> bytes:
+        """Return the bytes of a piece."""
+        file.seek(place.offset)
+        return file.read(place.length)
+
+    def check_piece(self, content: bytes, place: Any) -> None:
+        """Raise a DamagedCheckpointError if the bytes of a piece are not what was written."""
+        expected = getattr(place, PIECE_HASH, None)
+        is_right = xxhash.xxh3_64_hexdigest(content) == expected if self._has_hashes else len(content) == place.length
         if not is_right:
             raise DamagedCheckpointError.of(
                 Path(self.path),
-                f"bytes {sinfo.offset:,} to {sinfo.offset + sinfo.length:,} of {sinfo.relative_path} are not what was "
+                f"bytes {place.offset:,} to {place.offset + place.length:,} of {place.relative_path} are not what was "
                 "written",
             )
-        return io.BytesIO(content)
 
 
 def write_checksums(folder: Path) -> None:
@@ -247,7 +270,7 @@ def check_pieces(folder: Path) -> int:
         try:
             with (folder / name).open("rb") as file:
                 for place in sorted(by_file[name], key=lambda place: int(place.offset)):
-                    reader._slice_file(file, place)
+                    reader.check_piece(reader.read_piece(file, place), place)
         except OSError as error:
             raise DamagedCheckpointError.of(folder, str(error)) from error
         return sum(place.length for place in by_file[name])

@@ -1,6 +1,7 @@
 """Model folders that were damaged, swapped, or made by somebody else."""
 
 import json
+import os
 import random
 import shutil
 
@@ -9,9 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flowar.base.errors import UserError
+from flowar.evaluation.digits import DigitClassifier, load_classifier, save_classifier
 from flowar.models.build import create_model
 from flowar.models.folders import load_model, save_model, save_model_whole
-from tests.conftest import ALL, randomise, tiny_config
+from tests.conftest import ALL, flip_bit, randomise, tiny_config
 
 
 @pytest.fixture
@@ -86,3 +88,37 @@ def test_nothing_of_an_interrupted_export_goes_into_the_next(tmp_path):
     (tmp_path / "model.partial" / "dataset.json").write_text("{}")
     save_model_whole(tiny_config(), create_model(tiny_config()).state_dict(), tmp_path / "model")
     assert {file.name for file in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors"}
+
+
+@pytest.fixture
+def judge_file(tmp_path):
+    torch.manual_seed(0)
+    save_classifier(DigitClassifier().eval(), tmp_path / "classifier.safetensors")
+    return tmp_path / "classifier.safetensors"
+
+
+def keep_one(file):
+    state = load_file(file)
+    save_file({name: state[name] for name in sorted(state)[:1]}, file)
+
+
+JUDGE_ATTACKS = {
+    "half of it": lambda file: os.truncate(file, file.stat().st_size // 2),
+    "nothing": lambda file: os.truncate(file, 0),
+    "a bit of a weight": lambda file: flip_bit(file, file.stat().st_size - 1000),
+    "one weight": keep_one,
+}
+
+
+@pytest.mark.parametrize("attack", JUDGE_ATTACKS)
+def test_a_damaged_classifier_of_the_demo_is_refused(judge_file, attack):
+    JUDGE_ATTACKS[attack](judge_file)
+    with pytest.raises(UserError, match=rf"{judge_file} is .*; remove it and run the same `flowar demo` again"):
+        load_classifier(judge_file)
+
+
+def test_a_classifier_of_the_demo_is_read_with_and_without_hashes(judge_file):
+    expected = load_classifier(judge_file).state_dict()
+    save_file(load_file(judge_file), judge_file)  # as version 0.1 wrote it
+    found = load_classifier(judge_file).state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
