@@ -1,7 +1,6 @@
 """What a training run's folder says of itself, however the run was started. Read next: status.py."""
 
 import contextlib
-import math
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -74,7 +73,7 @@ def total_steps(run_dir: Path) -> int | None:
     if not (run_dir / CONFIG_FILE).is_file() or not (run_dir / PASSPORT_FILE).is_file():
         return None
     config = load_described(TrainConfig, run_dir / CONFIG_FILE)
-    return math.ceil(config.epochs * read_passport(run_dir).num_images / config.batch_size)
+    return config.count_steps(read_passport(run_dir).num_images)
 
 
 def find_trainer(run_dir: Path) -> Trainer:

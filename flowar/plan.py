@@ -5,7 +5,6 @@ in a process group without processes. Activations are what autograd keeps of one
 are assumed, and said so. Read next: parallel.py.
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -188,7 +187,7 @@ def main(config: PlanConfig, dry_run: bool = False) -> None:
     share = config.batch_size // num_ranks
     flops = count_training_flops(config.model) * (4 / 3 if config.parallel.checkpoint_every_blocks == 1 else 1)
     compute_s = flops * share / (peak * 1e12 * config.assumed_mfu)
-    steps = math.ceil(config.epochs * num_images / config.batch_size)
+    steps = config.count_steps(num_images)
     console = Console()
     machines = f"{config.nodes} x {config.gpus_per_node} {config.gpu}"
     rows: dict[str, list[str]] = {}

@@ -1,5 +1,6 @@
 """Settings of a training run, and of what is done with one: plan, replay, export, average, convert."""
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -165,6 +166,10 @@ class RecipeConfig:
             raise UserError(f"label_dropout={self.label_dropout} must lie in [0, 1)")
         if self.attention == "flash" and self.precision != "bf16":
             raise UserError(f"attention=flash needs precision=bf16, got precision={self.precision}")
+
+    def count_steps(self, num_images: int) -> int:
+        """Return how many steps a run on so many images has."""
+        return math.ceil(self.epochs * (num_images / self.batch_size))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,8 +104,8 @@ def plan_run(config: TrainConfig, world: World) -> RunPlan:
 
 def count_steps(config: TrainConfig, passport: Passport) -> tuple[int, float]:
     """Return how many steps a run has, and how many of them (not a whole number) warm up."""
-    steps_per_epoch = passport.num_images / config.batch_size
-    return math.ceil(config.epochs * steps_per_epoch), config.optim.warmup_epochs * steps_per_epoch
+    warmup_steps = config.optim.warmup_epochs * (passport.num_images / config.batch_size)
+    return config.count_steps(passport.num_images), warmup_steps
 
 
 def split_batch(batch_size: int, micro_batch_size: int | None, num_ranks: int) -> int:
