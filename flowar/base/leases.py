@@ -133,9 +133,8 @@ class Leases:
     def holder(self, name: str) -> str:
         """Return who holds `name`, for messages."""
         generations = sorted(self.folder.glob(f"{name}.*"), key=lambda path: int(path.suffix[1:]))
-        with contextlib.suppress(
-            OSError, ValueError, TypeError, KeyError, IndexError
-        ):  # it may be given up while we look
+        # It may be given up while we look, or damaged.
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError, IndexError):
             owner = json.loads(generations[-1].read_text())
             return f"{owner['host']} process {owner['pid']}"
         return "nobody"
@@ -263,7 +262,7 @@ def any_live(folder: Path) -> bool:
         for path in folder.iterdir():
             if path.suffix[1:].isdecimal():
                 held[path.stem] = max(held.get(path.stem, (-1, path)), (int(path.suffix[1:]), path))
-        contents = [path.read_text() for _, path in held.values()]
+        contents = [path.read_text(errors="replace") for _, path in held.values()]
         return any(content != GIVEN_UP and not _holder_is_gone(content) for content in contents)
     return False
 

@@ -1,4 +1,5 @@
-"""Records: JSON files that say themselves whether they are what was written. Every JSON that flowar reads back is one.
+"""Records: JSON files that say themselves whether they are what was written. Every JSON of which no other file has a
+hash is one.
 
 The hash is taken of the values, not of the text, so that formatting doesn't matter. A record without a hash was written
 by version 0.1, and is accepted.
