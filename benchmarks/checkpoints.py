@@ -25,7 +25,11 @@ TENSORS = 100
 
 
 def make_state(num_bytes: int) -> dict[str, Tensor]:
-    """Return random tensors of so many bytes together."""
+    """Return random tensors.
+
+    Args:
+        num_bytes: of all of them.
+    """
     return {f"model.{number}": torch.randn(num_bytes // 4 // TENSORS) for number in range(TENSORS)}
 
 

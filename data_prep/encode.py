@@ -76,7 +76,7 @@ def prepare(config: PrepareConfig, vae: VAE, device: torch.device) -> None:
     except OSError as error:
         raise UserError(f"can't write to {job.partial}: {error}; fix that and run the same command again") from error
     finally:
-        # Else the next run goes on, or others are at work: one that lists the images has written nothing yet.
+        # Otherwise the next run needs them, or another worker does, even one that has not yet written anything.
         if has_dataset(out_dir) or not (any_file(job.partial) or any_live(claims)):
             shutil.rmtree(claims, ignore_errors=True)
             with contextlib.suppress(OSError):

@@ -253,7 +253,7 @@ def test_brackets_in_paths_are_neither_markup_nor_html(root, tmp_path, capsys):
 
 
 def test_numbers_of_another_command_are_not_shown_as_ones_own(root, measured, tmp_path, monkeypatch):
-    """Another process with other settings writes its numbers just after this one."""
+    """Another process with other settings writes its numbers just after this one: the patch chooses that moment."""
     out_dir = shutil.copytree(measured, tmp_path / "out")
     finish = evaluate.finish_together
 

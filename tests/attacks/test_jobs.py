@@ -133,7 +133,7 @@ def test_a_job_that_the_scheduler_never_got_is_shown_as_such(job, capsys):
 
 
 def test_a_submission_of_the_same_second_leaves_the_other_ones_job_alone(job, tmp_path, monkeypatch):
-    """Both have looked for live jobs before either had one."""
+    """Both have looked for live jobs before either had one. The clock is held, as no test can hit a second at will."""
     (tmp_path / "local.yaml").write_text("scheduler: local\n")
     monkeypatch.setattr("time.strftime", lambda _: job.folder.name.removeprefix("doctor-"))
     ended = []
@@ -144,6 +144,7 @@ def test_a_submission_of_the_same_second_leaves_the_other_ones_job_alone(job, tm
 
 
 def test_following_a_run_goes_on_where_slurm_is_slow_or_a_disk_is_full(tmp_path, monkeypatch, capsys):
+    """The troubles are made up: a Slurm that answers late and a disk that fills at the right look can't be had."""
     (tmp_path / "local.yaml").write_text("scheduler: local\n")
     troubles = [None, UserError("squeue is slow"), OSError(28, "disk full"), OSError(28, "queue full"), None, None]
 
@@ -221,6 +222,7 @@ def test_status_of_a_run_without_a_scheduler_shows_the_run(run_dir, capsys):
 
 @pytest.mark.parametrize("older", [1, 0])
 def test_a_checkpoint_that_is_deleted_while_status_looks_at_it_does_not_count(run_dir, capsys, monkeypatch, older):
+    """It is really deleted, just after it was found: the patch is only there to do it at that moment."""
     *others, newest = list_checkpoints(run_dir)
     for checkpoint in others[: len(others) - older]:
         shutil.rmtree(checkpoint)

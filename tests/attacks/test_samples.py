@@ -215,7 +215,7 @@ def assert_hashes_are_right(folder):
 
 @pytest.mark.parametrize("grid_images", [1, 100], ids=["not in the grid", "in the grid"])
 def test_enlarging_a_set_does_not_make_a_replaced_image_valid(root, job, drawn, monkeypatch, grid_images):
-    monkeypatch.setattr("flowar.sampling.images.GRID_IMAGES", grid_images)
+    monkeypatch.setattr("flowar.sampling.images.GRID_IMAGES", grid_images)  # else 101 images would have to be drawn
     shutil.copy(image(root / "seed1", 2), image(drawn, 2))
     with pytest.raises(UserError, match=NOT_ITS_HASH):
         draw(job, drawn, num_images=NUM + 2)
