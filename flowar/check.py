@@ -26,7 +26,7 @@ from flowar.evaluation.image_sets import open_images
 from flowar.evaluation.references import STATISTICS_FILE, read_statistics
 from flowar.evaluation.store import STORE_FILE, read_features, read_store
 from flowar.latents.schema import read_passport
-from flowar.models.checkpoint_files import CHECKED_AT_ONCE, check_pieces
+from flowar.models.checkpoint_files import READ_AT_ONCE, check_pieces
 from flowar.models.folders import WEIGHTS_FILE, load_model
 from flowar.sampling.folder import IMAGES_FOLDER, SAMPLES_FILE, read_samples
 from flowar.sampling.packing import PACKED_FILE, check_packed
@@ -97,7 +97,7 @@ def read_images(folder: Path) -> str:
         UserError: if one is not what was drawn, or missing.
     """
     images = open_images(folder, "samples")
-    with ThreadPoolExecutor(CHECKED_AT_ONCE) as pool:
+    with ThreadPoolExecutor(READ_AT_ONCE) as pool:
         return f"{sum(1 for _ in pool.map(images.read, range(len(images)))):,} images"
 
 
