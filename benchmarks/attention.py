@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flowar.models.attention import attend
-from flowar.models.flowar.scales import causal_segments, num_tokens
+from flowar.models.attention import Pattern, attend
+from flowar.models.flowar.scales import causal_segments, num_tokens, small_mask
 
 SCALES = (1, 2, 4, 8, 16)
 
@@ -45,14 +45,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     torch.set_num_threads(parser.parse_args().threads)
     torch.manual_seed(0)
-    qkv = torch.randn(3, BATCH, num_tokens(SCALES), HEADS, HEAD_WIDTH, requires_grad=True)
+    qkv = torch.randn(3, BATCH, HEADS, num_tokens(SCALES), HEAD_WIDTH, requires_grad=True)
     segments, mask = causal_segments(SCALES, range(len(SCALES))), dense_mask()
+    pattern = Pattern(segments, small_mask(segments))
 
     def by_segments(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return attend(query, key, value, segments, dropout=0.0, kernel="sdpa")
+        return attend(query, key, value, pattern, dropout=0.0, kernel="sdpa")
 
     def by_mask(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
 
     ours, theirs = [], []

@@ -4,7 +4,7 @@ Shapes: B batch, N tokens, H heads, d channels of a head.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +15,22 @@ from flowar.base.errors import UserError
 Segment = tuple[slice, slice]  # (queries, keys): these queries attend to exactly these keys, without a mask
 
 
-def attend(
-    query: Tensor, key: Tensor, value: Tensor, segments: list[Segment], *, dropout: float, kernel: str
-) -> Tensor:
-    """Return attention (B, N, H, d) where the queries of each segment see exactly its keys, by one unmasked call each.
+class Pattern(NamedTuple):
+    """Who attends to whom: segments, and how torch computes them in two calls."""
+
+    segments: list[Segment]  # together all queries in order
+    mask: Tensor | None  # (queries, keys) of all segments but the last, True where seen; None where there are no such
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, *, dropout: float, kernel: str) -> Tensor:
+    """Return attention (B, H, N, d) where the queries of each segment see exactly its keys.
+
+    The last segment, which has most tokens, is one call without a mask. The others are together one small call with a
+    mask ("sdpa"), or one call each ("flash", which takes no mask).
 
     Args:
-        query, key, value: (B, N or more, H, d).
-        segments: slices of queries, together all of them in order, each with its slice of keys.
+        query, key, value: (B, H, N or more, d).
+        pattern: of these queries and keys.
         dropout: probability on the attention weights; 0 outside training.
         kernel: "sdpa" (torch) or "flash" (the flash-attn package, CUDA, bfloat16 or float16).
 
@@ -33,14 +41,52 @@ def attend(
         flash_attn_func = import_flash_attention()
         if query.dtype == torch.float32:
             raise UserError("attention=flash needs bfloat16 or float16, got float32; set precision=bf16")
-        parts = [flash_attn_func(query[:, q], key[:, k], value[:, k], dropout_p=dropout) for q, k in segments]
-        return torch.cat(parts, dim=1)
-    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, H, N, d)
+        query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, N, H, d)
+        parts = [flash_attn_func(query[:, q], key[:, k], value[:, k], dropout_p=dropout) for q, k in pattern.segments]
+        return torch.cat(parts, dim=1).transpose(1, 2)
+    keys = pattern.segments[-1][1]
+    if pattern.mask is None:
+        return _attend_once(query, key[:, :, keys], value[:, :, keys], None, dropout)
+    num_queries, num_keys = pattern.mask.shape
+    queries = _split(query, slice(0, num_queries), slice(num_queries, query.shape[2]))
+    both_keys = _split(key, slice(0, num_keys), keys)
+    values = _split(value, slice(0, num_keys), keys)
     parts = [
-        F.scaled_dot_product_attention(query[:, :, q], key[:, :, k], value[:, :, k], dropout_p=dropout)
-        for q, k in segments
+        _attend_once(*tensors, dropout)
+        for tensors in zip(queries, both_keys, values, (pattern.mask, None), strict=True)
     ]
-    return torch.cat(parts, dim=2).transpose(1, 2)
+    return torch.cat(parts, dim=2)
+
+
+def _attend_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """Return attention (B, H, N, d). With dropout, torch has no kernel but CUDA's that never writes the weights."""
+    if dropout == 0 or query.is_cuda:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
+    if mask is None:
+        bias, beta = query.new_empty(()), 0
+    else:
+        bias, beta = torch.where(mask, query.new_zeros(()), -torch.inf), 1
+    batch, heads = query.shape[:2]
+    query, key, value = query.flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1)
+    logits = torch.baddbmm(bias, query, key.mT, beta=beta, alpha=query.shape[-1] ** -0.5)
+    output: Tensor = torch.bmm(drop_out(logits.softmax(-1), dropout), value).unflatten(0, (batch, heads))
+    return output
+
+
+def drop_out(values: Tensor, probability: float) -> Tensor:
+    """Return F.dropout(values), the same bits; on a CPU that keeps 4 bytes a value for the gradient, this one."""
+    if probability == 0:
+        return values
+    dropped: Tensor = torch.native_dropout(values, probability, True)[0]
+    return dropped
+
+
+def _split(heads: Tensor, first: slice, second: slice) -> tuple[Tensor, Tensor]:
+    """Return two slices of the tokens of (B, H, N, d); the gradients of disjoint ones take no sum."""
+    if second.start == first.stop:
+        left, right = heads.split([first.stop, second.stop - second.start], dim=2)
+        return left, right
+    return heads[:, :, first], heads[:, :, second]
 
 
 def import_flash_attention() -> Callable[..., Any]:

@@ -1,6 +1,6 @@
 """What Transformers are built of: norm, gated MLP, rotary embedding, attention, time embedding.
 
-They know tensors, not labels. Read next: attention.py, flowar/model.py.
+They know tensors, not labels. Read next: fused.py, attention.py, flowar/model.py.
 Shapes: B batch, N tokens, D width, H heads, d = D / H.
 """
 
@@ -12,22 +12,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from flowar.models.attention import Segment, attend
+from flowar.models.attention import Pattern, attend, drop_out
+from flowar.models.fused import NORM_EPS, gated_gelu, rotate, rotate_queries_keys, scaled_norm
 
-NORM_EPS = 1e-6  # the released code's RMSNorm
 TIME_FEATURES = 256  # width of the sinusoidal time features, as released
 TIME_STEPS = 1000  # the released code embeds whole thousandths of the time
 MAX_PERIOD = 10_000  # of the sinusoids in time
 
 
-def rms_norm(width: int, *, weight: bool) -> nn.RMSNorm:
-    """Return the RMSNorm of the released code, over the last axis."""
-    return nn.RMSNorm(width, eps=NORM_EPS, elementwise_affine=weight)
+class Linear(nn.Linear):
+    """A linear layer over all tokens as one matrix product, which torch makes of it only where there is a bias."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return (..., out) of (..., in)."""
+        output: Tensor = F.linear(tokens.flatten(0, -2), self.weight, self.bias).unflatten(0, tokens.shape[:-1])
+        return output
 
 
-def modulate(tokens: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
-    """Return `tokens` (1 + gain) + shift: adaLN, or Spatial-adaLN where gain and shift differ by token."""
-    return tokens * (1 + gain) + shift
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm over the last axis, modulated where it has no weight of its own; eps as released."""
+
+    least: Tensor
+
+    def __init__(self, width: int, *, weight: bool) -> None:
+        super().__init__(width, eps=NORM_EPS, elementwise_affine=weight)
+        self.register_buffer("least", torch.tensor(NORM_EPS), persistent=False)
+
+    def forward(self, tokens: Tensor, gain: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """Return the normed tokens (B, N, D) times the weight, or times (1 + gain), plus shift."""
+        scale = self.weight if gain is None else 1 + gain
+        return scaled_norm(tokens, scale, shift, self.least)
 
 
 class GatedMLP(nn.Module):
@@ -39,23 +53,12 @@ class GatedMLP(nn.Module):
         self.gate = nn.Linear(width, hidden)
         self.value = nn.Linear(width, hidden)
         self.output = nn.Linear(hidden, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = dropout
 
     def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.dropout(F.gelu(self.gate(tokens)) * self.value(tokens))
-        output: Tensor = self.dropout(self.output(hidden))
-        return output
-
-
-def rotate(heads: Tensor, angles: Tensor) -> Tensor:
-    """Return queries or keys `heads` (B, N, H, d) turned by `angles` (N, d / 2), neighbouring channels as pairs.
-
-    The arithmetic is float32 at least, whatever the dtype of `heads`; the result has the dtype of `heads`.
-    """
-    cosine, sine = angles.cos()[:, None], angles.sin()[:, None]  # (N, 1, d / 2)
-    even, odd = heads.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([even * cosine - odd * sine, even * sine + odd * cosine], dim=-1)
-    return turned.flatten(-2).to(heads.dtype)
+        dropout = self.dropout if self.training else 0.0
+        hidden = drop_out(gated_gelu(self.gate(tokens), self.value(tokens)), dropout)
+        return drop_out(self.output(hidden), dropout)
 
 
 class SelfAttention(nn.Module):
@@ -66,22 +69,20 @@ class SelfAttention(nn.Module):
         self.heads = heads
         self.kernel = "sdpa"
         self.dropout = dropout
-        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias)
+        self.qkv = Linear(width, 3 * width, bias=qkv_bias)
         self.output = nn.Linear(width, width)
 
     def forward(
-        self, tokens: Tensor, angles: Tensor, segments: list[Segment], past: tuple[Tensor, Tensor] | None = None
+        self, tokens: Tensor, turns: Tensor, pattern: Pattern, past: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Return the attended tokens (B, N, D), and all keys and values so far, (B, past + N, H, d) each."""
+        """Return the attended tokens (B, N, D), and all keys and values so far, (B, H, past + N, d) each."""
         qkv = self.qkv(tokens).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, d)
-        query, key, value = qkv.unbind(2)
-        query, key = rotate(query, angles), rotate(key, angles)
+        query, key, value = rotate_queries_keys(qkv, turns)
         if past is not None:
-            key, value = torch.cat([past[0], key], dim=1), torch.cat([past[1], value], dim=1)
+            key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
         dropout = self.dropout if self.training else 0.0
-        attended = attend(query, key, value, segments, dropout=dropout, kernel=self.kernel)
-        output = self.output(attended.flatten(-2))
-        return F.dropout(output, self.dropout, self.training), (key, value)
+        attended = attend(query, key, value, pattern, dropout=dropout, kernel=self.kernel)
+        return drop_out(self.output(attended.transpose(1, 2).contiguous().flatten(-2)), dropout), (key, value)
 
 
 class CrossAttention(nn.Module):
@@ -91,16 +92,20 @@ class CrossAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.kernel = "sdpa"
-        self.query = nn.Linear(width, width, bias=False)
-        self.key_value = nn.Linear(context_width, 2 * width, bias=False)
+        self.query = Linear(width, width, bias=False)
+        self.key_value = Linear(context_width, 2 * width, bias=False)
         self.output = nn.Linear(width, width)
 
-    def forward(self, tokens: Tensor, context: Tensor, angles: Tensor, segments: list[Segment]) -> Tensor:
-        query = self.query(tokens).unflatten(-1, (self.heads, -1))  # (B, N, H, d)
+    def project(self, context: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values (B, H, N, d) of a context (B, N, D)."""
         key, value = self.key_value(context).unflatten(-1, (2, self.heads, -1)).unbind(2)
-        query, key = rotate(query, angles), rotate(key, angles)
-        attended = attend(query, key, value, segments, dropout=0.0, kernel=self.kernel)
-        output: Tensor = self.output(attended.flatten(-2))
+        return rotate(key, turns), value.transpose(1, 2).contiguous()
+
+    def forward(self, tokens: Tensor, keys_values: tuple[Tensor, Tensor], turns: Tensor, pattern: Pattern) -> Tensor:
+        """Return the attended tokens (B, N, E), from what `project` made of the context."""
+        query = rotate(self.query(tokens).unflatten(-1, (self.heads, -1)), turns)  # (B, H, N, d)
+        attended = attend(query, *keys_values, pattern, dropout=0.0, kernel=self.kernel)
+        output: Tensor = self.output(attended.transpose(1, 2).contiguous().flatten(-2))
         return output
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowar.config.drawing import DrawConfig
 from flowar.models.flowar.loss import check_shape
-from flowar.models.flowar.model import FlowAR
+from flowar.models.flowar.model import FlowAR, Modulations
 from flowar.models.flowar.scales import next_input, num_tokens, token_range, unpatchify
 from flowar.models.solvers import evaluation_times, make_time_grid, solve
 
@@ -43,25 +43,34 @@ class Guidance(NamedTuple):
 
 
 def guided_velocity(
-    model: FlowAR, semantics: Tensor, span: range, weight: float, guidance: Guidance
+    model: FlowAR,
+    semantics: Tensor,
+    span: range,
+    weight: float,
+    guidance: Guidance,
+    modulations: dict[float, Modulations],
 ) -> Callable[[Tensor, float], Tensor]:
     """Return the velocity (state, time) -> (B, N, C p p) of one scale, guided by `weight` where guidance acts.
 
     Where it does not act, the flow Transformer's unconditional half is not computed.
 
     Args:
-        semantics: of this scale, (B, N, D), or (2 B, N, D) with the unconditional half last.
+        model: in evaluation mode.
+        semantics: of this scale, (B, N, D); (2 B, N, D) with the unconditional half last where weight is above 1.
+        span: this scale.
+        weight: of the guidance at this scale.
+        guidance: when it acts.
+        modulations: of every time that is asked for.
     """
+    both = model.flow.prepare(semantics, span)
+    conditional = both.first(len(semantics) // 2) if weight > 1 else both
 
     def velocity(state: Tensor, time: float) -> Tensor:
-        guided = weight > 1 and guidance.acts_at(time)
-        batch = torch.cat([state, state]) if guided else state
-        at = torch.full((len(batch), 1), time, dtype=torch.float32, device=state.device)
-        result: Tensor = model.flow(batch, at, semantics[: len(batch)], span)
-        if not guided:
-            return result
-        conditional, unconditional = result.chunk(2)
-        return unconditional + weight * (conditional - unconditional)
+        if weight == 1 or not guidance.acts_at(time):
+            return model.flow.step(state, modulations[time], conditional, span)
+        halves = model.flow.step(torch.cat([state, state]), modulations[time], both, span)
+        with_class, without_class = halves.chunk(2)
+        return torch.lerp(without_class, with_class, weight)
 
     return velocity
 
@@ -86,6 +95,8 @@ def sample_token_maps(
     if is_guided:  # The unconditional half runs through the AR Transformer at every scale: later scales see its keys.
         labels = torch.cat([labels, torch.full_like(labels, config.num_classes)])
 
+    times = list(dict.fromkeys(time for grid in time_grids for time in evaluation_times(solver, grid)))
+    modulations = dict(zip(times, model.flow.modulations(times), strict=True))
     token_maps: list[Tensor] = []
     inputs = noise.new_zeros(len(labels), 0, config.token_width)
     cache = None
@@ -96,7 +107,8 @@ def sample_token_maps(
             inputs = torch.cat([inputs, inputs]) if is_guided else inputs
         semantics, cache = model.ar(inputs, labels, span, cache)
         weight = guidance.at_scale(index, len(config.scales)) if is_guided else 1.0
-        velocity = guided_velocity(model, semantics, span, weight, guidance)
+        semantics = semantics if weight > 1 else semantics[: len(noise)]
+        velocity = guided_velocity(model, semantics, span, weight, guidance, modulations)
         draw = None if draw_noise is None else functools.partial(draw_noise, (side * side, config.token_width))
         tokens = solve(solver, velocity, noise[:, token_range(config.scales, span)], time_grids[index], draw)
         token_maps.append(unpatchify(tokens, side, config.patch_size))

@@ -5,27 +5,29 @@ D width of the AR Transformer, E width of the flow Transformer, N tokens at hand
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowar.config.models import FlowARConfig
-from flowar.models.attention import Segment
+from flowar.models.attention import Pattern, Segment
 from flowar.models.family import Model
-from flowar.models.flowar.scales import causal_segments, local_segments, num_tokens, rotary_angles, token_range
-from flowar.models.layers import (
-    CrossAttention,
-    GatedMLP,
-    SelfAttention,
-    TimeEmbedding,
-    modulate,
-    rms_norm,
+from flowar.models.flowar.scales import (
+    causal_segments,
+    local_segments,
+    num_tokens,
+    rotary_turns,
+    small_mask,
+    token_range,
 )
+from flowar.models.fused import gated_sum
+from flowar.models.layers import CrossAttention, GatedMLP, RMSNorm, SelfAttention, TimeEmbedding
 
 INIT_STD = 0.02  # of the label and position tables (the released code); of the time embedding with zero_init
 
-KeyValueCache = list[tuple[Tensor, Tensor]]  # per block: keys and values of all tokens so far, (B, tokens, heads, d)
+KeyValueCache = list[tuple[Tensor, Tensor]]  # per block: keys and values of all tokens so far, (B, heads, tokens, d)
 
 
 class AutoregressiveBlock(nn.Module):
@@ -35,33 +37,32 @@ class AutoregressiveBlock(nn.Module):
         super().__init__()
         width, dropout = config.ar_width, config.dropout
         self.modulation = nn.Linear(width, 6 * width)
-        self.attention_norm = rms_norm(width, weight=False)
+        self.attention_norm = RMSNorm(width, weight=False)
         self.attention = SelfAttention(width, config.ar_heads, qkv_bias=True, dropout=dropout)
-        self.mlp_norm = rms_norm(width, weight=False)
+        self.mlp_norm = RMSNorm(width, weight=False)
         self.mlp = GatedMLP(width, dropout)
 
     def forward(
         self,
         tokens: Tensor,
         class_embedding: Tensor,
-        angles: Tensor,
-        segments: list[Segment],
+        turns: Tensor,
+        pattern: Pattern,
         past: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Return the tokens (B, N, D) after the block, and its keys and values so far."""
-        modulation = self.modulation(F.silu(class_embedding))[:, None]  # (B, 1, 6 D)
+        """Return the tokens (B, N, D) after the block, and its keys and values so far; the class went through SiLU."""
+        modulation = self.modulation(class_embedding)[:, None]  # (B, 1, 6 D)
         gate_1, gate_2, gain_1, gain_2, shift_1, shift_2 = modulation.chunk(6, dim=-1)
-        attended, present = self.attention(
-            modulate(self.attention_norm(tokens), gain_1, shift_1), angles, segments, past
-        )
-        tokens = tokens + gate_1 * attended
-        return tokens + gate_2 * self.mlp(modulate(self.mlp_norm(tokens), gain_2, shift_2)), present
+        attended, present = self.attention(self.attention_norm(tokens, gain_1, shift_1), turns, pattern, past)
+        tokens = gated_sum(tokens, gate_1, attended)
+        return gated_sum(tokens, gate_2, self.mlp(self.mlp_norm(tokens, gain_2, shift_2))), present
 
 
 class AutoregressiveTransformer(nn.Module):
     """Coarser token maps and a class -> one semantics vector per token of the scales at hand."""
 
-    angles: Tensor
+    turns: Tensor
+    mask: Tensor | None
 
     def __init__(self, config: FlowARConfig) -> None:
         super().__init__()
@@ -71,15 +72,17 @@ class AutoregressiveTransformer(nn.Module):
         self.input_projection = nn.Linear(config.token_width, width)
         self.class_embedding = nn.Embedding(config.num_classes + 1, width)  # the last row is "no class"
         self.lower_position = nn.Parameter(torch.empty(tokens, width))
-        self.input_norm = rms_norm(width, weight=True)
+        self.input_norm = RMSNorm(width, weight=True)
         self.lower_blocks = nn.ModuleList(AutoregressiveBlock(config) for _ in range(half))
-        self.middle_norm = rms_norm(width, weight=True)
+        self.middle_norm = RMSNorm(width, weight=True)
         self.middle_projection = nn.Linear(width, width)
         self.upper_position = nn.Parameter(torch.empty(tokens, width))
         self.upper_blocks = nn.ModuleList(AutoregressiveBlock(config) for _ in range(half))
-        self.output_norm = rms_norm(width, weight=True)
+        self.output_norm = RMSNorm(width, weight=True)
         self.output_position = nn.Parameter(torch.empty(tokens, width))
-        self.register_buffer("angles", rotary_angles(config.scales, width // config.ar_heads), persistent=False)
+        self.register_buffer("turns", rotary_turns(config.scales, width // config.ar_heads), persistent=False)
+        mask = small_mask(causal_segments(config.scales, range(len(config.scales))))
+        self.register_buffer("mask", mask, persistent=False)
 
     def embed(self, inputs: Tensor, labels: Tensor, span: range) -> Tensor:
         """Return the input tokens (B, N, D), before positions; the token of the first scale is the class."""
@@ -100,9 +103,9 @@ class AutoregressiveTransformer(nn.Module):
             cache: what the call for the scales before `span` returned; None where `span` starts at 0.
         """
         where = token_range(self.scales, span)
-        segments = causal_segments(self.scales, span)
-        angles = self.angles[where]
-        class_embedding = self.class_embedding(labels)
+        pattern = make_pattern(causal_segments(self.scales, span), self.mask, tokens=len(self.turns))
+        turns = self.turns[where]
+        class_embedding = F.silu(self.class_embedding(labels))
         blocks = [*self.lower_blocks, *self.upper_blocks]
         past: Sequence[tuple[Tensor, Tensor] | None] = cache or [None] * len(blocks)
         present = []
@@ -111,9 +114,16 @@ class AutoregressiveTransformer(nn.Module):
         for index, block in enumerate(blocks):
             if index == len(self.lower_blocks):
                 tokens = self.middle_projection(self.middle_norm(tokens)) + self.upper_position[where]
-            tokens, keys_values = block(tokens, class_embedding, angles, segments, past[index])
+            tokens, keys_values = block(tokens, class_embedding, turns, pattern, past[index])
             present.append(keys_values)
         return self.output_norm(tokens) + self.output_position[where], present
+
+
+class PreparedBlock(NamedTuple):
+    """What a flow block makes of time and semantics alone: the same for all steps of a solver, or for all samples."""
+
+    modulation: Tensor | None  # of the attention, by the time, (B or 1, N or 1, 3 E)
+    keys_values: tuple[Tensor, Tensor] | None  # of the cross-attention
 
 
 class FlowBlock(nn.Module):
@@ -123,26 +133,33 @@ class FlowBlock(nn.Module):
         super().__init__()
         width = config.flow_width
         self.modulation = nn.Linear(width, 6 * width)
-        self.attention_norm = rms_norm(width, weight=False)
+        self.attention_norm = RMSNorm(width, weight=False)
         self.attention = SelfAttention(width, config.flow_heads, qkv_bias=False)
-        self.mlp_norm = rms_norm(width, weight=False)
+        self.mlp_norm = RMSNorm(width, weight=False)
         self.mlp = GatedMLP(width)
 
     def forward(
         self,
         tokens: Tensor,
-        time: Tensor,
         condition: Tensor,
+        time: Tensor,
         semantics: Tensor,
-        angles: Tensor,
-        segments: list[Segment],
+        turns: Tensor,
+        pattern: Pattern,
+        prepared: PreparedBlock | None = None,
     ) -> Tensor:
-        modulation = self.modulation(F.silu(time + condition))  # (B, N, 6 E)
+        """Return the tokens (B, N, E) after the block; arguments as CrossAttentionFlowBlock."""
+        modulation = self.modulation(condition)  # (B, N, 6 E)
         gate_1, gate_2, gain_1, gain_2, shift_1, shift_2 = modulation.chunk(6, dim=-1)
-        attended, _ = self.attention(modulate(self.attention_norm(tokens), gain_1, shift_1), angles, segments)
-        tokens = tokens + gate_1 * attended
-        output: Tensor = tokens + gate_2 * self.mlp(modulate(self.mlp_norm(tokens), gain_2, shift_2))
-        return output
+        attended, _ = self.attention(self.attention_norm(tokens, gain_1, shift_1), turns, pattern)
+        tokens = gated_sum(tokens, gate_1, attended)
+        return gated_sum(tokens, gate_2, self.mlp(self.mlp_norm(tokens, gain_2, shift_2)))
+
+    def modulate(self, time: Tensor) -> None:
+        """Return None: this block has no modulation by the time alone."""
+
+    def project(self, semantics: Tensor, turns: Tensor) -> None:
+        """Return None: this block attends to no semantics."""
 
 
 class CrossAttentionFlowBlock(nn.Module):
@@ -152,38 +169,87 @@ class CrossAttentionFlowBlock(nn.Module):
         super().__init__()
         width = config.flow_width
         self.attention_modulation = nn.Linear(width, 3 * width)
-        self.attention_norm = rms_norm(width, weight=False)
+        self.attention_norm = RMSNorm(width, weight=False)
         self.attention = SelfAttention(width, config.flow_heads, qkv_bias=False)
-        self.query_norm = rms_norm(width, weight=True)
-        self.semantics_norm = rms_norm(config.ar_width, weight=True)
+        self.query_norm = RMSNorm(width, weight=True)
+        self.semantics_norm = RMSNorm(config.ar_width, weight=True)
         self.cross_attention = CrossAttention(width, config.flow_heads, context_width=config.ar_width)
         self.mlp_modulation = nn.Linear(width, 3 * width)
-        self.mlp_norm = rms_norm(width, weight=False)
+        self.mlp_norm = RMSNorm(width, weight=False)
         self.mlp = GatedMLP(width)
 
     def forward(
         self,
         tokens: Tensor,
-        time: Tensor,
         condition: Tensor,
+        time: Tensor,
         semantics: Tensor,
-        angles: Tensor,
-        segments: list[Segment],
+        turns: Tensor,
+        pattern: Pattern,
+        prepared: PreparedBlock | None = None,
     ) -> Tensor:
-        gate, gain, shift = self.attention_modulation(F.silu(time)).chunk(3, dim=-1)  # (B, N, E)
-        attended, _ = self.attention(modulate(self.attention_norm(tokens), gain, shift), angles, segments)
-        tokens = tokens + gate * attended
-        context = self.semantics_norm(semantics)
-        tokens = tokens + self.cross_attention(self.query_norm(tokens), context, angles, segments)
-        gate, gain, shift = self.mlp_modulation(F.silu(condition + time)).chunk(3, dim=-1)
-        output: Tensor = tokens + gate * self.mlp(modulate(self.mlp_norm(tokens), gain, shift))
-        return output
+        """Return the tokens (B, N, E) after the block.
+
+        Args:
+            tokens: (B, N, E).
+            condition: SiLU(time + semantics), (B, N, E).
+            time: SiLU(time), (B, K, E), one per scale.
+            semantics: (B, N, D).
+            turns: of the rotary embedding, (N, d / 2, 2).
+            pattern: who attends to whom.
+            prepared: what `modulate` and `project` gave before; they are called if None.
+        """
+        if prepared is None:
+            modulation = spread(self.modulate(time), pattern)
+            prepared = PreparedBlock(modulation, self.project(semantics, turns))
+        assert prepared.modulation is not None and prepared.keys_values is not None
+        gate, gain, shift = prepared.modulation.chunk(3, dim=-1)
+        attended, _ = self.attention(self.attention_norm(tokens, gain, shift), turns, pattern)
+        tokens = gated_sum(tokens, gate, attended)
+        tokens = tokens + self.cross_attention(self.query_norm(tokens), prepared.keys_values, turns, pattern)
+        gate, gain, shift = self.mlp_modulation(condition).chunk(3, dim=-1)
+        return gated_sum(tokens, gate, self.mlp(self.mlp_norm(tokens, gain, shift)))
+
+    def modulate(self, time: Tensor) -> Tensor:
+        """Return the modulation (..., 3 E) of the attention by SiLU(time) (..., E)."""
+        modulation: Tensor = self.attention_modulation(time)
+        return modulation
+
+    def project(self, semantics: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values of the cross-attention."""
+        return self.cross_attention.project(self.semantics_norm(semantics), turns)
+
+
+def spread(values: Tensor, pattern: Pattern) -> Tensor:
+    """Return one value per token (B, N, E) from one per scale (B, K, E)."""
+    sizes = [queries.stop - queries.start for queries, _ in pattern.segments]
+    parts = values.split(1, dim=1)
+    return torch.cat([part.expand(-1, size, -1) for part, size in zip(parts, sizes, strict=True)], dim=1)
+
+
+class Prepared(NamedTuple):
+    """What the flow Transformer makes of the semantics of one scale, once for all steps of a solver."""
+
+    condition: Tensor  # (B, N, E)
+    keys_values: list[tuple[Tensor, Tensor] | None]  # of each block
+
+    def first(self, number: int) -> "Prepared":
+        """Return that of the first samples of the batch."""
+        return Prepared(self.condition[:number], [kv and (kv[0][:number], kv[1][:number]) for kv in self.keys_values])
+
+
+class Modulations(NamedTuple):
+    """What the flow Transformer makes of one time, which all samples share."""
+
+    time: Tensor  # its embedding, (1, 1, E)
+    blocks: list[Tensor | None]  # of each block, (1, 1, 3 E)
 
 
 class FlowMatchingTransformer(nn.Module):
     """Noisy tokens, their time and their semantics -> velocity; scales never see each other here."""
 
-    angles: Tensor
+    turns: Tensor
+    mask: Tensor | None
 
     def __init__(self, config: FlowARConfig) -> None:
         super().__init__()
@@ -194,10 +260,12 @@ class FlowMatchingTransformer(nn.Module):
         self.time_embedding = TimeEmbedding(width)
         self.condition_projection = nn.Linear(config.ar_width, width)
         self.blocks = nn.ModuleList(block(config) for _ in range(config.flow_depth))
-        self.output_norm = rms_norm(width, weight=False)
+        self.output_norm = RMSNorm(width, weight=False)
         self.output_modulation = nn.Linear(width, 2 * width)
         self.output_projection = nn.Linear(width, config.token_width)
-        self.register_buffer("angles", rotary_angles(config.scales, width // config.flow_heads), persistent=False)
+        self.register_buffer("turns", rotary_turns(config.scales, width // config.flow_heads), persistent=False)
+        mask = small_mask(local_segments(config.scales, range(len(config.scales))))
+        self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, noisy: Tensor, time: Tensor, semantics: Tensor, span: range) -> Tensor:
         """Return the velocity (B, N, C p p), d noisy / d time, of the scales `span`.
@@ -208,19 +276,63 @@ class FlowMatchingTransformer(nn.Module):
             semantics: (B, N, D), from the AR Transformer.
             span: indices of the consecutive scales that `noisy` holds.
         """
-        segments = local_segments(self.scales, span)
-        angles = self.angles[token_range(self.scales, span)]
+        time = self.time_embedding(time)  # (B, K, E)
+        pattern = make_pattern(local_segments(self.scales, span), self.mask, tokens=len(self.turns))
+        condition = F.silu(self.condition_projection(semantics) + spread(time, pattern))
+        return self._run_blocks(noisy, condition, F.silu(time), semantics, span, None)
+
+    def prepare(self, semantics: Tensor, span: range) -> Prepared:
+        """Return all that depends on the semantics (B, N, D) of one scale alone."""
+        turns = self.turns[token_range(self.scales, span)]
+        keys_values = [block.project(semantics, turns) for block in self._blocks()]
+        return Prepared(self.condition_projection(semantics), keys_values)
+
+    def modulations(self, times: list[float]) -> list[Modulations]:
+        """Return all that depends on one of the times alone, for each of them."""
+        embedding = self.time_embedding(torch.tensor(times, dtype=torch.float32, device=self.turns.device))
+        activated = F.silu(embedding)
+        per_block = [block.modulate(activated) for block in self._blocks()]
+        return [
+            Modulations(embedding[index, None, None], [None if m is None else m[index, None, None] for m in per_block])
+            for index in range(len(times))
+        ]
+
+    def step(self, noisy: Tensor, time: Modulations, semantics: Prepared, span: range) -> Tensor:
+        """Return the velocity (B, N, C p p) of one scale at a time that all samples share, from what was prepared."""
+        condition = F.silu(semantics.condition + time.time)
+        prepared = [PreparedBlock(*parts) for parts in zip(time.blocks, semantics.keys_values, strict=True)]
+        return self._run_blocks(noisy, condition, time.time, semantics.condition, span, prepared)
+
+    def _blocks(self) -> list[FlowBlock | CrossAttentionFlowBlock]:
+        return cast(list[FlowBlock | CrossAttentionFlowBlock], list(self.blocks))
+
+    def _run_blocks(
+        self,
+        noisy: Tensor,
+        condition: Tensor,
+        time: Tensor,
+        semantics: Tensor,
+        span: range,
+        prepared: list[PreparedBlock] | None,
+    ) -> Tensor:
+        pattern = make_pattern(local_segments(self.scales, span), self.mask, tokens=len(self.turns))
+        turns = self.turns[token_range(self.scales, span)]
         tokens = self.input_projection(noisy).to(noisy.dtype)  # under autocast the residual stream stays float32
-        per_scale = self.time_embedding(time).split(1, dim=1)  # (B, 1, E) each
-        time = torch.cat(
-            [own.expand(-1, self.scales[k] ** 2, -1) for own, k in zip(per_scale, span, strict=True)], dim=1
-        )  # (B, N, E)
-        condition = self.condition_projection(semantics)
-        for block in self.blocks:
-            tokens = block(tokens, time, condition, semantics, angles, segments)
-        shift, gain = self.output_modulation(F.silu(condition + time)).chunk(2, dim=-1)
-        velocity: Tensor = self.output_projection(modulate(self.output_norm(tokens), gain, shift))
+        for index, block in enumerate(self.blocks):
+            ready = None if prepared is None else prepared[index]
+            tokens = block(tokens, condition, time, semantics, turns, pattern, ready)
+        shift, gain = self.output_modulation(condition).chunk(2, dim=-1)
+        velocity: Tensor = self.output_projection(self.output_norm(tokens, gain, shift))
         return velocity
+
+
+def make_pattern(segments: list[Segment], mask: Tensor | None, tokens: int) -> Pattern:
+    """Return the pattern of segments; `mask` is of those of all `tokens`, made once and lying on the device."""
+    if len(segments) == 1:
+        return Pattern(segments, None)
+    if segments[-1][0].stop < tokens or mask is None:  # some of the scales
+        mask = small_mask(segments)
+    return Pattern(segments, mask)
 
 
 class FlowAR(Model):

@@ -80,8 +80,7 @@ def training_inputs(latents: Tensor, scales: tuple[int, ...], patch_size: int) -
 def causal_segments(scales: tuple[int, ...], span: range) -> list[Segment]:
     """Return the scale-causal attention of the scales `span`: each sees itself and all coarser scales.
 
-    Queries are counted from the start of `span`, keys from the first scale (the cached ones come first). One unmasked
-    call per segment replaces the L x L mask.
+    Queries are counted from the start of `span`, keys from the first scale (the cached ones come first).
     """
     offsets = token_offsets(scales)
     first = offsets[span.start]
@@ -94,6 +93,17 @@ def local_segments(scales: tuple[int, ...], span: range) -> list[Segment]:
     first = offsets[span.start]
     own = [slice(offsets[k] - first, offsets[k + 1] - first) for k in span]
     return list(zip(own, own, strict=True))
+
+
+def small_mask(segments: list[Segment]) -> Tensor | None:
+    """Return who sees whom in all segments but the last, (queries, keys), True where seen; None for one segment."""
+    if len(segments) == 1:
+        return None
+    *others, _ = segments
+    mask = torch.zeros(others[-1][0].stop, max(keys.stop for _, keys in others), dtype=torch.bool)
+    for queries, keys in others:
+        mask[queries, keys] = True
+    return mask
 
 
 def rotary_angles(scales: tuple[int, ...], head_width: int) -> Tensor:
@@ -112,3 +122,9 @@ def rotary_angles(scales: tuple[int, ...], head_width: int) -> Tensor:
         columns = angles[None, :].expand(side, side, quarter)
         per_scale.append(torch.cat([rows, columns], dim=-1).flatten(0, 1))
     return torch.cat(per_scale).float()
+
+
+def rotary_turns(scales: tuple[int, ...], head_width: int) -> Tensor:
+    """Return cosine and sine of `rotary_angles`, (L, d / 2, 2) float32."""
+    angles = rotary_angles(scales, head_width).double()
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
