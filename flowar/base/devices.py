@@ -55,11 +55,12 @@ def convolution_precision(precision: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def drawing_precision(precision: str, device: torch.device) -> Iterator[None]:
-    """Have a model draw in float32, in TF32 on GPUs that have it, or in bfloat16; `decoding_precision` is the VAE's."""
+    """Have a model draw in float32, TF32 (on GPUs that have it), bfloat16 or float16; not for the VAE."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
     try:
-        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+        dtype = torch.float16 if precision == "fp16" else torch.bfloat16
+        with torch.autocast(device.type, dtype, enabled=precision in ("bf16", "fp16")):
             yield
     finally:
         torch.set_float32_matmul_precision(before)
@@ -67,14 +68,14 @@ def drawing_precision(precision: str, device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def decoding_precision(precision: str, device: torch.device) -> Iterator[None]:
-    """Have a VAE decode in float32, or (also where the model draws in bfloat16) in TF32."""
+    """Have a VAE decode in float32, or (also where the model draws in 16 bits) in TF32."""
     with torch.autocast(device.type, enabled=False), convolution_precision("fp32" if precision == "fp32" else "tf32"):
         yield
 
 
 MEASURED_SIDE, MEASURED_SIDE_CUDA, MEASURED_TIMES = 1024, 8192, 5  # of the matrix product that tells a device's rate
 
-# Dense TFLOP/s by precision, from the makers' data sheets; the first name that the device's name contains counts.
+# Dense TFLOP/s by precision (fp16: as bf16), from the makers' data sheets; the first name in the device's name counts.
 PEAK_TFLOPS = (
     ("H200", {"bf16": 989, "tf32": 495, "fp32": 67}),
     ("H100 PCIe", {"bf16": 756, "tf32": 378, "fp32": 51}),
@@ -98,7 +99,9 @@ def peak_tflops(device: torch.device, precision: str) -> float | None:
 
 def table_tflops(name: str, precision: str) -> float | None:
     """Return the peak rate of a GPU by its name, or None if the table doesn't have it."""
-    return next((rates[precision] for known, rates in PEAK_TFLOPS if known in name), None)
+    return next(
+        (rates["bf16" if precision == "fp16" else precision] for known, rates in PEAK_TFLOPS if known in name), None
+    )
 
 
 def measure_tflops(device: torch.device | None = None) -> float:

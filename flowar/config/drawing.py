@@ -25,7 +25,8 @@ class DrawConfig:
     guidance: float = 2.4  # paper: S 4.3, L 2.4, H 2.4
     guidance_schedule: Literal["linear", "constant"] = "linear"  # over scales; released: from 1 to guidance
     guidance_interval: tuple[float, float] = (0.0, 0.9)  # paper: S and L 0.9, H 0.7 (with 50 steps)
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # on a GPU; changes the last bits of an image, bf16 more
+    # on a GPU; changes the last bits of an image, bf16 more; the authors draw in fp16
+    precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
 
     def __post_init__(self) -> None:
         least = 2 if self.time_grid == "released" else 1
@@ -55,6 +56,7 @@ class SamplingConfig(DrawConfig):
     classes: tuple[int, ...] | None = None  # only these, in turn
     label_file: str | None = None  # or image i shows the class in line i of this file, which starts anew at its end
     unconditional: bool = False  # or of no class
+    compile: bool = False  # the blocks, by torch.compile: a minute or two at the start; changes last bits
     seed: int = 0
     features_only: bool = free(False)  # keep no image, but what `flowar evaluate` needs of it
     extractor: ExtractorConfig = free(factory=ExtractorConfig)  # of features_only

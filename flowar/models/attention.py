@@ -18,8 +18,11 @@ Segment = tuple[slice, slice]  # (queries, keys): these queries attend to exactl
 class Pattern(NamedTuple):
     """Who attends to whom: segments, and how torch computes them in two calls."""
 
-    segments: list[Segment]  # together all queries in order
-    mask: Tensor | None  # (queries, keys) of all segments but the last, True where seen; None where there are no such
+    segments: list[Segment]  # together all queries in order; empty where each sees all keys
+    mask: Tensor | None  # (queries, keys) of all segments but the last, True where seen; None where each sees all keys
+
+
+EACH_SEES_ALL = Pattern([], None)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, *, dropout: float, kernel: str) -> Tensor:
@@ -42,11 +45,12 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, *, dropo
         if query.dtype == torch.float32:
             raise UserError("attention=flash needs bfloat16 or float16, got float32; set precision=bf16")
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)  # (B, N, H, d)
-        parts = [flash_attn_func(query[:, q], key[:, k], value[:, k], dropout_p=dropout) for q, k in pattern.segments]
+        segments = pattern.segments or [(slice(None), slice(None))]
+        parts = [flash_attn_func(query[:, q], key[:, k], value[:, k], dropout_p=dropout) for q, k in segments]
         return torch.cat(parts, dim=1).transpose(1, 2)
-    keys = pattern.segments[-1][1]
     if pattern.mask is None:
-        return _attend_once(query, key[:, :, keys], value[:, :, keys], None, dropout)
+        return _attend_once(query, key, value, None, dropout)
+    keys = pattern.segments[-1][1]
     num_queries, num_keys = pattern.mask.shape
     queries = _split(query, slice(0, num_queries), slice(num_queries, query.shape[2]))
     both_keys = _split(key, slice(0, num_keys), keys)

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Any
 
+import torch
+
 from flowar.base.errors import UserError
 from flowar.config.load import load_values
 from flowar.config.models import ModelConfig, variant_config
@@ -33,6 +35,12 @@ def create_model(name_or_config: str | ModelConfig, **overrides: object) -> Mode
         config = config_from_dict(dataclasses.asdict(config) | overrides)
     model: Model = family_of(config).create(config)
     return model
+
+
+def compile_blocks(model: Model) -> None:
+    """Have torch compile each block of a model, when it is first called and for the shapes that it then sees."""
+    for block in family_of(model.config).blocks(model):
+        block.forward = torch.compile(block.forward)
 
 
 def config_from_dict(settings: Any, source: str = "the model's config") -> ModelConfig:

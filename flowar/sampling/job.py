@@ -24,6 +24,7 @@ from flowar.config.training import TrainConfig
 from flowar.latents.batches import check_same_vae
 from flowar.latents.schema import PASSPORT_FILE, read_passport
 from flowar.latents.vae import VAE, load_vae
+from flowar.models.build import compile_blocks
 from flowar.models.family import Model
 from flowar.models.folders import find_model_folder, load_model
 from flowar.sampling.folder import (
@@ -52,6 +53,8 @@ def open_job(config: SampleConfig) -> "SamplingJob":
     vae = load_vae(vae_config.name, vae_config.weights).to(device)
     check_decodable(folder, model.config, vae)
     weights_sha256 = hash_weights(model.state_dict())
+    if config.compile:
+        compile_blocks(model)
     return SamplingJob(config, model, vae, device, choose_classes(config, model.config), folder, weights_sha256)
 
 

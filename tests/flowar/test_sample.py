@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import json
 import shutil
 
@@ -15,7 +16,7 @@ from flowar.config.data import VAEConfig
 from flowar.config.drawing import SampleConfig
 from flowar.evaluation.image_sets import open_images
 from flowar.latents.vae import DEMO_VAE
-from flowar.models.build import create_model
+from flowar.models.build import compile_blocks, create_model
 from flowar.models.flowar.generate import Guidance, annealed_steps, sample_latents, sample_token_maps
 from flowar.models.flowar.model import FlowAR
 from flowar.models.folders import save_model
@@ -36,7 +37,7 @@ def count_flow_samples(model, **settings):
     counts = {"ar": [], "flow": []}
     hooks = [
         part.register_forward_hook(lambda _module, arguments, _output, own=counts[name]: own.append(len(arguments[0])))
-        for name, part in (("ar", model.ar), ("flow", model.flow))
+        for name, part in (("ar", model.ar), ("flow", model.flow.input_projection))
     ]
     sample_latents(model, torch.tensor([0, 1]), noise=torch.randn(2, 21, 3), **settings)
     for hook in hooks:
@@ -53,6 +54,24 @@ def test_a_batch_gives_what_its_members_give_alone(guidance, block):
     together = sample_latents(model, labels, noise=noise, **settings)
     alone = [sample_latents(model, labels[i : i + 1], noise=noise[i : i + 1], **settings) for i in range(3)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_draw_the_same_without_a_break_in_graphs_that_later_batches_share(monkeypatch):
+    model, labels, noise = make(flow_block="attn_cross_mlp", flow_depth=1), torch.tensor([0, 4]), torch.randn(2, 21, 3)
+    settings = {"time_grid": uniform_time_grid(2), "guidance": 2.0, "guidance_interval": (0.2, 0.9), "noise": noise}
+    eager = sample_latents(model, labels, **settings)
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
+    compile_blocks(model)
+    torch._dynamo.utils.counters.clear()
+    compiled = sample_latents(model, labels, **settings)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert not torch._dynamo.utils.counters["graph_break"]
+    again = sample_latents(model, labels, **settings)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs <= 9
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+    assert torch.equal(again, compiled)
 
 
 def test_guidance_of_exactly_one_costs_and_changes_nothing():

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from flowar.config.models import FlowARConfig
-from flowar.models.attention import Pattern, Segment
+from flowar.models.attention import EACH_SEES_ALL, Pattern, Segment
 from flowar.models.family import Model
 from flowar.models.flowar.scales import (
     causal_segments,
@@ -221,7 +221,9 @@ class CrossAttentionFlowBlock(nn.Module):
 
 
 def spread(values: Tensor, pattern: Pattern) -> Tensor:
-    """Return one value per token (B, N, E) from one per scale (B, K, E)."""
+    """Return one value per token (B, N, E) from one per scale (B, K, E); (B, 1, E) of one scale."""
+    if not pattern.segments:  # one scale
+        return values
     sizes = [queries.stop - queries.start for queries, _ in pattern.segments]
     parts = values.split(1, dim=1)
     return torch.cat([part.expand(-1, size, -1) for part, size in zip(parts, sizes, strict=True)], dim=1)
@@ -329,7 +331,7 @@ class FlowMatchingTransformer(nn.Module):
 def make_pattern(segments: list[Segment], mask: Tensor | None, tokens: int) -> Pattern:
     """Return the pattern of segments; `mask` is of those of all `tokens`, made once and lying on the device."""
     if len(segments) == 1:
-        return Pattern(segments, None)
+        return EACH_SEES_ALL
     if segments[-1][0].stop < tokens or mask is None:  # some of the scales
         mask = small_mask(segments)
     return Pattern(segments, mask)
