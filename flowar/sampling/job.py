@@ -184,7 +184,7 @@ def check_same_samples(out_dir: Path, record: dict[str, Any]) -> None:
     refuse_unrecorded(out_dir)
     if not (out_dir / SAMPLES_FILE).exists():
         return
-    before, now = read_samples(out_dir), settings_of_images(record)
+    before, now = {"compile": False} | read_samples(out_dir), settings_of_images(record)  # 0.1 compiled nothing
     compared = [key for key in now if key in before or key != LABELS_KEY]
     changed = [f"{key} was {before.get(key)}, now {now[key]}" for key in compared if before.get(key) != now[key]]
     if changed:
