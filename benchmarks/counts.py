@@ -21,7 +21,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 
@@ -39,42 +39,9 @@ UNGUIDED_TIME = 0.95  # above the interval
 Counts = Counter[str]  # flops, operations, bytes; of a batch
 
 
-class MetaTally(Tally):
-    """Counts on tensors without memory. Their shapes follow from Python code, so each is worked out once and kept."""
-
-    known: ClassVar[dict[Any, Any]] = {}
-
-    def compute(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Return an operation's results, with the shapes that it gave for such arguments before."""
-        if func._schema.is_mutable or any(result.alias_info for result in func._schema.returns):
-            return func(*args, **kwargs)
-        key = (func, described(args), described(kwargs))
-        if key not in self.known:
-            result = func(*args, **kwargs)
-            single = isinstance(result, torch.Tensor)
-            if not all(isinstance(part, torch.Tensor) and part.is_meta for part in ((result,) if single else result)):
-                return result
-            parts = [(part.shape, part.stride(), part.dtype) for part in ((result,) if single else result)]
-            self.known[key] = (single, type(result), parts)
-        single, kind, parts = self.known[key]
-        made = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in parts]
-        return made[0] if single else kind(made)
-
-
-def described(value: Any) -> Any:
-    """Return what tells arguments apart, for a dictionary: of tensors only their shape and kind."""
-    if isinstance(value, torch.Tensor):
-        return (value.shape, value.stride(), value.dtype, value.device)
-    if isinstance(value, list | tuple):
-        return tuple(described(part) for part in value)
-    if isinstance(value, dict):
-        return tuple((name, described(part)) for name, part in value.items())
-    return (type(value), value)
-
-
 def counted(work: Callable[[], object]) -> Counts:
     """Return what some work on tensors without memory consists of."""
-    with MetaTally() as tally:
+    with Tally() as tally:
         work()
     return Counter({"flops": tally.flops, "operations": sum(tally.operations.values()), "bytes": tally.bytes})
 
