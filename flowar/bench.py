@@ -12,7 +12,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
 import torch
@@ -24,6 +24,7 @@ from torch.utils.flop_counter import flop_registry
 
 from flowar.base.devices import drawing_precision, pick_device
 from flowar.config.benching import BenchConfig
+from flowar.config.drawing import DrawConfig
 from flowar.config.training import ParallelConfig
 from flowar.models.build import family_of
 from flowar.models.costs import count_training_flops
@@ -35,6 +36,7 @@ OURS, BASELINE = "model", "baseline"
 GEMM_SIDES, COPY_BYTES = {"cpu": 1024, "cuda": 8192}, {"cpu": 2**28, "cuda": 2**31}  # of what tells a device's limits
 LIMIT_RUNS = 7
 PROFILE_ROWS = 15
+DRAWING_COMPILES = any(each.name == "compile" for each in fields(DrawConfig))  # then the family does it, as it draws
 
 
 class Tally(TorchDispatchMode):
@@ -237,8 +239,10 @@ def peak_of(work: Callable[[], object], device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         work()
-        return torch.cuda.max_memory_allocated(device) - before
-    with PeakMemory() as memory:
+        peak: int = torch.cuda.max_memory_allocated(device) - before
+        return peak
+    memory = PeakMemory()
+    with memory:
         work()
     return memory.peak
 
@@ -249,7 +253,8 @@ def measure_limits(device: torch.device, precision: str) -> tuple[float, float]:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, source = torch.randn(side, side, device=device, dtype=dtype), torch.zeros(size, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
-    times = [(timed(lambda: a @ a, device), timed(lambda: target.copy_(source), device)) for _ in range(LIMIT_RUNS)]
+    with drawing_precision(precision, device):
+        times = [(timed(lambda: a @ a, device), timed(lambda: target.copy_(source), device)) for _ in range(LIMIT_RUNS)]
     product_s, copy_s = (min(each) for each in zip(*times, strict=True))
     return 2 * side**3 / product_s, 2 * size / copy_s
 
@@ -258,12 +263,11 @@ def useful_flops(config: BenchConfig, found: dict[str, Measured]) -> int:
     """Return the FLOPs of one image that count for the MFU, of both alike: those that the model needs."""
     shape = config.measured_model
     if config.what == "train":
-        needed: int = count_training_flops(shape)
-        return needed
+        return count_training_flops(shape)
     if config.what == "sample":
         flops: int = family_of(shape).sampling_flops(shape, config)
         return flops
-    return found[OURS].flops // config.batch_size  # none without counts
+    return found[OURS].flops // config.batch_size  # 0 without counts
 
 
 def measure(config: BenchConfig, device: torch.device) -> dict[str, Measured]:
@@ -287,7 +291,8 @@ def measure(config: BenchConfig, device: torch.device) -> dict[str, Measured]:
         model = module.create(shape).to(device)
         if name == OURS:
             set_attention(model, config.attention)
-            prepare_blocks(family.blocks(model), ParallelConfig(compile=config.compile))
+            blocks = config.what != "sample" or not DRAWING_COMPILES
+            prepare_blocks(family.blocks(model), ParallelConfig(compile=config.compile and blocks))
         works[name] = make_work(config, module, model, device)
     with ExitStack() as stack:
         tf32 = "fp32" if config.precision == "fp32" else "tf32"
