@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from flowar.base.errors import UserError
+from flowar.config.benching import BenchConfig
 from flowar.config.data import CheckConfig, PrepareConfig
 from flowar.config.drawing import InfoConfig, SampleConfig
 from flowar.config.jobs import DemoConfig, DoctorConfig
@@ -100,6 +101,10 @@ VERBS = {
     "info": Verb(
         "flowar.info:main", InfoConfig, "parameters by part, token counts and FLOPs of a model",
         "flowar info flowar-h num_steps=50 guidance_interval=[0,0.7]", ("model.variant",),
+    ),
+    "bench": Verb(
+        "flowar.bench:main", BenchConfig, "how fast a model trains and draws here, beside its plain baseline",
+        "flowar bench what=sample model.variant=flowar-l depth=2 batch_size=4",
     ),
     "doctor": Verb(
         "flowar.doctor:main", DoctorConfig, "are these nodes, their GPUs, network and file system fit? before a run",

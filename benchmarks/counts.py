@@ -1,0 +1,154 @@
+"""What a training step and a sampled batch consist of, as exact integers, so that no machine is needed to compare them.
+
+python -m benchmarks.counts            print the counts of the code as it is
+python -m benchmarks.counts --write    write them to benchmarks/counts.txt, which tests compare with the code
+
+Counted on tensors without memory, float32, batches of 8, through the public API: `training_loss` and its backward pass,
+in training mode; `sample_latents` with the released settings of FlowAR-L (25 steps, guidance 2.4 up to time 0.9).
+
+- flops: of matrix products, a multiply-add is 2; per image. As torch's FlopCounterMode gives them.
+- operations: calls of aten operations that are no views; per step, per batch. Attention counts as its matrix products,
+  softmax and scalings, as torch computes it where there is no fused kernel.
+- bytes: of all inputs and outputs of these operations, per image: what would be moved if nothing were fused.
+
+Each count grows by the same amount with every block, and with every step of the solver, guided or not. So it is taken
+at two sizes each and carried on to the whole model; a test compares that with counting everything.
+"""
+
+import argparse
+import dataclasses
+import functools
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import flowar
+from flowar.bench import Tally
+from flowar.config.models import FlowARConfig, variant_config
+
+API: Any = flowar  # its names are imported when first used, so their types are not known
+COUNTS_FILE = Path(__file__).with_name("counts.txt")
+MODELS = ("flowar-s", "flowar-l", "flowar-h")
+BATCH = 8
+NUM_STEPS, GUIDANCE, GUIDANCE_INTERVAL = 25, 2.4, (0.0, 0.9)  # the paper's settings of FlowAR-L
+UNGUIDED_TIME = 0.95  # above the interval
+
+Counts = Counter[str]  # flops, operations, bytes; of a batch
+
+
+def counted(work: Callable[[], object]) -> Counts:
+    """Return what some work on tensors without memory consists of."""
+    with Tally() as tally:
+        work()
+    return Counter({"flops": tally.flops, "operations": sum(tally.operations.values()), "bytes": tally.bytes})
+
+
+def sized(config: FlowARConfig, ar_pairs: int, flow_blocks: int) -> FlowARConfig:
+    """Return a model's shape with so many pairs of AR blocks, one below and one above the middle, and flow blocks."""
+    return dataclasses.replace(config, variant="custom", ar_depth=2 * ar_pairs, flow_depth=flow_blocks)
+
+
+def count_step(config: FlowARConfig) -> Counts:
+    """Return the counts of one training step, forward and backward, without the optimizer."""
+    with torch.device("meta"):
+        model = API.create_model(config).train()
+        latents = torch.empty(BATCH, *config.latent_shape)
+        labels = torch.zeros(BATCH, dtype=torch.int64)
+    with torch.device("meta"):  # for the draws
+        return counted(lambda: API.training_loss(model, latents, labels).backward())
+
+
+def count_batch(config: FlowARConfig, time_grid: torch.Tensor) -> Counts:
+    """Return the counts of sampling one batch of latents."""
+    with torch.device("meta"):
+        model = API.create_model(config).eval()
+        labels = torch.zeros(BATCH, dtype=torch.int64)
+    settings = {"guidance": GUIDANCE, "guidance_interval": GUIDANCE_INTERVAL}
+    return counted(lambda: API.sample_latents(model, labels, time_grid=time_grid, **settings))
+
+
+def grid_of(unguided: int, guided: int) -> torch.Tensor:
+    """Return a time grid with so many steps above the guidance interval, and so many in it."""
+    ends = torch.tensor([1, UNGUIDED_TIME, GUIDANCE_INTERVAL[1], 0], dtype=torch.float64)
+    above = torch.linspace(1, UNGUIDED_TIME, unguided, dtype=torch.float64) if unguided else ends[:0]
+    return torch.cat([above, torch.linspace(GUIDANCE_INTERVAL[1], 0, guided + 1, dtype=torch.float64)])
+
+
+def released_steps() -> tuple[int, int]:
+    """Return how many steps of the released grid lie above the guidance interval, and how many in it."""
+    times = API.released_time_grid(NUM_STEPS)[:-1]
+    guided = int((times <= GUIDANCE_INTERVAL[1]).sum())
+    return len(times) - guided, guided
+
+
+def carry_on(first: Counts, second: Counts, times: int) -> Counts:
+    """Return what is reached from `first` by as many steps of the size from `first` to `second`."""
+    return Counter({name: first[name] + times * (second[name] - first[name]) for name in first})
+
+
+def count_training(config: FlowARConfig) -> Counts:
+    """Return the counts of a training step of the whole model."""
+    one, more_ar, more_flow = (count_step(sized(config, *size)) for size in ((1, 1), (2, 1), (1, 2)))
+    whole_flow = carry_on(one, more_flow, config.flow_depth - 1)
+    return whole_flow + carry_on(one, more_ar, config.ar_depth // 2 - 1) - one
+
+
+def count_sampling(config: FlowARConfig, unguided: int, guided: int) -> Counts:
+    """Return the counts of a batch of the whole model; steps above the guidance interval, and in it."""
+
+    def at_depth(flow_blocks: int) -> Counts:
+        shape = sized(config, 1, flow_blocks)
+        one, more_unguided, more_guided = (count_batch(shape, grid_of(*steps)) for steps in ((1, 1), (2, 1), (1, 2)))
+        return carry_on(one, more_unguided, unguided - 1) + carry_on(one, more_guided, guided - 1) - one
+
+    short, two_pairs = (count_batch(sized(config, pairs, 1), grid_of(1, 1)) for pairs in (1, 2))
+    return (
+        carry_on(at_depth(1), at_depth(2), config.flow_depth - 1)
+        + carry_on(short, two_pairs, config.ar_depth // 2 - 1)
+        - short
+    )
+
+
+@functools.cache
+def lines_of(name: str) -> tuple[str, ...]:
+    """Return the lines of counts.txt of one model."""
+    config = variant_config(name)
+    assert isinstance(config, FlowARConfig)
+    found = {"training step": count_training(config), "sampled batch": count_sampling(config, *released_steps())}
+    return tuple(
+        f"{name:9} {what} {unit:20} {value:>19,}"
+        for what, counts in found.items()
+        for unit, value in (
+            ("flops per image", counts["flops"] // BATCH),
+            ("operations", counts["operations"]),
+            ("bytes per image", counts["bytes"] // BATCH),
+        )
+    )
+
+
+def header() -> str:
+    """Return the first line of counts.txt."""
+    return f"# python -m benchmarks.counts --write; torch {torch.__version__.split('+')[0]}, batches of {BATCH}"
+
+
+def all_lines() -> list[str]:
+    """Return the lines of counts.txt, as the code is."""
+    return [header(), *(line for name in MODELS for line in lines_of(name))]
+
+
+def main() -> None:
+    """Print the counts, or write them."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.counts", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--write", action="store_true", help=f"write {COUNTS_FILE.name}")
+    options = parser.parse_args()
+    text = "\n".join(all_lines()) + "\n"
+    if options.write:
+        COUNTS_FILE.write_text(text)
+    print(text, end="")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,360 @@
+"""`flowar bench`: a model beside the plain baseline of its family, in one process, turn by turn.
+
+The baseline is `baseline.py` in the family's folder: the same words as family.py, computed as the paper's authors do.
+Read next: config/benching.py, models/flowar/baseline.py.
+"""
+
+import functools
+import importlib
+import statistics
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from flowar.base.devices import drawing_precision, pick_device
+from flowar.config.benching import BenchConfig
+from flowar.config.drawing import DrawConfig
+from flowar.config.training import ParallelConfig
+from flowar.models.build import family_of
+from flowar.models.costs import count_training_flops
+from flowar.models.family import Model, weigh
+from flowar.models.layers import set_attention
+from flowar.training.engine import prepare_blocks
+
+OURS, BASELINE = "model", "baseline"
+GEMM_SIDES, COPY_BYTES = {"cpu": 1024, "cuda": 8192}, {"cpu": 2**28, "cuda": 2**31}  # of what tells a device's limits
+LIMIT_RUNS = 7
+PROFILE_ROWS = 15
+DRAWING_COMPILES = any(each.name == "compile" for each in fields(DrawConfig))  # then the family does it, as it draws
+
+
+class Tally(TorchDispatchMode):
+    """Counts what is computed inside it: operations that are no views, their bytes, FLOPs, and reads of the device.
+
+    A view is what shares memory with an argument and doesn't write to it, as its schema says (`alias_info` without
+    `is_write`). It moves nothing, so it isn't counted. Shapes of tensors without memory follow from Python code, which
+    is slow: each is worked out once and kept.
+    """
+
+    known: ClassVar[dict[Any, Any]] = {}
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations: Counter[str] = Counter()  # by name
+        self.bytes = 0  # of the inputs and outputs of these
+        self.flops = 0  # of matrix products, a multiply-add is 2
+
+    @property
+    def reads(self) -> int:
+        """How often a number went from the device to Python, which waits for all that the device has to do."""
+        return self.operations["aten._local_scalar_dense.default"]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        returned = func._schema.returns
+        if any(one.alias_info is not None and not one.alias_info.is_write for one in returned):
+            return func(*args, **kwargs)
+        writes = func._schema.is_mutable or any(one.alias_info for one in returned)
+        result = func(*args, **kwargs) if writes else self.compute(func, args, kwargs)
+        self.operations[str(func)] += 1
+        self.bytes += sum(tensor.nbytes for tensor in tensors_in((args, kwargs, result)))
+        if func._overloadpacket in flop_registry:
+            self.flops += flop_registry[func._overloadpacket](*args, **kwargs, out_val=result)
+        return result
+
+    def compute(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Return what an operation gives; on tensors without memory, what it gave for such shapes before."""
+        key = (func, described(args), described(kwargs))
+        if key not in self.known:
+            result = func(*args, **kwargs)
+            parts = (result,) if isinstance(result, Tensor) else result
+            if not isinstance(parts, list | tuple) or not all(isinstance(p, Tensor) and p.is_meta for p in parts):
+                return result
+            self.known[key] = (type(result), [(part.shape, part.stride(), part.dtype) for part in parts])
+        kind, shapes = self.known[key]
+        made = [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for shape, stride, dtype in shapes]
+        return kind(made) if kind in (list, tuple) else made[0]
+
+
+class PeakMemory(TorchDispatchMode):
+    """Follows the memory of tensors that are made inside it, on any device; `peak` is the most at once, in bytes."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live, self.peak = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {tensor.untyped_storage()._cdata for tensor in tensors_in((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tensors_in(result):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in known:
+                known.add(storage._cdata)
+                self.live += storage.nbytes()
+                weakref.finalize(storage, self.free, storage.nbytes())
+        self.peak = max(self.peak, self.live)
+        return result
+
+    def free(self, num_bytes: int) -> None:
+        """Note that a tensor's memory is free again."""
+        self.live -= num_bytes
+
+
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, tuples and dictionaries."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from tensors_in(value)
+    elif isinstance(values, dict):
+        yield from tensors_in(list(values.values()))
+
+
+def described(value: Any) -> Any:
+    """Return what tells arguments apart, for a dictionary: of tensors only their shape and kind."""
+    if isinstance(value, Tensor):
+        return (value.shape, value.stride(), value.dtype, value.device)
+    if isinstance(value, list | tuple):
+        return tuple(described(part) for part in value)
+    if isinstance(value, dict):
+        return tuple((name, described(part)) for name, part in value.items())
+    return (type(value), value)
+
+
+@dataclass
+class Measured:
+    """What one of the two took."""
+
+    seconds: list[float] = field(default_factory=list)  # of each round
+    peak_bytes: int = 0  # of one round, beside weights and inputs
+    operations: int = 0
+    bytes: int = 0
+    flops: int = 0
+
+    @property
+    def median_s(self) -> float:
+        """The median of the rounds."""
+        return statistics.median(self.seconds)
+
+
+def baseline_of(model: Any) -> Any | None:
+    """Return the module of the plain baseline of a model's family, or None where it has none."""
+    family: Any = family_of(model)  # a module
+    name = f"{family.__name__.rpartition('.')[0]}.baseline"
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != name:
+            raise
+        return None
+
+
+def make_work(config: BenchConfig, module: Any, model: Model, device: torch.device) -> Callable[[], object]:
+    """Return what is measured: it does the work once.
+
+    Args:
+        config: what, on which shape.
+        module: the family, or its baseline: what knows losses and how to generate.
+        model: made by it, on the device.
+        device: also "meta".
+    """
+    shape, family, batch = config.measured_model, family_of(config.model), config.batch_size
+    generator = torch.Generator().manual_seed(0)
+    labels = (torch.arange(batch) % shape.num_classes).to(device)
+    if config.what == "sample":
+        noise = torch.randn(batch, *family.noise_shape(shape), generator=generator).to(device)
+        step_noise = functools.partial(draw_step_noise, batch, device)
+        return lambda: module.generate(model.eval(), labels, noise, config, step_noise)
+    latents = torch.randn(batch, *shape.latent_shape, generator=generator).to(device)
+    draws = [family.draw(shape, generator) for _ in range(batch)]
+    stacked = {name: torch.stack([each[name] for each in draws]).to(device) for name in draws[0]}
+    weights = tuple(family.loss_terms(shape).values())
+    model.train()
+
+    def forward() -> Tensor:
+        model.zero_grad()
+        enabled = config.precision == "bf16" and device.type != "meta"
+        with torch.autocast(device.type, torch.bfloat16) if enabled else nullcontext():
+            return weigh(module.losses(model, shape, latents, labels, stacked), weights)
+
+    return attention_work(model, forward) if config.what == "attention" else lambda: forward().backward()
+
+
+def draw_step_noise(batch: int, device: torch.device, shape: tuple[int, ...]) -> Tensor:
+    """Return the noise of one step of a stochastic solver."""
+    return torch.randn(batch, *shape, device=device)
+
+
+def attention_work(model: Model, forward: Callable[[], object]) -> Callable[[], object]:
+    """Return what runs a model's first attention layer forward and backward, on what it gets in a training step."""
+    layers = [module for module in model.modules() if type(module).__name__.endswith("Attention")]
+    assert layers, "the model has no module whose class ends with Attention"
+    given: list[Any] = []
+    handle = layers[0].register_forward_pre_hook(lambda _, *values: given.append(values), with_kwargs=True)
+    forward()
+    handle.remove()
+    arguments, named = given[0]
+    arguments = [
+        a.detach().requires_grad_() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments
+    ]
+
+    def work() -> None:
+        attended = next(tensors_in(layers[0](*arguments, **named)))
+        attended.sum().backward()
+
+    return work
+
+
+def timed(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that some work takes, on the device too."""
+    synchronize(device)
+    began = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - began
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_of(work: Callable[[], object], device: torch.device) -> int:
+    """Return the most memory that some work has at once, beside what there was before, in bytes."""
+    if device.type == "cuda":
+        synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        peak: int = torch.cuda.max_memory_allocated(device) - before
+        return peak
+    memory = PeakMemory()
+    with memory:
+        work()
+    return memory.peak
+
+
+def measure_limits(device: torch.device, precision: str) -> tuple[float, float]:
+    """Return what a device reaches: FLOP/s of a large matrix product, and bytes/s of a large copy, read and written."""
+    side, size = GEMM_SIDES[device.type], COPY_BYTES[device.type]
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, source = torch.randn(side, side, device=device, dtype=dtype), torch.zeros(size, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    with drawing_precision(precision, device):
+        times = [(timed(lambda: a @ a, device), timed(lambda: target.copy_(source), device)) for _ in range(LIMIT_RUNS)]
+    product_s, copy_s = (min(each) for each in zip(*times, strict=True))
+    return 2 * side**3 / product_s, 2 * size / copy_s
+
+
+def useful_flops(config: BenchConfig, found: dict[str, Measured]) -> int:
+    """Return the FLOPs of one image that count for the MFU, of both alike: those that the model needs."""
+    shape = config.measured_model
+    if config.what == "train":
+        return count_training_flops(shape)
+    if config.what == "sample":
+        flops: int = family_of(shape).sampling_flops(shape, config)
+        return flops
+    return found[OURS].flops // config.batch_size  # 0 without counts
+
+
+def measure(config: BenchConfig, device: torch.device) -> dict[str, Measured]:
+    """Return what the model took, and its baseline."""
+    shape = config.measured_model
+    family, plain = family_of(shape), baseline_of(shape) if config.baseline else None
+    modules = {OURS: family} | ({BASELINE: plain} if plain else {})
+    found = {name: Measured() for name in modules}
+    if config.counts:
+        for name, module in modules.items():
+            with torch.device("meta"):
+                model = module.create(shape)
+            work = make_work(config, module, model, torch.device("meta"))
+            with Tally() as tally:
+                work()
+            found[name].operations, found[name].bytes = sum(tally.operations.values()), tally.bytes
+            found[name].flops = tally.flops
+    works = {}
+    for name, module in modules.items():
+        torch.manual_seed(0)
+        model = module.create(shape).to(device)
+        if name == OURS:
+            set_attention(model, config.attention)
+            blocks = config.what != "sample" or not DRAWING_COMPILES
+            prepare_blocks(family.blocks(model), ParallelConfig(compile=config.compile and blocks))
+        works[name] = make_work(config, module, model, device)
+    with ExitStack() as stack:
+        tf32 = "fp32" if config.precision == "fp32" else "tf32"
+        stack.enter_context(drawing_precision(config.precision if config.what == "sample" else tf32, device))
+        for name, work in works.items():
+            work()  # compiles, and lets the allocator find its sizes
+            found[name].peak_bytes = peak_of(work, device)
+        for _ in range(config.rounds):
+            for name, work in works.items():
+                found[name].seconds.append(timed(work, device))
+        if config.profile:
+            for name, work in works.items():
+                show_profile(name, work, device)
+    return found
+
+
+def show_profile(name: str, work: Callable[[], object], device: torch.device) -> None:
+    """Print which operations take the time."""
+    on_gpu = device.type == "cuda"
+    activities = [torch.profiler.ProfilerActivity.CPU] + [torch.profiler.ProfilerActivity.CUDA] * on_gpu
+    with torch.profiler.profile(activities=activities) as profiler:
+        work()
+        synchronize(device)
+    sort = "self_cuda_time_total" if on_gpu else "self_cpu_time_total"
+    print(f"{name}:\n{profiler.key_averages().table(sort_by=sort, row_limit=PROFILE_ROWS)}")
+
+
+def main(config: BenchConfig, dry_run: bool = False) -> None:
+    """Measure and print."""
+    device = pick_device(config.device)
+    _ = config.measured_model  # or says what is wrong with depth
+    if dry_run:
+        return
+    flops_per_s, bytes_per_s = measure_limits(device, config.precision)
+    found = measure(config, device)
+    batch, useful = config.batch_size, useful_flops(config, found)
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    depth = "" if config.depth is None else f", {config.depth} blocks each"
+    table = Table(
+        "", *found, title=f"{config.what}: {config.model.variant}{depth}, batch {batch}, {config.precision}; {kind}"
+    )
+
+    def row(name: str, text: Callable[[Measured], str]) -> None:
+        table.add_row(name, *(text(one) for one in found.values()))
+
+    row(f"seconds, median of {config.rounds}", lambda one: f"{one.median_s:.4g}")
+    row("images/s", lambda one: f"{batch / one.median_s:.4g}")
+    if useful:
+        row("MFU by useful FLOPs", lambda one: f"{useful * batch / one.median_s / flops_per_s:.1%}")
+    row("peak memory beside weights, GiB", lambda one: f"{one.peak_bytes / 2**30:.3f}")
+    if config.counts:
+        row("operations", lambda one: f"{one.operations:,}")
+        row("GFLOPs per image", lambda one: f"{one.flops / batch / 1e9:,.1f}")
+        row("GB per image, nothing fused", lambda one: f"{one.bytes / batch / 1e9:,.2f}")
+        row("limit by arithmetic, seconds", lambda one: f"{one.flops / flops_per_s:.4g}")
+        row("limit by traffic, seconds", lambda one: f"{one.bytes / bytes_per_s:.4g}")
+    Console().print(table)
+    print(
+        f"Limits measured in this run: {flops_per_s / 1e12:.3g} TFLOP/s of matrix products, "
+        f"{bytes_per_s / 1e9:.3g} GB/s of copies. Useful FLOPs: {useful / 1e9:,.1f} G an image."
+    )
+    if BASELINE in found:
+        pairs = zip(found[OURS].seconds, found[BASELINE].seconds, strict=True)
+        ratio = statistics.median(base / ours for ours, base in pairs)
+        print(f"The model is {ratio:.2f} times as fast as the baseline (median of {config.rounds} pairs of runs).")
