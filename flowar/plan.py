@@ -79,7 +79,7 @@ def shard_size(config: PlanConfig, num_ranks: int) -> int:
         family = family_of(config.model)
         with torch.device("meta"):
             model = family.create(config.model)
-        shard_model(model, family.blocks(model), mesh)
+        shard_model(model, family.blocks(model), mesh, config.parallel)
         return count(model)
     finally:
         dist.destroy_process_group()
