@@ -75,7 +75,7 @@ class LocalAdamW:
 
     def take_gradients(self) -> Tensor:
         """Keep what the parameters have as gradients for `clip` and `step`; return the norm of this rank's part."""
-        found = [p.grad for p in self.parameters.values() if p.grad is not None]
+        found = [grad for p in self.parameters.values() if (grad := p.grad) is not None]
         if len(found) < len(self.parameters):
             names = [name for name, p in self.parameters.items() if p.grad is None]
             raise ValueError(f"{len(names)} parameters got no gradient: {', '.join(names[:3])}")
