@@ -18,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from flowar.base.devices import PEAK_TFLOPS, table_tflops
 from flowar.base.errors import UserError
 from flowar.base.files import GIB
-from flowar.config.training import PlanConfig
+from flowar.config.training import ParallelConfig, PlanConfig
 from flowar.latents.schema import read_passport
 from flowar.models.build import family_of
 from flowar.models.costs import count_training_flops
@@ -27,6 +27,7 @@ from flowar.training.averages import average_names
 from flowar.training.engine import prepare_blocks
 from flowar.training.setup import split_batch
 from flowar.training.torch_engine import make_mesh, shard_model
+from flowar.training.zero_engine import BUCKET_SIZE as ZERO_BUCKET
 
 FLOAT32 = 4  # bytes
 SPARE_SHARE = 0.1  # of a GPU's memory: allocator, NCCL, cuBLAS
@@ -79,7 +80,7 @@ def shard_size(config: PlanConfig, num_ranks: int) -> int:
         family = family_of(config.model)
         with torch.device("meta"):
             model = family.create(config.model)
-        shard_model(model, family.blocks(model), mesh)
+        shard_model(model, family.blocks(model), mesh, config.parallel)
         return count(model)
     finally:
         dist.destroy_process_group()
@@ -97,9 +98,22 @@ def memory_of(engine: str, config: PlanConfig, num_ranks: int) -> Memory:
         "zero2": (total + part, part, 2 * part),
         "zero3": (2 * part, part, 2 * part),
     }[engine]
-    gathered = 3 * block if engine in ("fsdp", "zero3") else 0  # this block, the next one, this one's gradients
+    gathered = gathered_numbers(engine, config.parallel, total, block)
     followed = averages * (part if engine == "fsdp" else -(-total // num_ranks))
     return Memory(*(FLOAT32 * numbers for numbers in (weights, gradients, optimizer, followed, gathered)))
+
+
+def gathered_numbers(engine: str, parallel: ParallelConfig, total: int, block: int) -> int:
+    """Return how many float32 numbers, or as much as them, a GPU holds of others' weights and gradients at a time."""
+    if engine == "ddp":
+        return 0
+    if engine in ("zero1", "zero2"):
+        return 2 * min(ZERO_BUCKET, total)  # one is filled while the other one is sent
+    if engine == "zero3":
+        return 3 * block  # this block, the next one, this one's gradients
+    weights = (2 + parallel.fsdp_prefetch) * block if parallel.fsdp_reshard else total
+    gradients = total if parallel.fsdp_sync_once else block
+    return (weights // 2 if parallel.fsdp_bf16 else weights) + gradients
 
 
 def activation_bytes(config: PlanConfig) -> tuple[int, int]:
@@ -145,8 +159,12 @@ def kept_bytes(config: PlanConfig, batch_size: int) -> int:
 def sent_bytes(engine: str, config: PlanConfig, num_ranks: int, parts: int) -> int:
     """Return the bytes that one GPU sends in a step: a gather, a scatter, half an all-reduce send (N - 1) / N."""
     total, _ = count_weights(config)
-    passes = {"ddp": 2, "fsdp": 3 * parts, "zero1": 2, "zero2": 1 + parts, "zero3": 3 * parts}[engine]
-    return FLOAT32 * total * passes * (num_ranks - 1) // num_ranks
+    # ZeRO 1 and 2 all-reduce buckets that belong to several ranks, and gather the weights once.
+    passes: float = {"ddp": 2, "fsdp": 0, "zero1": 3, "zero2": 1 + 2 * parts, "zero3": 3 * parts}[engine]
+    if engine == "fsdp":
+        gathers = parts * (2 if config.parallel.fsdp_reshard else 1) * (0.5 if config.parallel.fsdp_bf16 else 1)
+        passes = gathers + (1 if config.parallel.fsdp_sync_once else parts)
+    return int(FLOAT32 * total * passes * (num_ranks - 1) / num_ranks)
 
 
 def count_images(config: PlanConfig) -> tuple[int, str]:

@@ -22,7 +22,7 @@ from flowar.models.family import Model
 from flowar.models.folders import load_state
 from flowar.training.guard import WEIGHTS_FOLDER, BlockMaxima, load_bundle
 from flowar.training.setup import split_batch
-from flowar.training.step import StepSettings, accumulate
+from flowar.training.step import StepSettings, accumulate, draw_training_inputs
 
 
 class OneProcess:
@@ -86,6 +86,6 @@ def replay_step(
     Dropout masks are those of one process.
     """
     with BlockMaxima(model) as maxima:
-        losses, _ = accumulate(OneProcess(model, device), batch, number, settings)
+        losses = accumulate(OneProcess(model, device), draw_training_inputs(batch, number, settings), settings)
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
     return losses.tolist(), norm.item(), maxima

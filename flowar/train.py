@@ -33,7 +33,6 @@ from flowar.config.training import GuardConfig, TrainConfig
 from flowar.latents.batches import Batch, read_batches
 from flowar.models.build import create_model
 from flowar.models.costs import count_parameters, count_training_flops
-from flowar.models.family import weigh
 from flowar.models.layers import set_attention
 from flowar.training.averages import EMA
 from flowar.training.checkpoint import (
@@ -59,7 +58,7 @@ from flowar.training.setup import (
     prepare_run_dir,
     record_settings,
 )
-from flowar.training.step import accumulate
+from flowar.training.step import TrainingInputs, accumulate, agree, draw_training_inputs, drawn_bytes
 
 
 def main(config: TrainConfig, dry_run: bool = False) -> None:
@@ -145,17 +144,18 @@ def train(config: TrainConfig, world: World) -> None:
         batches = read_from(progress, config, run, world)
         meter = StepMeter(progress.step, terms, world)
         while progress.step < run.num_steps and not asked_to_stop:
-            batch = next(batches)
+            inputs = next(batches)
             meter.data_arrived()
             progress = dataclasses.replace(progress, step=progress.step + 1)
-            step, number = progress.step, progress.step + progress.data_offset
+            step = progress.step
             with profiled(config.profile_steps, step, world, run_dir / "profile"):
-                losses, asked_to_stop = accumulate(engine, batch, number, run.step, stopping.asked)
-            grad_norm = engine.grad_norm()
+                shares = accumulate(engine, inputs, run.step)
+                numbers = agree(engine, shares, run.step, stopping.asked)
+            asked_to_stop = numbers.asked_to_stop
             meter.gradients_done()
 
             # One optimizer step, or none if something is wrong.
-            problem = guard.judge(weigh(losses, terms.values()).item(), grad_norm)
+            problem = guard.judge(numbers.loss, numbers.grad_norm)
             lr = learning_rate(
                 step - 1,
                 num_steps=run.num_steps,
@@ -164,17 +164,15 @@ def train(config: TrainConfig, world: World) -> None:
                 min_lr=config.optim.min_lr,
             )
             if problem is None:
-                engine.step(lr)
+                engine.step(lr, numbers.grad_norm)
                 progress = dataclasses.replace(progress, updates=progress.updates + 1)
-                meter.add(losses, grad_norm)
+                meter.add(numbers)
                 ema.update(engine.local_weights(), progress.updates)
             else:
                 engine.skip()
                 if world.is_main:
                     owner.check()  # before anything of the run is changed
-                bundle = keep_anomaly(
-                    engine, batch, Anomaly(step, number, problem, losses, grad_norm), run.step, config
-                )
+                bundle = keep_anomaly(engine, inputs, Anomaly(step, problem, numbers), run.step, config)
                 where = f"kept in {bundle}" if bundle else f"not kept, as {config.guard.max_kept} are"
                 report.say(f"step {step} skipped: {problem}; {where}")
             progress = guard.note_in(progress)
@@ -231,9 +229,13 @@ def train(config: TrainConfig, world: World) -> None:
         )
 
 
-def read_from(progress: Progress, config: TrainConfig, run: RunPlan, world: World) -> Iterator[Batch]:
-    """Return this rank's batches of the steps that are still to do."""
+def read_from(progress: Progress, config: TrainConfig, run: RunPlan, world: World) -> Iterator[TrainingInputs]:
+    """Return this rank's inputs of the steps that are still to do; what they draw is drawn by data.num_workers too."""
     first, offset = progress.step, progress.data_offset
+
+    def draw(batch: Batch, step: int) -> TrainingInputs:
+        return draw_training_inputs(batch, step + 1, run.step, world.rank)
+
     return read_batches(
         run.shards,
         config.data,
@@ -242,6 +244,9 @@ def read_from(progress: Progress, config: TrainConfig, run: RunPlan, world: Worl
         steps=range(first + offset, run.num_steps + offset),
         rank=world.rank,
         world_size=world.size,
+        make=draw,
+        made_bytes=drawn_bytes(run.step),
+        pinned=world.device.type == "cuda",
     )
 
 

@@ -64,6 +64,10 @@ class ParallelConfig:
 
     engine: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = "auto"  # auto: single, or ddp for several processes
     replicas: int = 1  # fsdp: groups of processes that share one copy of the weights each (HSDP)
+    fsdp_reshard: bool = True  # fsdp: free a block's weights after its forward pass, and gather them again backwards
+    fsdp_bf16: bool = False  # fsdp, precision=bf16: gather the blocks' weights as bfloat16; reduce gradients in float32
+    fsdp_sync_once: bool = False  # fsdp: add up the gradients of all parts, whole on every GPU, and reduce them once
+    fsdp_prefetch: int = 0  # fsdp: blocks whose weights are asked for ahead of time; 0: as FSDP2 does by itself
     zero_stage: int = 2  # deepspeed: 1, 2 or 3
     zero_offload: bool = False  # deepspeed: the optimizer lives in the memory of the CPU
     zero_files: bool = True  # deepspeed: save its own files too, for zero_to_fp32.py; training waits for these
@@ -74,6 +78,8 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         if self.zero_stage not in (1, 2, 3):
             raise UserError(f"parallel.zero_stage={self.zero_stage} must be 1, 2 or 3")
+        if self.fsdp_prefetch < 0:
+            raise UserError(f"parallel.fsdp_prefetch={self.fsdp_prefetch} must be at least 0")
         if self.replicas < 1 or self.checkpoint_every_blocks < 0 or self.timeout_s <= 0:
             raise UserError(
                 f"parallel.replicas={self.replicas} must be at least 1, parallel.checkpoint_every_blocks="
@@ -166,6 +172,8 @@ class RecipeConfig:
             raise UserError(f"label_dropout={self.label_dropout} must lie in [0, 1)")
         if self.attention == "flash" and self.precision != "bf16":
             raise UserError(f"attention=flash needs precision=bf16, got precision={self.precision}")
+        if self.parallel.fsdp_bf16 and self.precision != "bf16":
+            raise UserError(f"parallel.fsdp_bf16=true needs precision=bf16, got precision={self.precision}")
 
     def count_steps(self, num_images: int) -> int:
         """Return how many steps a run on so many images has."""

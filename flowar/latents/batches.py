@@ -3,7 +3,7 @@
 Read next: shards.py for how rows are read, train.py for who reads batches.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -85,18 +85,21 @@ class StepOrder(Sampler[list[int]]):
 
 
 class _Batches(Dataset[Any]):
-    """Lists of rows -> batches, or the error as a value: so it leaves a worker without a traceback."""
+    """Steps and their rows -> batches, or the error as a value: so it leaves a worker without a traceback."""
 
-    def __init__(self, shards: LatentShards) -> None:
+    def __init__(self, shards: LatentShards, make: Callable[[Batch, int], Any] | None) -> None:
         self.shards = shards
+        self.make = make
 
-    def __getitems__(self, rows: list[int]) -> Batch | UserError:
+    def __getitems__(self, step_and_rows: tuple[int, list[int]]) -> Any:
+        step, rows = step_and_rows
         try:
             found = self.shards.read(rows)
         except UserError as error:
             return error
         moments = torch.from_numpy(np.ascontiguousarray(found["moments"]))
-        return Batch(moments, torch.from_numpy(found["label"].copy()), torch.tensor(rows))
+        batch = Batch(moments, torch.from_numpy(found["label"].copy()), torch.tensor(rows))
+        return self.make(batch, step) if self.make else batch
 
 
 def read_batches(
@@ -108,8 +111,11 @@ def read_batches(
     steps: range,
     rank: int = 0,
     world_size: int = 1,
-) -> Iterator[Batch]:
-    """Yield this rank's Batch of each of `steps`: the same rows whatever the number of workers.
+    make: Callable[[Batch, int], Any] | None = None,
+    made_bytes: int = 0,
+    pinned: bool = False,
+) -> Iterator[Any]:
+    """Yield this rank's Batch of each of `steps`, or what `make` makes of it: the same whatever the number of workers.
 
     Args:
         shards: where the rows are.
@@ -119,6 +125,9 @@ def read_batches(
         steps: numbers of the steps, from 0.
         rank: which part of each batch, of `world_size` equal ones.
         world_size: number of ranks.
+        make: called with a batch and its step, where it was read: in a worker, a few steps ahead.
+        made_bytes: that it adds to a sample.
+        pinned: leave it in pinned memory, from which a GPU copies while the host goes on.
 
     Raises:
         UserError: if a row can't be read, with the name of the shard, or the workers give nothing for a minute.
@@ -135,16 +144,18 @@ def read_batches(
     )
     if shards.is_remote:
         shards.fetch_all()
-    check_shared_memory(workers, len(order.part) * shards.dtype.itemsize, "data.num_workers")
-    loader = DataLoader(
-        _Batches(shards),
-        batch_sampler=order,
+    check_shared_memory(workers, len(order.part) * (shards.dtype.itemsize + made_bytes), "data.num_workers")
+    numbered: Any = zip(order.steps, order, strict=True)
+    loader: DataLoader[Any] = DataLoader(
+        _Batches(shards, make),
+        batch_sampler=numbered,
         num_workers=workers,
         collate_fn=_as_it_is,
         prefetch_factor=BATCHES_AHEAD if workers else None,
         timeout=WORKER_TIMEOUT_S if workers else 0,
         multiprocessing_context="fork" if workers else None,
         worker_init_fn=leave_stopping_to_main,
+        pin_memory=pinned,
     )
     for batch in from_workers(loader, f"data.path={shards.path}", "data.num_workers"):
         if isinstance(batch, UserError):

@@ -94,6 +94,10 @@ class Family(Protocol[C, M]):
         """
 
 
-def weigh(losses: Tensor, weights: Iterable[float]) -> Tensor:
-    """Return the training loss, a scalar: the sum of the loss's terms (terms,), each times its weight."""
-    return (losses * losses.new_tensor(tuple(weights))).sum()
+def weigh(losses: Tensor, weights: Tensor | Iterable[float]) -> Tensor:
+    """Return the training loss, a scalar: the sum of the loss's terms (terms,), each times its weight.
+
+    Weights that aren't a tensor are copied to the device, which the host waits for.
+    """
+    factors = weights if isinstance(weights, Tensor) else losses.new_tensor(tuple(weights))
+    return (losses * factors).sum()

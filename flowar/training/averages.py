@@ -15,6 +15,7 @@ from flowar.base.errors import UserError
 from flowar.base.run_folder import AVERAGES, checkpoint_step, list_checkpoints, read_progress
 from flowar.config.training import EMAConfig
 from flowar.models.folders import load_model, save_model_whole
+from flowar.training.optim import local_tensors
 
 
 def average_names(config: EMAConfig) -> list[str]:
@@ -30,15 +31,17 @@ class EMA:
         self.averages = {
             name: {key: tensor.float().clone() for key, tensor in weights.items()} for name in average_names(config)
         }
+        self._local = {name: local_tensors(average.values()) for name, average in self.averages.items()}
 
     @torch.no_grad()
     def update(self, weights: dict[str, Tensor], step: int) -> None:
         """Move the averages towards the weights after `step` steps, counted from 1."""
         if not weights:
             return
-        current = [tensor.float() for tensor in weights.values()]
-        for name, average in self.averages.items():
-            torch._foreach_lerp_(list(average.values()), current, update_rate(name, step))
+        found = local_tensors(weights.values())
+        current = [tensor if tensor.dtype == torch.float32 else tensor.float() for tensor in found]
+        for name, average in self._local.items():
+            torch._foreach_lerp_(average, current, update_rate(name, step))
 
 
 def update_rate(name: str, step: int) -> float:

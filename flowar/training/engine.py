@@ -21,8 +21,6 @@ from flowar.base.errors import UserError
 from flowar.config.training import OptimConfig, ParallelConfig
 from flowar.models.family import Model
 
-OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")  # AdamW's
-
 
 @dataclass(frozen=True)
 class EngineSettings:
@@ -57,11 +55,19 @@ class Engine(GradientEngine, Protocol):
     model: Model
     parameters: dict[str, nn.Parameter]
 
-    def grad_norm(self) -> float:
-        """Return the norm of all gradients of all ranks, the same on every rank."""
+    def norm_share(self) -> Tensor:
+        """Return this rank's share of the gradients' squared norm, float64: the sum over ranks is all of it."""
 
-    def step(self, lr: float) -> None:
-        """Clip the gradients, whose `grad_norm` was taken, and move the weights."""
+    def clip(self, norm: Tensor) -> None:
+        """Scale the gradients, whose norm on all ranks together is this scalar of the device, to what is allowed."""
+
+    def step(self, lr: float, grad_norm: float) -> None:
+        """Move the weights along the clipped gradients.
+
+        Args:
+            lr: learning rate.
+            grad_norm: before clipping, as it was read.
+        """
 
     def skip(self) -> None:
         """Drop the gradients and leave the weights as they are."""
@@ -112,6 +118,7 @@ def prepare_blocks(blocks: Iterable[nn.Module], parallel: ParallelConfig) -> Non
     every = parallel.checkpoint_every_blocks
     for index, block in enumerate(blocks):
         if parallel.compile:
+            torch._dynamo.config.optimize_ddp = False  # it would cut blocks at DDP's buckets; they overlap uncut too
             block.forward = torch.compile(block.forward)  # inside of what is recomputed, or nothing is compiled
         if every and index % every == 0:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)

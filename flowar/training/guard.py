@@ -26,7 +26,7 @@ from flowar.models.build import family_of
 from flowar.models.checkpoint_files import HashingWriter, write_checksums
 from flowar.models.family import Model
 from flowar.training.engine import Engine
-from flowar.training.step import StepSettings, accumulate
+from flowar.training.step import StepNumbers, StepSettings, TrainingInputs, accumulate
 
 ANOMALY_FILE, BATCH_FILE = "anomaly.json", "batch.safetensors"
 WEIGHTS_FOLDER = "weights"
@@ -68,14 +68,12 @@ class Anomaly:
     """A step that went wrong."""
 
     step: int
-    number: int  # of the batch
     problem: str
-    losses: Tensor  # terms of the loss, of all ranks
-    grad_norm: float  # of all ranks
+    numbers: StepNumbers
 
 
 def keep_anomaly(
-    engine: Engine, batch: Batch, anomaly: Anomaly, settings: StepSettings, config: TrainConfig
+    engine: Engine, inputs: TrainingInputs, anomaly: Anomaly, settings: StepSettings, config: TrainConfig
 ) -> Path | None:
     """Write a skipped step to RUN_DIR/anomalies, with all that `flowar replay` needs; return the folder.
 
@@ -83,7 +81,7 @@ def keep_anomaly(
 
     Args:
         engine: whose weights and gradients these are.
-        batch: this rank's samples.
+        inputs: this rank's samples.
         anomaly: what went wrong.
         settings: of the step.
         config: of the run.
@@ -93,16 +91,16 @@ def keep_anomaly(
     """
     world = engine.world
     root = Path(config.run_dir) / ANOMALIES
-    folder = root / f"batch_{anomaly.number:08d}"
+    folder = root / f"batch_{inputs.number:08d}"
     kept = {path.name for path in root.glob("batch_*")} - {folder.name}
     if broadcast_object(len(kept)) >= config.guard.max_kept:
         return None
     if world.is_main:
         shutil.rmtree(folder, ignore_errors=True)  # of the same batch, before the run was killed
     with BlockMaxima(engine.model) as maxima:
-        accumulate(engine, batch, anomaly.number, settings)
+        accumulate(engine, inputs, settings)
     engine.skip()
-    everyone = gather_objects((batch, maxima.activations, maxima.gradients))
+    everyone = gather_objects((inputs.batch, maxima.activations, maxima.gradients))
     group = world.control
     try:
         dcp.save(
@@ -122,10 +120,10 @@ def keep_anomaly(
         save_described(config, folder / CONFIG_FILE)
         record = {
             "step": anomaly.step,
-            "number": anomaly.number,
+            "number": inputs.number,
             "problem": anomaly.problem,
-            "losses": anomaly.losses.tolist(),
-            "grad_norm": anomaly.grad_norm,
+            "losses": anomaly.numbers.losses,
+            "grad_norm": anomaly.numbers.grad_norm,
             "latent_multiplier": settings.latent_multiplier,
             "activations": merge_maxima([activations for _, activations, _ in everyone]),
             "gradients": merge_maxima([gradients for _, _, gradients in everyone]),

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from flowar.base.devices import peak_memory_gib
 from flowar.base.distributed import World, gather_objects
 from flowar.models.family import weigh
+from flowar.training.step import StepNumbers
 
 
 class StepMeter:
@@ -21,7 +21,7 @@ class StepMeter:
         self.first_step = step
         self.loss_terms = loss_terms  # name -> weight
         self.world = world
-        self.losses = torch.zeros(len(loss_terms), device=world.device)
+        self.losses = torch.zeros(len(loss_terms))
         self.grad_norm = 0.0
         self.num_added = 0
         self.started = self.mark = time.perf_counter()
@@ -48,10 +48,10 @@ class StepMeter:
         self.seconds[phase] += now - self.mark
         self.mark = now
 
-    def add(self, losses: Tensor, grad_norm: float) -> None:
+    def add(self, numbers: StepNumbers) -> None:
         """Add one step that was done, not skipped."""
-        self.losses += losses
-        self.grad_norm += grad_norm
+        self.losses += torch.tensor(numbers.losses)
+        self.grad_norm += numbers.grad_norm
         self.num_added += 1
 
     def record(

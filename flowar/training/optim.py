@@ -1,17 +1,23 @@
 """AdamW, its parameter groups, and the learning rate as a pure function of the step. Read next: train.py."""
 
 import math
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from flowar.config.training import OptimConfig
 from flowar.models.family import Family
 
+ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by torch's names
+EPS = 1e-8  # torch's default
+CLIP_EPS = 1e-6  # of torch.nn.utils.clip_grads_with_norm_
+
 
 def make_optimizer(model: nn.Module, family: Family[Any, Any], config: OptimConfig) -> torch.optim.AdamW:
-    """Return AdamW, with weight decay on the parameters that the model's family says."""
+    """Return torch's AdamW, with weight decay on the parameters that the model's family says."""
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -26,6 +32,89 @@ def learning_rate(step: int, *, num_steps: int, warmup_steps: float, lr: float, 
         return lr * step / warmup_steps
     progress = (step - warmup_steps) / max(1.0, num_steps - warmup_steps)
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return what this rank has of each tensor, sharing its memory: operations on these pass by DTensor's dispatch."""
+    with torch.no_grad():
+        return [tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach() for tensor in tensors]
+
+
+class _Group(NamedTuple):
+    """Parameters with the same weight decay."""
+
+    places: list[int]  # among all parameters
+    weights: list[Tensor]  # this rank's part of each, and of its moments
+    moments: tuple[list[Tensor], list[Tensor]]
+    weight_decay: float
+
+
+class LocalAdamW:
+    """torch's fused AdamW on this rank's part of every parameter: the bits of `make_optimizer`'s.
+
+    What torch.optim does for each parameter in each step, and DTensor for each operation, takes longer than the
+    arithmetic of a shard. So the lists are made once, and all parameters share one count of steps.
+    """
+
+    def __init__(self, parameters: dict[str, nn.Parameter], like: torch.optim.AdamW) -> None:
+        """Start with the groups of torch's optimizer, and moments of zero, which lie like the parameters."""
+        self.parameters = parameters
+        self.moments = {
+            name: {key: torch.zeros_like(p, requires_grad=False) for key in ADAM_MOMENTS}
+            for name, p in parameters.items()
+        }
+        self.steps = torch.zeros((), device=next(iter(parameters.values())).device)
+        self.betas: tuple[float, float] = like.defaults["betas"]
+        names, place_of = list(parameters), {id(p): place for place, p in enumerate(parameters.values())}
+        self._groups = []
+        for group in like.param_groups:
+            places = [place_of[id(p)] for p in group["params"]]
+            first, second = (local_tensors(self.moments[names[place]][key] for place in places) for key in ADAM_MOMENTS)
+            self._groups.append(_Group(places, local_tensors(group["params"]), (first, second), group["weight_decay"]))
+        self._gradients: list[Tensor] = []
+
+    def take_gradients(self) -> Tensor:
+        """Keep what the parameters have as gradients for `clip` and `step`; return the norm of this rank's part."""
+        found = [grad for p in self.parameters.values() if (grad := p.grad) is not None]
+        if len(found) < len(self.parameters):
+            names = [name for name, p in self.parameters.items() if p.grad is None]
+            raise ValueError(f"{len(names)} parameters got no gradient: {', '.join(names[:3])}")
+        self._gradients = local_tensors(found)
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(self._gradients)))
+        return norm
+
+    @torch.no_grad()
+    def clip(self, norm: Tensor, max_norm: float) -> None:
+        """Scale the gradients, whose norm is `norm` on all ranks together, down to `max_norm`; on the device."""
+        factor = torch.clamp(max_norm / (norm + CLIP_EPS), max=1.0)
+        torch._foreach_mul_(self._gradients, factor)
+
+    @torch.no_grad()
+    def step(self, lr: float) -> None:
+        """Move the weights along the gradients that were taken, and drop these."""
+        self.steps += 1
+        for group in self._groups:
+            torch._fused_adamw_(
+                group.weights,
+                [self._gradients[place] for place in group.places],
+                *group.moments,
+                [],
+                [self.steps] * len(group.places),
+                lr=lr,
+                beta1=self.betas[0],
+                beta2=self.betas[1],
+                weight_decay=group.weight_decay,
+                eps=EPS,
+                amsgrad=False,
+                maximize=False,
+            )
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        """Free the gradients."""
+        self._gradients = []
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:

@@ -5,8 +5,8 @@ dropout masks alone belong to the process.
 """
 
 import contextlib
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from flowar.latents.batches import Batch
 from flowar.latents.vae import sample_posterior
 from flowar.models.build import family_of
 from flowar.models.family import Family, weigh
-from flowar.training.engine import GradientEngine
+from flowar.training.engine import Engine, GradientEngine
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class StepSettings:
     precision: str
     micro_batch_size: int  # samples at once
     latent_multiplier: float  # of the shards
+    _weights: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, recipe: RecipeConfig, micro_batch_size: int, latent_multiplier: float) -> "StepSettings":
@@ -49,42 +50,52 @@ class StepSettings:
         """The weights of the terms of the loss."""
         return tuple(self.family.loss_terms(self.model).values())
 
+    def weights_on(self, device: torch.device) -> Tensor:
+        """Return the weights of the terms of the loss, on a device: copied once, as the host waits for that."""
+        if device not in self._weights:
+            self._weights[device] = torch.tensor(self.loss_weights, device=device)
+        return self._weights[device]
 
-class TrainingInputs:
+
+class TrainingInputs(NamedTuple):
     """What a step is made of, on the CPU: latents, labels (some dropped), and what the model's family draws."""
 
-    def __init__(self, latents: Tensor, labels: Tensor, draws: dict[str, Tensor]) -> None:
-        self.latents = latents  # (B, C, h, w), about unit std
-        self.labels = labels  # (B,) int64
-        self.draws = draws  # (B, ...) each
+    number: int  # of the batch, from 1; all that is drawn follows from this
+    batch: Batch  # this rank's samples, as they were read
+    latents: Tensor  # (B, C, h, w), about unit std
+    labels: Tensor  # (B,) int64
+    draws: dict[str, Tensor]  # (B, ...) each
 
     def part(self, part: slice, device: torch.device) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return some of the samples, on a device."""
-        draws = {name: tensor[part].to(device) for name, tensor in self.draws.items()}
-        return self.latents[part].to(device), self.labels[part].to(device), draws
+        """Return some of the samples, on a device; from pinned memory the host doesn't wait for that."""
+        draws = {name: tensor[part].to(device, non_blocking=True) for name, tensor in self.draws.items()}
+        latents, labels = (tensor[part].to(device, non_blocking=True) for tensor in (self.latents, self.labels))
+        return latents, labels, draws
 
 
-def accumulate(
-    engine: GradientEngine, batch: Batch, number: int, settings: StepSettings, asked_to_stop: int = 0
-) -> tuple[Tensor, int]:
-    """Add up the gradients of one batch, in parts; return the terms of the loss (terms,) and the signal to stop, or 0.
+class StepNumbers(NamedTuple):
+    """What the host learns of a step's gradients: the same on all ranks."""
 
-    Both are the same on all ranks: the mean of their losses, and the largest signal that one of them got.
+    loss: float
+    losses: list[float]  # its terms, means over the batch of all ranks
+    grad_norm: float  # before clipping
+    asked_to_stop: int  # the largest signal that one of the ranks got, or 0
+
+
+def accumulate(engine: GradientEngine, inputs: TrainingInputs, settings: StepSettings) -> Tensor:
+    """Add up the gradients of one batch, in parts; return this rank's share of the terms of the loss, (terms,).
+
+    The sum of all ranks' shares is the mean over the batch.
 
     Args:
         engine: whose gradients are filled.
-        batch: this rank's samples.
-        number: of the batch, from 1; what is drawn for it follows from this.
+        inputs: this rank's samples.
         settings: of the run.
-        asked_to_stop: the signal that asked this rank to stop, or 0.
     """
-    world, family, weights = engine.world, settings.family, settings.loss_weights
-    first = world.rank * len(batch.labels)
-    inputs = draw_training_inputs(batch, range(first, first + len(batch.labels)), number, settings)
-    torch.manual_seed(derive_seed(settings.seed, Stream.DROPOUT, number, world.rank))
-    parts = len(batch.labels) // settings.micro_batch_size
-    sums = torch.zeros(len(weights) + world.size, device=world.device)  # the terms, and every rank's signal
-    terms, signals = sums[: len(weights)], sums[len(weights) :]
+    world, family, weights = engine.world, settings.family, settings.weights_on(engine.world.device)
+    torch.manual_seed(derive_seed(settings.seed, Stream.DROPOUT, inputs.number, world.rank))
+    parts = len(inputs.labels) // settings.micro_batch_size
+    terms = torch.zeros(len(weights), device=world.device)
     for index in range(parts):
         part = slice(index * settings.micro_batch_size, (index + 1) * settings.micro_batch_size)
         latents, labels, draws = inputs.part(part, world.device)
@@ -93,9 +104,39 @@ def accumulate(
                 losses = family.losses(engine.forward, settings.model, latents, labels, draws)
             engine.backward(weigh(losses, weights) / parts)
         terms += losses.detach() / (parts * world.size)
-    signals[world.rank] = asked_to_stop
+    return terms
+
+
+@torch.no_grad()
+def agree(engine: Engine, terms: Tensor, settings: StepSettings, asked_to_stop: int = 0) -> StepNumbers:
+    """Clip the gradients by the norm of all ranks', and return what `Guard` and log need to know of them.
+
+    One sum over all ranks, and the one time in a step that the host reads from the device, and so waits for it.
+
+    Args:
+        engine: with the gradients of a batch.
+        terms: this rank's share of the terms of the loss.
+        settings: of the run.
+        asked_to_stop: the signal that asked this rank to stop, or 0.
+    """
+    world, count = engine.world, len(terms)
+    sums = torch.zeros(count + 1 + world.size, dtype=torch.float64, device=world.device)
+    sums[:count] = terms
+    sums[count] = engine.norm_share()
+    sums[count + 1 + world.rank] = asked_to_stop
     sum_over_ranks(sums)
-    return terms, int(signals.max().item())
+    losses, norm = sums[:count].float(), sums[count].sqrt().float()
+    engine.clip(norm)
+    loss = weigh(losses, settings.weights_on(world.device))
+    found = torch.cat([losses, torch.stack([loss, norm, sums[count + 1 :].amax().float()])])
+    *each, total, grad_norm, signal = read_numbers(found)
+    return StepNumbers(total, each, grad_norm, int(signal))
+
+
+def read_numbers(values: Tensor) -> list[float]:
+    """Return the values (n,) of a tensor on the device; waits for all that it was given to do."""
+    numbers: list[float] = values.tolist()
+    return numbers
 
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -103,18 +144,34 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else contextlib.nullcontext()
 
 
-def draw_training_inputs(batch: Batch, places: range, number: int, settings: StepSettings) -> TrainingInputs:
+def draw_training_inputs(batch: Batch, number: int, settings: StepSettings, rank: int = 0) -> TrainingInputs:
     """Return what a step is made of.
 
     Each sample's draws are a function of (seed, number of the batch, its place in the batch of all ranks).
+
+    Args:
+        batch: the samples of one rank.
+        number: of the batch, from 1.
+        settings: of the run.
+        rank: whose samples these are; every rank has as many.
     """
     model, family = settings.model, settings.family
+    size = len(batch.labels)
     noises, dropped, draws = [], [], []
-    for place in places:
+    for place in range(rank * size, (rank + 1) * size):
         generator = make_generator(settings.seed, Stream.TRAINING_DRAW, number, place)
         noises.append(torch.randn(model.latent_shape, generator=generator))
         dropped.append(torch.rand((), generator=generator) < settings.label_dropout)
         draws.append(family.draw(model, generator))
     latents = sample_posterior(batch.moments.float(), torch.stack(noises), settings.latent_multiplier)
     labels = batch.labels.masked_fill(torch.stack(dropped), model.num_classes)
-    return TrainingInputs(latents, labels, {name: torch.stack([each[name] for each in draws]) for name in draws[0]})
+    stacked = {name: torch.stack([each[name] for each in draws]) for name in draws[0]}
+    return TrainingInputs(number, batch, latents, labels, stacked)
+
+
+def drawn_bytes(settings: StepSettings) -> int:
+    """Return how much memory one sample takes beside its row, once its numbers are drawn."""
+    shape = (1, 2 * settings.model.latent_shape[0], *settings.model.latent_shape[1:])
+    nothing = torch.zeros(1, dtype=torch.int64)
+    inputs = draw_training_inputs(Batch(torch.zeros(shape), nothing, nothing), 1, settings)
+    return sum(tensor.nbytes for tensor in (inputs.latents, inputs.labels, *inputs.draws.values()))

@@ -10,18 +10,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from flowar.base.distributed import World
 from flowar.base.errors import UserError
 from flowar.base.run_folder import optimizer_key, weight_key
+from flowar.config.training import ParallelConfig
 from flowar.models.build import family_of
 from flowar.models.family import Model
 from flowar.models.folders import load_state
-from flowar.training.engine import OPTIMIZER_STATES, EngineSettings, engine_name, prepare_blocks, share_out
-from flowar.training.optim import make_optimizer, set_learning_rate
+from flowar.training.engine import EngineSettings, engine_name, prepare_blocks, share_out
+from flowar.training.optim import ADAM_MOMENTS, LocalAdamW, make_optimizer
 
 # FSDP2 warns that in-place operations on the model's output would be wrong: there is none.
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -45,19 +46,24 @@ class TorchEngine:
                 self.model, device_ids=ids, forward_sync_buffers=False, gradient_as_bucket_view=True
             )
         elif self.name == "fsdp":
-            shard_model(self.model, blocks, make_mesh(world.device.type, world.size, settings.parallel.replicas))
+            mesh = make_mesh(world.device.type, world.size, settings.parallel.replicas)
+            shard_model(self.model, blocks, mesh, settings.parallel)
+        self.syncs_once = self.name == "fsdp" and settings.parallel.fsdp_sync_once
         self.parameters = dict(self.model.named_parameters())
-        self.optimizer = make_optimizer(self.model, family, settings.optim)
-        for parameter in self.parameters.values():  # now, so that a checkpoint has where to go
-            states = {name: torch.zeros_like(parameter) for name in OPTIMIZER_STATES}
-            self.optimizer.state[parameter] = {"step": torch.zeros((), device=world.device), **states}
+        self.optimizer = LocalAdamW(self.parameters, make_optimizer(self.model, family, settings.optim))
+        # FSDP2: the ranks of one row have a part of the gradients each. Else every rank has all of them.
+        self._num_copies = settings.parallel.replicas if self.name == "fsdp" else world.size
 
     @contextlib.contextmanager
     def part(self, is_last: bool) -> Iterator[None]:
         """Return the context of one part's forward and backward pass.
 
-        DDP averages the gradients of the last part over the ranks; FSDP2 those of each, or all would have all of them.
+        DDP averages the gradients of the last part over the ranks; FSDP2 those of each, or all would have all of them,
+        as `parallel.fsdp_sync_once` allows.
         """
+        if self.syncs_once:
+            assert isinstance(self.forward, FSDPModule)
+            self.forward.set_requires_gradient_sync(is_last)
         context: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if isinstance(self.forward, DistributedDataParallel) and not is_last:
             context = self.forward.no_sync()
@@ -68,39 +74,35 @@ class TorchEngine:
         """Add the gradients of one part of the batch."""
         loss.backward()
 
-    def grad_norm(self) -> float:
-        """Return the norm of all gradients of all ranks, the same on every rank."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters.values() if p.grad is not None])
-        self._norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        return self._norm.item()
+    def norm_share(self) -> Tensor:
+        """Return this rank's share of the gradients' squared norm, float64: the sum over ranks is all of it."""
+        return self.optimizer.take_gradients().double().square() / self._num_copies
 
-    def step(self, lr: float) -> None:
-        """Clip the gradients, whose `grad_norm` was taken, and move the weights."""
-        torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), self.max_grad_norm, self._norm)
-        set_learning_rate(self.optimizer, lr)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+    def clip(self, norm: Tensor) -> None:
+        """Scale the gradients, whose norm on all ranks together is this scalar of the device, to what is allowed."""
+        self.optimizer.clip(norm, self.max_grad_norm)
+
+    def step(self, lr: float, grad_norm: float) -> None:
+        """Move the weights along the clipped gradients."""
+        self.optimizer.step(lr)
 
     def skip(self) -> None:
         """Drop the gradients and leave the weights as they are."""
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.drop_gradients()
 
     def save_own_files(self, folder: Path) -> None:
         """Write what else the engine's own tools need; nothing."""
 
     def set_step(self, step: int) -> None:
         """Tell the optimizer how many steps it has behind it."""
-        for state in self.optimizer.state.values():
-            state["step"].fill_(step)
+        self.optimizer.steps.fill_(step)
 
     def local_weights(self) -> dict[str, Tensor]:
         """Return this rank's share of the weights, what an average of them follows: each is on one rank only.
 
         FSDP2: its DTensors. Else all ranks have all weights, and each follows some of them.
         """
-        if self.name == "fsdp":
-            return {name: p.detach() for name, p in self.parameters.items()}
-        return {name: p.detach() for name, p in self.parameters.items() if self._owners[name] == self.world.rank}
+        return self._followed
 
     def weights(self) -> dict[str, Tensor]:
         """Return this rank's share of the weights in the form of checkpoints."""
@@ -118,7 +120,7 @@ class TorchEngine:
         found: dict[str, Tensor] = {}
         for name in names:
             p = self.parameters[name]
-            found |= {optimizer_key(name, key): self.optimizer.state[p][key] for key in OPTIMIZER_STATES}
+            found |= {optimizer_key(name, key): self.optimizer.moments[name][key] for key in ADAM_MOMENTS}
             found[weight_key(name)] = p.detach()
         return found
 
@@ -145,15 +147,42 @@ class TorchEngine:
             yield name, tensor
 
     @functools.cached_property
+    def _followed(self) -> dict[str, Tensor]:
+        is_mine = {name: self.name == "fsdp" or owner == self.world.rank for name, owner in self._owners.items()}
+        return {name: p.detach() for name, p in self.parameters.items() if is_mine[name]}
+
+    @functools.cached_property
     def _owners(self) -> dict[str, int]:
         return share_out({name: p.numel() for name, p in self.parameters.items()}, self.world.size)
 
 
-def shard_model(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh) -> None:
-    """Cut the weights of every block, and of what is around the blocks, into parts (FSDP2)."""
+def shard_model(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, parallel: ParallelConfig) -> None:
+    """Cut the weights of every block, and of what is around the blocks, into parts (FSDP2).
+
+    With `parallel.fsdp_bf16` a block's matrices and biases are gathered as what autocast makes of them anyway; the
+    weights of its norms, and all that is around the blocks, stay float32.
+    """
+    policy = MixedPrecisionPolicy()
+    if parallel.fsdp_bf16:
+        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    sharded: list[FSDPModule] = []
     for block in blocks:
-        fully_shard(block, mesh=mesh)
+        norms: list[nn.Module] = [module for module in block.modules() if has_norm_weight(module)]
+        if parallel.fsdp_bf16 and norms:
+            fully_shard(norms, mesh=mesh, reshard_after_forward=False)
+        fully_shard(block, mesh=mesh, reshard_after_forward=parallel.fsdp_reshard, mp_policy=policy)
+        assert isinstance(block, FSDPModule)
+        sharded.append(block)
     fully_shard(model, mesh=mesh)
+    ahead = parallel.fsdp_prefetch
+    for index, module in enumerate(sharded if ahead else []):
+        module.set_modules_to_forward_prefetch(sharded[index + 1 : index + 1 + ahead])
+        module.set_modules_to_backward_prefetch(sharded[max(0, index - ahead) : index][::-1])
+
+
+def has_norm_weight(module: nn.Module) -> bool:
+    """Return whether a module is a norm with a weight of its own."""
+    return isinstance(module, nn.RMSNorm | nn.LayerNorm) and module.weight is not None
 
 
 def make_mesh(device_type: str, num_ranks: int, replicas: int) -> DeviceMesh:

@@ -17,8 +17,8 @@ from flowar.base.run_folder import optimizer_key, weight_key
 from flowar.models.build import family_of
 from flowar.models.family import Model
 from flowar.models.folders import load_state
-from flowar.training.engine import OPTIMIZER_STATES, EngineSettings, prepare_blocks, share_out
-from flowar.training.optim import make_optimizer, set_learning_rate
+from flowar.training.engine import EngineSettings, prepare_blocks, share_out
+from flowar.training.optim import ADAM_MOMENTS, make_optimizer, set_learning_rate
 
 
 class ZeROEngine:
@@ -41,7 +41,12 @@ class ZeROEngine:
             "train_micro_batch_size_per_gpu": settings.micro_batch_size,
             "gradient_accumulation_steps": settings.num_parts,
             "gradient_clipping": settings.optim.max_grad_norm,
-            "zero_optimization": {"stage": self.stage},
+            "zero_optimization": {
+                "stage": self.stage,
+                "overlap_comm": True,  # DeepSpeed's default for stage 3 alone
+                "reduce_bucket_size": BUCKET_SIZE,
+                "allgather_bucket_size": BUCKET_SIZE,
+            },
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
         }
@@ -65,7 +70,7 @@ class ZeROEngine:
         """
         zero = self.optimizer
         for flat in zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups:
-            states = {name: torch.zeros_like(flat) for name in OPTIMIZER_STATES}
+            states = {name: torch.zeros_like(flat) for name in ADAM_MOMENTS}
             zero.optimizer.state[flat] = {"step": torch.zeros((), device=flat.device), **states}
         if self.stage < 3:
             zero._lazy_init_hp_params_optimizer_state()
@@ -79,25 +84,32 @@ class ZeROEngine:
     def backward(self, loss: Tensor) -> None:
         self.forward.backward(loss, scale_wrt_gas=False)
 
-    def grad_norm(self) -> float:
+    def norm_share(self) -> Tensor:
         from deepspeed.runtime.utils import combine_grad_norm_groups
 
         if self.stage == 3:
             norm = combine_grad_norm_groups(self.optimizer._get_norm_groups())
         else:
             norm = self.optimizer.scaled_global_norm()
-        norm = float(norm)
-        return norm if norm >= 0 else float("nan")  # DeepSpeed's mark for a norm that isn't finite
+        norm = torch.as_tensor(norm, device=self.world.device).double()
+        norm = torch.where(norm >= 0, norm, torch.nan)  # DeepSpeed's mark for a norm that isn't finite
+        return norm.square() / self.world.size  # it is summed over all ranks already
 
-    def step(self, lr: float) -> None:
+    def clip(self, norm: Tensor) -> None:
+        """Leave it to `step`, where DeepSpeed clips."""
+
+    def step(self, lr: float, grad_norm: float) -> None:
         set_learning_rate(self.optimizer, lr)
-        self.forward.step()
+        self._step(torch.tensor(grad_norm))
 
     def skip(self) -> None:
         # DeepSpeed drops a step by itself where the norm is not finite: let it believe so.
+        self._step(torch.tensor(torch.nan))
+
+    def _step(self, norm: Tensor) -> None:
+        """Take DeepSpeed's step with a norm on the CPU: it would compute its own once more, and read it."""
         name = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
-        nan = torch.tensor(float("nan"), device=self.world.device)
-        setattr(self.optimizer, name, lambda: [nan] if self.stage == 3 else nan)
+        setattr(self.optimizer, name, lambda: [norm] if self.stage == 3 else norm)
         try:
             self.forward.step()
         finally:
@@ -140,13 +152,13 @@ class ZeROEngine:
         for name, p in self.parameters.items():
             mine = self._owners[name] == self.world.rank
             full = {weight_key(name): safe_get_full_fp32_param(p)}
-            full |= {optimizer_key(name, key): safe_get_full_optimizer_state(p, key) for key in OPTIMIZER_STATES}
+            full |= {optimizer_key(name, key): safe_get_full_optimizer_state(p, key) for key in ADAM_MOMENTS}
             if mine:
                 found |= {key: tensor.cpu().clone() for key, tensor in full.items()}
         return found
 
     def load(self, folder: Path) -> None:
-        for key in (None, *OPTIMIZER_STATES):
+        for key in (None, *ADAM_MOMENTS):
             keys = {name: optimizer_key(name, key) if key else weight_key(name) for name in self.parameters}
             for name, full in self._read(folder, keys):
                 self._set(self.parameters[name], full, key)
@@ -215,7 +227,8 @@ class ZeROEngine:
         return share_out({name: self._shape(name).numel() for name in self.parameters}, self.world.size)
 
 
-READ_AT_ONCE = 2**27  # values: half a GiB
+BUCKET_SIZE = 200_000_000  # values: 0.8 GB; DeepSpeed's default takes 2 GB
+VALUES_AT_ONCE = 2**27  # values: half a GiB
 
 
 def _groups(names: Iterable[str], size: Callable[[str], int]) -> Iterator[list[str]]:
@@ -223,7 +236,7 @@ def _groups(names: Iterable[str], size: Callable[[str], int]) -> Iterator[list[s
     for name in names:
         group.append(name)
         values += size(name)
-        if values >= READ_AT_ONCE:
+        if values >= VALUES_AT_ONCE:
             yield group
             group, values = [], 0
     if group:

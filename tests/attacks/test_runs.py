@@ -111,11 +111,11 @@ def train_and_interrupt(config, step, times):
     """Train; press Ctrl-C so often while a step is computed."""
     accumulate = train.accumulate
 
-    def accumulate_and_press(engine, batch, number, *others):
-        if number == step:
+    def accumulate_and_press(engine, inputs, settings):
+        if inputs.number == step:
             for _ in range(times):
                 os.kill(os.getpid(), signal.SIGINT)
-        return accumulate(engine, batch, number, *others)
+        return accumulate(engine, inputs, settings)
 
     train.accumulate = accumulate_and_press
     train.main(config)
@@ -124,7 +124,7 @@ def train_and_interrupt(config, step, times):
 @pytest.mark.parametrize(
     ("times", "code", "latest", "said"),
     [
-        (1, EXIT_AGAIN, "step_00000008", "stopped by SIGINT after step 8, saved; run the same command to resume"),
+        (1, EXIT_AGAIN, "step_00000007", "stopped by SIGINT after step 7, saved; run the same command to resume"),
         (2, EXIT_INTERRUPTED, "step_00000006", "ended without saving; the same command resumes from"),
     ],
 )

@@ -33,7 +33,7 @@ def measure_rank(config, answers):
         return sum(tensor.to_local().numel() * tensor.element_size() for tensor in tensors)
 
     parameters = engine.parameters.values()
-    states = [engine.optimizer.state[p][key] for p in parameters for key in ("exp_avg", "exp_avg_sq")]
+    states = [moment for moments in engine.optimizer.moments.values() for moment in moments.values()]
     averages = [tensor for average in ema.averages.values() for tensor in average.values()]
     answers.put((world.rank, size(parameters), size(p.grad for p in parameters), size(states), size(averages)))
     stop_world()

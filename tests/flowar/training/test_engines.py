@@ -101,6 +101,26 @@ def test_two_copies_of_two_parts_train_the_same_model(shards, alone, tmp_path):
 
 
 @pytest.mark.slow
+def test_fsdp_that_syncs_once_and_keeps_weights_trains_the_same_model(shards, alone, tmp_path):
+    parallel = ParallelConfig(engine="fsdp", fsdp_reshard=False, fsdp_sync_once=True, fsdp_prefetch=1)
+    run_ranks(settings(shards, tmp_path / "run", "fsdp", parallel=parallel), 2, tmp_path / "log")
+    assert_same_run(tmp_path / "run", alone)
+
+
+@pytest.mark.slow
+def test_weights_sent_as_bfloat16_are_those_that_autocast_computes_with(shards, tmp_path):
+    found = []
+    for is_sent in (False, True):
+        run_dir = tmp_path / f"{is_sent}"
+        parallel = ParallelConfig(engine="fsdp", fsdp_bf16=is_sent)
+        model = dataclasses.replace(settings(shards, run_dir, "fsdp").model, flow_block="attn_cross_mlp")
+        config = settings(shards, run_dir, "fsdp", precision="bf16", model=model, epochs=3, parallel=parallel)
+        run_ranks(config, 2, tmp_path / "log")
+        found.append([record["loss"] for record in read_metrics(run_dir)])
+    assert found[0] == found[1] and len(found[0]) == 6
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "chain",
     [
