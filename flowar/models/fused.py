@@ -169,5 +169,6 @@ def _turn_back(grad: Tensor, turns: Tensor) -> Tensor:
 def _pairs(heads: Tensor) -> Tensor:
     """Return neighbouring channels as pairs (..., d / 2, 2), float32 at least."""
     heads = heads if heads.stride(-1) == 1 else heads.contiguous()  # attention's gradients may be transposed
-    pairs: Tensor = heads.to(torch.promote_types(heads.dtype, torch.float32)).unflatten(-1, (-1, 2))
+    heads = heads if heads.dtype == torch.float64 else heads.float()
+    pairs: Tensor = heads.unflatten(-1, (-1, 2))
     return pairs

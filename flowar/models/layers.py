@@ -38,10 +38,9 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(width, eps=NORM_EPS, elementwise_affine=weight)
         self.register_buffer("least", torch.tensor(NORM_EPS), persistent=False)
 
-    def forward(self, tokens: Tensor, gain: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
-        """Return the normed tokens (B, N, D) times the weight, or times (1 + gain), plus shift."""
-        scale = self.weight if gain is None else 1 + gain
-        return scaled_norm(tokens, scale, shift, self.least)
+    def forward(self, tokens: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        """Return the normed tokens (B, N, D) times the weight, or times scale plus shift."""
+        return scaled_norm(tokens, self.weight if scale is None else scale, shift, self.least)
 
 
 class GatedMLP(nn.Module):

@@ -65,7 +65,7 @@ def solve_euler(velocity: Velocity, noise: Tensor, time_grid: Tensor) -> Tensor:
     """
     state = noise
     for start, end in pairwise(time_grid.tolist()):
-        state = state + (end - start) * velocity(state, start)
+        state = torch.add(state, velocity(state, start), alpha=end - start)
     return state
 
 

@@ -30,6 +30,12 @@ INIT_STD = 0.02  # of the label and position tables (the released code); of the 
 KeyValueCache = list[tuple[Tensor, Tensor]]  # per block: keys and values of all tokens so far, (B, heads, tokens, d)
 
 
+def split_modulation(modulation: Tensor, number: int) -> tuple[Tensor, ...]:
+    """Return gates, scales (1 + gain) and shifts (B, N, E) of `number` norms from one tensor (B, N, 3 number E)."""
+    gates, gains, shifts = modulation.chunk(3, dim=-1)
+    return (*gates.chunk(number, dim=-1), *(1 + gains).chunk(number, dim=-1), *shifts.chunk(number, dim=-1))
+
+
 class AutoregressiveBlock(nn.Module):
     """Scale-causal attention and gated MLP, modulated by the class through adaLN."""
 
@@ -52,10 +58,10 @@ class AutoregressiveBlock(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return the tokens (B, N, D) after the block, and its keys and values so far; the class went through SiLU."""
         modulation = self.modulation(class_embedding)[:, None]  # (B, 1, 6 D)
-        gate_1, gate_2, gain_1, gain_2, shift_1, shift_2 = modulation.chunk(6, dim=-1)
-        attended, present = self.attention(self.attention_norm(tokens, gain_1, shift_1), turns, pattern, past)
+        gate_1, gate_2, scale_1, scale_2, shift_1, shift_2 = split_modulation(modulation, 2)
+        attended, present = self.attention(self.attention_norm(tokens, scale_1, shift_1), turns, pattern, past)
         tokens = gated_sum(tokens, gate_1, attended)
-        return gated_sum(tokens, gate_2, self.mlp(self.mlp_norm(tokens, gain_2, shift_2))), present
+        return gated_sum(tokens, gate_2, self.mlp(self.mlp_norm(tokens, scale_2, shift_2))), present
 
 
 class AutoregressiveTransformer(nn.Module):
@@ -150,10 +156,10 @@ class FlowBlock(nn.Module):
     ) -> Tensor:
         """Return the tokens (B, N, E) after the block; arguments as CrossAttentionFlowBlock."""
         modulation = self.modulation(condition)  # (B, N, 6 E)
-        gate_1, gate_2, gain_1, gain_2, shift_1, shift_2 = modulation.chunk(6, dim=-1)
-        attended, _ = self.attention(self.attention_norm(tokens, gain_1, shift_1), turns, pattern)
+        gate_1, gate_2, scale_1, scale_2, shift_1, shift_2 = split_modulation(modulation, 2)
+        attended, _ = self.attention(self.attention_norm(tokens, scale_1, shift_1), turns, pattern)
         tokens = gated_sum(tokens, gate_1, attended)
-        return gated_sum(tokens, gate_2, self.mlp(self.mlp_norm(tokens, gain_2, shift_2)))
+        return gated_sum(tokens, gate_2, self.mlp(self.mlp_norm(tokens, scale_2, shift_2)))
 
     def modulate(self, time: Tensor) -> None:
         """Return None: this block has no modulation by the time alone."""
@@ -203,12 +209,12 @@ class CrossAttentionFlowBlock(nn.Module):
             modulation = spread(self.modulate(time), pattern)
             prepared = PreparedBlock(modulation, self.project(semantics, turns))
         assert prepared.modulation is not None and prepared.keys_values is not None
-        gate, gain, shift = prepared.modulation.chunk(3, dim=-1)
-        attended, _ = self.attention(self.attention_norm(tokens, gain, shift), turns, pattern)
+        gate, scale, shift = split_modulation(prepared.modulation, 1)
+        attended, _ = self.attention(self.attention_norm(tokens, scale, shift), turns, pattern)
         tokens = gated_sum(tokens, gate, attended)
         tokens = tokens + self.cross_attention(self.query_norm(tokens), prepared.keys_values, turns, pattern)
-        gate, gain, shift = self.mlp_modulation(condition).chunk(3, dim=-1)
-        return gated_sum(tokens, gate, self.mlp(self.mlp_norm(tokens, gain, shift)))
+        gate, scale, shift = split_modulation(self.mlp_modulation(condition), 1)
+        return gated_sum(tokens, gate, self.mlp(self.mlp_norm(tokens, scale, shift)))
 
     def modulate(self, time: Tensor) -> Tensor:
         """Return the modulation (..., 3 E) of the attention by SiLU(time) (..., E)."""
@@ -324,7 +330,7 @@ class FlowMatchingTransformer(nn.Module):
             ready = None if prepared is None else prepared[index]
             tokens = block(tokens, condition, time, semantics, turns, pattern, ready)
         shift, gain = self.output_modulation(condition).chunk(2, dim=-1)
-        velocity: Tensor = self.output_projection(self.output_norm(tokens, gain, shift))
+        velocity: Tensor = self.output_projection(self.output_norm(tokens, 1 + gain, shift))
         return velocity
 
 
