@@ -260,14 +260,13 @@ def measure_limits(device: torch.device, precision: str) -> tuple[float, float]:
 
 
 def useful_flops(config: BenchConfig, found: dict[str, Measured]) -> int:
-    """Return the FLOPs of one image that count for the MFU, of both alike: those that the model needs."""
-    shape = config.measured_model
+    """Return the FLOPs of one image that count for the MFU, of both alike: the fewest that are known to do."""
+    shape, known = config.measured_model, [one.flops // config.batch_size for one in found.values() if one.flops]
     if config.what == "train":
-        return count_training_flops(shape)
-    if config.what == "sample":
-        flops: int = family_of(shape).sampling_flops(shape, config)
-        return flops
-    return found[OURS].flops // config.batch_size  # 0 without counts
+        known.append(count_training_flops(shape))
+    elif config.what == "sample":
+        known.append(family_of(shape).sampling_flops(shape, config))
+    return min(known, default=0)
 
 
 def measure(config: BenchConfig, device: torch.device) -> dict[str, Measured]:
