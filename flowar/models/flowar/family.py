@@ -1,8 +1,8 @@
 """What the rest of the program asks of FlowAR: see ../family.py. Read next: scales, model, loss, generate."""
 
 from collections.abc import Callable
-from functools import lru_cache
-from typing import Any
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -121,32 +121,52 @@ def generate(
 
 
 def sampling_flops(config: FlowARConfig, how: DrawConfig) -> int:
-    """Return the FLOPs of generating the latents of one image. Where guidance acts everything runs twice."""
+    """Return the FLOPs of generating the latents of one image alone. Where guidance acts everything runs twice."""
     grids, guidance = make_time_grids(how, len(config.scales)), _guidance(how)
-    ar, flow = count_generating_flops(config)
-    total = 2 * ar if guidance.acts_in(how.solver, grids) else ar
-    for index, grid in enumerate(grids):
-        is_guided = guidance.at_scale(index, len(grids)) > 1
-        for time in evaluation_times(how.solver, grid):
-            total += flow[index] * (2 if is_guided and guidance.acts_at(time) else 1)
+    flops = count_generating_flops(config)
+    acts = guidance.acts_in(how.solver, grids)
+    times = [evaluation_times(how.solver, grid) for grid in grids]
+    total = (2 if acts else 1) * flops.ar + len({time for of_scale in times for time in of_scale}) * flops.time
+    for index, of_scale in enumerate(times):
+        is_guided = acts and guidance.at_scale(index, len(grids)) > 1
+        total += (2 if is_guided else 1) * flops.semantics[index]
+        for time in of_scale:
+            total += flops.step[index] * (2 if is_guided and guidance.acts_at(time) else 1)
     return total
 
 
+class GeneratingFlops(NamedTuple):
+    """FLOPs of the parts of generating one image's latents."""
+
+    ar: int  # of the AR Transformer
+    time: int  # of what the flow Transformer makes of one time
+    semantics: tuple[int, ...]  # of what it makes of the semantics of a scale, once
+    step: tuple[int, ...]  # of one of its evaluations, by scale
+
+
 @lru_cache
-def count_generating_flops(config: FlowARConfig) -> tuple[int, tuple[int, ...]]:
-    """Return the FLOPs of the AR Transformer for one image, and of one evaluation of the flow Transformer by scale."""
+def count_generating_flops(config: FlowARConfig) -> GeneratingFlops:
+    """Return the FLOPs of the parts of generating one image's latents."""
     with torch.device("meta"):
         model = FlowAR(config).eval()
         label = torch.zeros(1, dtype=torch.int64)
-    with FlopCounterMode(display=False) as counter:
-        sample_latents(model, label, time_grid=torch.tensor([1.0]))  # no step
-    ar, flow = counter.get_total_flops(), []
+
+    def count(work: Callable[[], Any]) -> tuple[Any, int]:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            result = work()
+        return result, counter.get_total_flops()
+
+    _, everything = count(lambda: sample_latents(model, label, time_grid=torch.tensor([1.0])))  # no step
+    (modulations,), time = count(lambda: model.flow.modulations([0.0]))
+    semantics, step = [], []
     for index, side in enumerate(config.scales):
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            tokens, semantics = (torch.empty(1, side * side, width) for width in (config.token_width, config.ar_width))
-            model.flow(tokens, torch.empty(1, 1), semantics, range(index, index + 1))
-        flow.append(counter.get_total_flops())
-    return ar, tuple(flow)
+        span = range(index, index + 1)
+        with torch.device("meta"):
+            tokens, given = (torch.empty(1, side * side, width) for width in (config.token_width, config.ar_width))
+        prepared, flops = count(partial(model.flow.prepare, given, span))
+        semantics.append(flops)
+        step.append(count(partial(model.flow.step, tokens, modulations, prepared, span))[1])
+    return GeneratingFlops(everything - sum(semantics), time, tuple(semantics), tuple(step))
 
 
 def _guidance(how: DrawConfig) -> Guidance:
