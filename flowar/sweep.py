@@ -99,7 +99,7 @@ def main(config: SweepConfig, dry_run: bool = False) -> None:
         for setting in settings:
             print(f"  {setting.name}")
         return
-    check_same_sweep(out_dir, config)
+    check_same_sweep(out_dir, config, settings)
     reference = prepare_reference(config, extractor, out_dir).read()
     check_same_reference(out_dir, reference)
     distance = Frechet(reference.statistics["features"], device)
@@ -153,7 +153,7 @@ def plan_rounds(count: int, config: SweepConfig) -> list[tuple[int, int]]:
     return rounds
 
 
-def check_same_sweep(out_dir: Path, config: SweepConfig) -> None:
+def check_same_sweep(out_dir: Path, config: SweepConfig, settings: list[Setting]) -> None:
     """Note the settings of the sweep: one of all processes does, and the others compare.
 
     Raises:
@@ -161,6 +161,8 @@ def check_same_sweep(out_dir: Path, config: SweepConfig) -> None:
     """
     file = out_dir / "config.json"
     now = json.loads(json.dumps(decisive_settings(config)))
+    for setting in settings:
+        now |= setting.sample.annealing
     there = next((path for path in (out_dir / SETTINGS, out_dir / RESULTS_FILE) if path.exists()), None)
     if there is not None and not file.exists():
         raise UserError(

@@ -1,7 +1,7 @@
 """How images are drawn, declared once, and which: the settings of `flowar sample` and `flowar info`."""
 
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from omegaconf import MISSING
 
@@ -10,6 +10,17 @@ from flowar.config.data import ExtractorConfig, VAEConfig
 from flowar.config.load import free
 from flowar.config.models import FlowARConfig, ModelConfig
 
+# Cheaper than the released settings, and nearer to the exact solution and to real images, on the demo's digits:
+# benchmarks/README.md, `python -m benchmarks.steps`. Guidance and its interval are not among them, for they suit a
+# model: released, H has another interval than S and L.
+PRESETS: dict[str, dict[str, Any]] = {
+    name: {
+        "solver": "midpoint", "time_grid": "shifted", "shift": 0.5,
+        "num_steps": num_steps, "last_scale_steps": last_scale_steps,
+    }
+    for name, num_steps, last_scale_steps in (("quality", 12, 7), ("balanced", 7, 4), ("fast", 5, 3))
+}  # fmt: skip
+
 
 @dataclass(frozen=True, kw_only=True)
 class DrawConfig:
@@ -17,6 +28,9 @@ class DrawConfig:
 
     prefix: ClassVar[str] = ""  # of the settings' names in messages
 
+    # In a YAML or on a command line: stands for several of the settings below; those given beside it or after it win.
+    # It is resolved while it is read, so that these settings alone say what an image is
+    preset: Literal["quality", "balanced", "fast"] | None = free(None)
     num_steps: int = 25
     last_scale_steps: int | None = None  # of the finest scale, linear from num_steps at the coarsest (DiSA); None: same
     time_grid: Literal["released", "uniform", "shifted"] = "released"
@@ -43,6 +57,16 @@ class DrawConfig:
             raise UserError(
                 f"{self.prefix}guidance_interval=[{low}, {high}] must be [low, high] with 0 <= low <= high <= 1"
             )
+
+    @staticmethod
+    def preset_settings(name: object) -> dict[str, Any]:
+        """Return the settings that a preset stands for; none for what is no preset."""
+        return PRESETS.get(str(name), {})
+
+    @property
+    def annealing(self) -> dict[str, str]:
+        """What a record says of how steps fall over the scales; version 0.1 rounded them, and said nothing of it."""
+        return {} if self.last_scale_steps in (None, self.num_steps) else {"annealing": "floor"}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,6 +26,7 @@ Schema = TypeVar("Schema")
 HEAD_COMMENT = "# Written by flowar; the last line has the hash of all others.\n"
 HASH_COMMENT = "# xxh3 of the lines above: "
 FREE = "free"  # key of a field's metadata
+PRESET_KEY = "preset"  # the setting that stands for others
 INTERPOLATION = re.compile(r"(\\*)\$\{")  # its beginning, with the backslashes that take its meaning away
 
 ENVIRONMENT = re.compile(r"\$\{\s*oc\.env\s*:")
@@ -90,14 +91,45 @@ def load_config(schema: type[Schema], path: str | Path | None = None, overrides:
     """Return `schema` filled from its defaults, then the YAML at `path`, then `key=value` overrides.
 
     A section whose class has `start_from` (a model) starts from what that returns for what was given, for example from
-    the row that `model.variant=flowar-s` names.
+    the row that `model.variant=flowar-s` names. One whose class has `preset_settings` (how images are drawn) gets the
+    settings that `preset=` stands for: over the YAML if it is an override, under what is given beside it.
 
     Raises:
         UserError: if the file can't be read, a key is unknown (names the nearest), a value has the wrong type, or a
             required one is missing.
     """
-    given = OmegaConf.merge(_load_yaml(path) if path else {}, *map(_parse_override, overrides))
-    return _fill(schema, typing.cast(DictConfig, given))
+    words = OmegaConf.merge({}, *map(_parse_override, overrides))
+    layers = [*([_load_yaml(path)] if path else []), typing.cast(DictConfig, words)]
+    return _fill(schema, typing.cast(DictConfig, OmegaConf.merge(*_resolve_presets(schema, layers))))
+
+
+def _resolve_presets(schema: type[Any], layers: list[DictConfig]) -> list[DictConfig]:
+    """Return layers of settings, each over those before it, with those that the last given presets stand for.
+
+    Raises:
+        UserError: if a preset refers to something that isn't in its own layer.
+    """
+    layers = list(layers)
+    for section, kind in _sections(schema):
+        if not hasattr(kind, "preset_settings"):
+            continue
+        key = f"{section}.{PRESET_KEY}" if section else PRESET_KEY
+        for number in reversed(range(len(layers))):
+            holder = OmegaConf.select(layers[number], section) if section else layers[number]
+            if not isinstance(holder, DictConfig) or PRESET_KEY not in holder:
+                continue
+            try:
+                settings = kind.preset_settings(holder[PRESET_KEY])
+            except OmegaConfBaseException as error:
+                written = OmegaConf.to_container(holder, resolve=False)
+                assert isinstance(written, dict)
+                raise UserError(_describe_unresolved(key, written[PRESET_KEY], error)) from error
+            below = OmegaConf.create({})
+            for name, value in settings.items():
+                OmegaConf.update(below, f"{section}.{name}" if section else name, value)
+            layers[number] = typing.cast(DictConfig, OmegaConf.merge(below, layers[number]))
+            break
+    return layers
 
 
 def save_described(config: Dataclass, path: Path) -> None:
@@ -150,7 +182,8 @@ def load_values(schema: type[Schema], values: Mapping[str, Any]) -> Schema:
     Raises:
         UserError: as `load_config`.
     """
-    return _fill(schema, OmegaConf.create(as_literal(values)))
+    (given,) = _resolve_presets(schema, [OmegaConf.create(as_literal(values))])
+    return _fill(schema, given)
 
 
 def as_literal(value: Any) -> Any:

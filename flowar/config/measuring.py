@@ -83,6 +83,11 @@ class SweepConfig(FeatureWorkConfig):
         check_groups(self.interval_groups)
         if not 0 < self.keep < 1:
             raise UserError(f"keep={self.keep} must lie in (0, 1)")
+        if self.sample.preset is not None:
+            raise UserError(
+                f"sample.preset={self.sample.preset} stands for numbers of steps, which are swept; give sample.solver "
+                "and sample.time_grid instead"
+            )
         if self.sample.last_scale_steps is not None:
             raise UserError("sample.last_scale_steps is swept; give last_step_shares instead")
         for name in ("guidance", "interval_ends", "num_steps", "last_step_shares", "num_images"):

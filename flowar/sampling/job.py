@@ -175,7 +175,8 @@ def describe_samples(job: SamplingJob) -> dict[str, Any]:
     # Stochastic solvers drew with other seeds in 0.1; nothing else needs to tell the two apart.
     stream = {"noise_stream": int(Stream.STEP_NOISE)} if job.config.solver == "euler-maruyama" else {}
     labels = {LABELS_KEY: hash_json(job.classes)} if job.config.label_file is not None else {}
-    record = {**model, "flowar": __version__, "torch": torch.__version__, **networks, **settings, **stream, **labels}
+    record = {**model, "flowar": __version__, "torch": torch.__version__, **networks, **settings, **stream}
+    record |= {**job.config.annealing, **labels}
     return record | {IDENTITY: identify(record)}
 
 

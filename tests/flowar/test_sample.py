@@ -13,7 +13,8 @@ from flowar.base.errors import UserError
 from flowar.base.records import write_record
 from flowar.base.seeding import draw_image_noise
 from flowar.config.data import VAEConfig
-from flowar.config.drawing import SampleConfig
+from flowar.config.drawing import PRESETS, SampleConfig
+from flowar.config.load import as_literal, load_config
 from flowar.evaluation.image_sets import open_images
 from flowar.latents.vae import DEMO_VAE
 from flowar.models.build import compile_blocks, create_model
@@ -111,6 +112,8 @@ def test_ends_of_the_guidance_interval_belong_to_it():
 
 def test_steps_may_fall_from_scale_to_scale():
     assert annealed_steps(50, 10, 5) == (50, 40, 30, 20, 10)
+    assert annealed_steps(25, 15, 5) == (25, 22, 20, 17, 15)  # whole steps below, as DiSA's authors
+    assert annealed_steps(2, 9, 4) == (2, 4, 6, 9)
     assert annealed_steps(25, 25, 3) == (25, 25, 25) and annealed_steps(50, 10, 1) == (10,)
 
 
@@ -245,6 +248,30 @@ def test_other_settings_in_the_same_folder_are_refused(demo_shaped, tmp_path):
         main(sampling(demo_shaped, tmp_path, guidance=3.0))
     record = json.loads((tmp_path / "samples.json").read_text())
     assert record["seed"] == 0 and len(record["weights_sha256"]) == 64
+
+
+def test_samples_with_rounded_steps_of_version_0_1_are_not_continued(demo_shaped, tmp_path):
+    config = sampling(demo_shaped, tmp_path, num_steps=4, last_scale_steps=2)
+    main(config)
+    main(config)
+    record = json.loads((tmp_path / "samples.json").read_text())
+    assert record.pop("annealing") == "floor"
+    write_record(tmp_path / "samples.json", {key: record[key] for key in record if key not in ("identity", "hash")})
+    with pytest.raises(UserError, match="annealing was None, now floor; give another out_dir"):
+        main(config)
+
+
+def test_the_settings_of_a_preset_and_not_its_name_tell_samples_apart(demo_shaped, tmp_path):
+    def draw(*words):
+        fixed = (f"model={demo_shaped}", f"out_dir={tmp_path}", "vae.name=demo", "num_images=2")
+        main(load_config(SampleConfig, None, (*fixed, *words)))
+
+    draw("preset=fast")
+    draw(*(f"{key}={as_literal(value)}" for key, value in PRESETS["fast"].items() if value is not None))
+    record = json.loads((tmp_path / "samples.json").read_text())
+    assert record["num_steps"] == PRESETS["fast"]["num_steps"]
+    with pytest.raises(UserError, match="num_steps was .*give another out_dir"):
+        draw("preset=quality")
 
 
 def test_another_vae_than_the_models_is_refused(demo_shaped, shards, tmp_path):

@@ -7,8 +7,9 @@ from PIL import Image
 
 from flowar import sweep
 from flowar.base.errors import UserError
+from flowar.base.records import read_record, write_record
 from flowar.config.data import VAEConfig
-from flowar.config.drawing import SampleConfig
+from flowar.config.drawing import SampleConfig, SamplingConfig
 from flowar.config.load import load_config
 from flowar.config.measuring import ExtractorConfig, SweepConfig
 from flowar.evaluation.digits import DigitClassifier, save_classifier, write_image_folders
@@ -105,9 +106,21 @@ def test_other_settings_in_the_same_folder_are_refused(root, tmp_path):
         ({"num_images": (50, 40)}, r"num_images=\[50, 40\] must grow"),
         ({"guidance": ()}, r"guidance=\[\] is empty"),
         ({"weights": ()}, r"weights=\[\] and ema_stds=\[\] are both empty"),
+        ({"sample": SamplingConfig(preset="fast")}, "sample.preset=fast stands for numbers of steps, which are swept"),
     ):
         with pytest.raises(UserError, match=message):
             sweeping(root, tmp_path, **change)
+
+
+def test_a_sweep_with_rounded_steps_of_version_0_1_is_not_continued(root, tmp_path):
+    config = sweeping(root, tmp_path, last_step_shares=(1.0, 0.5))
+    settings = sweep.list_settings(config)
+    sweep.check_same_sweep(tmp_path, config, settings)
+    record = read_record(tmp_path / "config.json", "")
+    assert record.pop("annealing") == "floor"
+    write_record(tmp_path / "config.json", record)
+    with pytest.raises(UserError, match="holds another sweep: annealing was None, now floor"):
+        sweep.check_same_sweep(tmp_path, config, settings)
 
 
 @pytest.mark.slow

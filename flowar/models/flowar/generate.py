@@ -166,10 +166,14 @@ def sample_latents(
 
 
 def annealed_steps(first: int, last: int, num_scales: int) -> tuple[int, ...]:
-    """Return the steps of each scale, linear from the coarsest to the finest (diffusion step annealing, DiSA, 2025)."""
+    """Return the steps of each scale, linear from the coarsest to the finest (diffusion step annealing, DiSA, 2025).
+
+    Fractions are dropped, as the authors of DiSA do: 25 to 15 over five scales is 25, 22, 20, 17, 15.
+    """
     if num_scales == 1:
         return (last,)
-    return tuple(round(first + (last - first) * index / (num_scales - 1)) for index in range(num_scales))
+    gaps = num_scales - 1
+    return tuple((first * (gaps - index) + last * index) // gaps for index in range(num_scales))
 
 
 def make_time_grids(how: DrawConfig, num_scales: int) -> list[Tensor]:

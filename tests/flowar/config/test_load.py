@@ -4,7 +4,7 @@ import pytest
 
 from flowar.base.errors import UserError
 from flowar.config.data import PrepareConfig
-from flowar.config.drawing import SampleConfig
+from flowar.config.drawing import PRESETS, InfoConfig, SampleConfig
 from flowar.config.jobs import ClusterConfig, DemoConfig, PipelineConfig
 from flowar.config.load import changed_settings, describe_config, load_config, load_described
 from flowar.config.models import MODEL_VARIANTS, FlowARConfig
@@ -56,6 +56,11 @@ def test_a_variant_sets_the_whole_model_and_single_settings_come_on_top():
         (("preview.num_steps=1",), "preview.num_steps=1 must be at least 2"),
         (("optim.lr=-1",), "optim.lr=-1.0 must be above 0"),
         (("epochs=0",), "epochs=0.0 must be above 0"),
+        (
+            ("preview.preset=quick",),
+            "^preview.preset=quick is wrong: it must be one of quality, balanced, fast, or null",
+        ),
+        (("preview.preset=${nowhere}",), r"^preview.preset=\$\{nowhere\} can't be resolved: .*'nowhere' not found"),
         (("batch_size",), "neither a file nor a setting"),
         (("seed=[",), "can't read the setting 'seed=\\['"),
         (("run_dir=${",), r"^run_dir=\$\{ can't be resolved: .*a plain \$\{ is written \\\$\{"),
@@ -89,6 +94,26 @@ def test_bad_settings_are_one_clear_line(overrides, message):
 def test_a_wrong_kind_is_named_with_an_example(schema, words, message):
     with pytest.raises(UserError, match=f"^{message}$"):
         load_config(schema, None, (words, *(("model=a", "out_dir=b") if schema is SampleConfig else ())))
+
+
+def test_a_preset_lies_below_what_is_given_beside_it_and_above_the_file(tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("num_steps: 50\nguidance: 3.0\n")
+    plain = load_config(InfoConfig, file)
+    assert (plain.num_steps, plain.solver, plain.guidance) == (50, "euler", 3.0)
+    fast = load_config(InfoConfig, file, ("preset=fast",))
+    assert {key: getattr(fast, key) for key in PRESETS["fast"]} == PRESETS["fast"] and fast.guidance == 3.0
+    file.write_text("num_steps: 50\npreset: fast\n")
+    own = load_config(InfoConfig, file, ("solver=heun",))
+    assert (own.num_steps, own.solver, own.time_grid) == (50, "heun", PRESETS["fast"]["time_grid"])
+    quality = load_config(InfoConfig, file, ("preset=quality", "num_steps=25"))
+    assert quality == InfoConfig(**PRESETS["quality"] | {"num_steps": 25}, preset="quality")
+    assert load_config(InfoConfig, file, ("preset=null",)) == InfoConfig(num_steps=50)
+
+
+def test_a_preset_of_a_section_leaves_its_other_defaults():
+    draw = load_config(DemoConfig, None, ("draw.preset=fast",)).draw
+    assert (draw.guidance, draw.solver) == (DemoConfig().draw.guidance, PRESETS["fast"]["solver"])
 
 
 def test_required_settings_are_named():
