@@ -75,6 +75,7 @@ class _ScaledNorm(Function):
         normalized, inverse, scale = ctx.saved_tensors
         product = grad * normalized
         grad_scale = product.sum_to_size(scale.shape).to(scale.dtype)
+        scale = scale.to(product.dtype)  # bfloat16 under autocast
         grad_shift = None if ctx.shift is None else grad.sum_to_size(ctx.shift[0]).to(ctx.shift[1])
         if scale.shape[-2:-1] in ((), (1,)):  # the same for all tokens
             inner = (product @ scale.unsqueeze(-1) if scale.ndim == 1 else product @ scale.mT) / scale.shape[-1]
@@ -130,7 +131,8 @@ class _PackedRotation(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor) -> tuple[Tensor, None]:
-        turned = [_turn_back(grad, *ctx.saved_tensors) for grad in (grad_query, grad_key)]
+        (turns,) = ctx.saved_tensors  # once: where blocks are recomputed each reading computes again
+        turned = [_turn_back(grad, turns) for grad in (grad_query, grad_key)]
         return torch.stack([grad.transpose(1, 2) for grad in (*turned, grad_value)], dim=2), None
 
 
