@@ -107,6 +107,7 @@ def training(shards: Path, run_dir: Path, **changes: object) -> TrainConfig:
         "log_every_steps": 5,
         "save_every_steps": 4,
         "preview": PreviewConfig(every_steps=0),
+        "peak_tflops": 1.0,  # else it would be measured at each start
     }
     return TrainConfig(run_dir=str(run_dir), **(settings | changes))
 
@@ -148,12 +149,16 @@ def shards(tmp_path_factory: pytest.TempPathFactory, image_folder: Path) -> Path
 def bucket() -> Iterator[object]:
     """A client of an S3 server on loopback, with the bucket "data"."""
     import boto3
+    import botocore.loaders
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()
+    loader = botocore.loaders.create_loader()
     with pytest.MonkeyPatch.context() as environment:
+        # Every file is fetched by a client of its own, and each would parse botocore's megabytes of JSON again.
+        environment.setattr("botocore.session.create_loader", lambda *_: loader)
         environment.setenv("AWS_ACCESS_KEY_ID", "test")
         environment.setenv("AWS_SECRET_ACCESS_KEY", "test")
         environment.setenv("AWS_DEFAULT_REGION", "us-east-1")

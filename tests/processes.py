@@ -32,6 +32,7 @@ PRELOADED = [
     "flowar.training.zero_engine",
     "data_prep.encode",
     "tests.processes",
+    "tests.warm",
 ]
 PATIENCE_S = 600  # for what is sure to come; a process that hangs fails its test
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}  # audit events, of sys.addaudithook

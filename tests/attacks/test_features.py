@@ -111,7 +111,15 @@ def test_damaged_features_of_samples_are_named(root, extractor, copied, attack):
         prepare_features(copied / "seed0", "samples", extractor, copied / "out", measuring(root)).read()
 
 
-@pytest.mark.parametrize("attack", ["a bit of a shard", "half a shard", "a shard of another seed", "a lost shard"])
+@pytest.mark.parametrize(
+    "attack",
+    [
+        pytest.param("a bit of a shard", marks=MORE),
+        pytest.param("half a shard", marks=MORE),
+        "a shard of another seed",
+        "a lost shard",
+    ],
+)
 def test_following_the_advice_gives_the_same_features(root, extractor, copied, attack):
     folder = copied / "seed0"
     needed = prepare_features(folder, "samples", extractor, copied / "out", measuring(root)).read()
@@ -198,6 +206,12 @@ def test_half_made_references_of_dead_processes_are_removed(root, tmp_path):
 # Numbers.
 
 
+@pytest.fixture
+def without_page(monkeypatch):
+    """The page with its pictures takes longer than all numbers, and is read by nobody here."""
+    monkeypatch.setattr(evaluate, "write_evaluation_page", lambda *_: None)
+
+
 @pytest.fixture(scope="module")
 def measured(root):
     """An evaluation of the images."""
@@ -213,6 +227,7 @@ NUMBERS = {
 }
 
 
+@pytest.mark.usefixtures("without_page")
 @pytest.mark.parametrize("attack", NUMBERS)
 def test_damaged_numbers_are_named_and_made_again(root, measured, tmp_path, attack, capsys):
     out_dir = shutil.copytree(measured, tmp_path / "out")
@@ -228,6 +243,7 @@ def test_damaged_numbers_are_named_and_made_again(root, measured, tmp_path, atta
     assert read_record(out_dir / "metrics.json", "")["metrics"] == before["metrics"]
 
 
+@pytest.mark.usefixtures("without_page")
 def test_numbers_against_statistics_that_were_replaced_since_are_made_again(root, tmp_path):
     statistics = {"mu": np.zeros(64), "sigma": np.eye(64)}
     np.savez(tmp_path / "ref.npz", **statistics)
@@ -248,10 +264,17 @@ def test_brackets_in_paths_are_neither_markup_nor_html(root, tmp_path, capsys):
     assert f"{folder / 'out'}/metrics.json and report.html are written" in capsys.readouterr().out
     page = (folder / "out" / "report.html").read_text()
     assert "[/x]{x}&lt;img src=x&gt;&amp;/images" in page and "<img src=x>" not in page
+
+
+@MORE
+def test_brackets_in_paths_are_no_markup_where_a_sweep_names_them(root, tmp_path, capsys):
+    folder = tmp_path / "[" / "x]{x}<img src=x>&"
+    shutil.copytree(root / "ref_real", folder / "ref_real")
     sweep.main(sweeping(root, folder / "swept", reference=str(folder / "ref_real"), guidance=(1.0,)))
     assert f"see {folder / 'swept'}/recipe.yaml" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("without_page")
 def test_numbers_of_another_command_are_not_shown_as_ones_own(root, measured, tmp_path, monkeypatch):
     """Another process with other settings writes its numbers just after this one: the patch chooses that moment."""
     out_dir = shutil.copytree(measured, tmp_path / "out")
@@ -290,7 +313,7 @@ def evaluate_copy(root, runs, tmp_path, change=None, **settings):
 
 
 @pytest.fixture
-def runs(of_a_run):
+def runs(of_a_run, without_page):
     """Both runs without evaluations."""
     for name in ("a", "b"):
         shutil.rmtree(of_a_run / name / "evaluations", ignore_errors=True)

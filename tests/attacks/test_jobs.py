@@ -4,8 +4,6 @@ import dataclasses
 import json
 import random
 import shutil
-import subprocess
-import sys
 
 import pytest
 
@@ -14,13 +12,14 @@ from cluster.commands import submit_command as submit
 from cluster.job import Job
 from cluster.runs import find_trainer
 from cluster.status import cancel, find_jobs, logs, status
-from flowar import train
 from flowar.base.errors import UserError
 from flowar.base.records import read_record, write_record
 from flowar.base.run_folder import find_latest, list_checkpoints
 from flowar.config.jobs import ClusterConfig, DoctorConfig
 from flowar.config.load import describe_config
-from tests.conftest import MORE, flip_bit, training
+from flowar.training.owner import take_over
+from tests.conftest import MORE, flip_bit
+from tests.processes import PATIENCE_S, fork_context, start, stop, wait_until
 
 SECRET = "not-to-be-seen"
 LOCAL = ClusterConfig(scheduler="local", environment={"A": "${oc.env:FLOWAR_SECRET}"})
@@ -91,8 +90,17 @@ VERBS_THAT_READ = {
 }
 
 
-@pytest.mark.parametrize("verb", VERBS_THAT_READ)
-@pytest.mark.parametrize("attack", ATTACKS)
+BY_EVERY_VERB = ("half of it", "a list", "another number", "no verb", "a wrong cluster")
+
+
+@pytest.mark.parametrize(
+    ("attack", "verb"),
+    [
+        pytest.param(attack, verb, marks=() if verb == "status" or attack in BY_EVERY_VERB else MORE)
+        for attack in ATTACKS
+        for verb in VERBS_THAT_READ
+    ],
+)
 def test_a_damaged_record_of_a_job_is_named_by_every_verb(job, tmp_path, attack, verb):
     (tmp_path / "run.yaml").write_text("scheduler: local\n")
     file = job.folder / "job.json"
@@ -174,16 +182,9 @@ def test_a_config_of_somebody_elses_job_reads_no_variable(job, tmp_path, capsys)
     assert " 77 " not in capsys.readouterr().out
 
 
-@pytest.fixture(scope="module")
-def finished(shards, tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("plain") / "run"
-    train.main(training(shards, run_dir, save_every_steps=10))
-    return run_dir
-
-
 @pytest.fixture
-def run_dir(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "run")
+def run_dir(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
 
 
 def shown(run_dir, capsys):
@@ -192,26 +193,29 @@ def shown(run_dir, capsys):
     return " ".join(capsys.readouterr().out.split())
 
 
-def test_status_of_a_run_without_a_scheduler_shows_the_run(run_dir, capsys):
+def own_and_wait(run_dir, go):
+    take_over(run_dir)
+    go.wait(PATIENCE_S)
+
+
+def test_status_of_a_run_without_a_scheduler_shows_the_run(run_dir, tmp_path, capsys):
     """It has ended; another process takes it over, lives, and dies."""
     text = shown(run_dir, capsys)
-    assert "train FINISHED this machine 30 of 30 " in text and "30, 0:0" in text
-    assert "draws with its checkpoint of step 30" in text
-    shutil.rmtree(run_dir / "checkpoints" / "step_00000030")
+    assert "train FINISHED this machine 6 of 6 " in text and "6, 0:0" in text
+    assert "draws with its checkpoint of step 6" in text
+    shutil.rmtree(run_dir / "checkpoints" / "step_00000006")
     (run_dir / "owner.json").unlink()  # this process's, which lives
-    code = "import pathlib, sys; from flowar.training import owner; owner.take_over(pathlib.Path(sys.argv[1])); input()"
-    process = subprocess.Popen([sys.executable, "-c", code, str(run_dir)], stdin=subprocess.PIPE)
+    go = fork_context().Event()
+    process = start(own_and_wait, run_dir, go, log=tmp_path / "log")
     try:
-        while not (run_dir / "owner.json").exists():
-            assert process.poll() is None
+        wait_until((run_dir / "owner.json").exists, [process], tmp_path / "log")
         assert f"process {process.pid} train RUNNING" in shown(run_dir, capsys)
         with pytest.raises(UserError, match=f"no job was submitted for .*; process {process.pid} trains .* save and"):
             resume_command([str(run_dir)])
         cancel([str(run_dir)])
         assert f"`kill {process.pid}` has it save and stop" in capsys.readouterr().out
     finally:
-        process.kill()
-        process.wait()
+        stop([process])
     assert f"process {process.pid} train STOPPED" in shown(run_dir, capsys)
     with pytest.raises(UserError, match="no job was submitted for .*; .* the same `flowar train` command resumes"):
         resume_command([str(run_dir)])
@@ -236,24 +240,26 @@ def test_a_checkpoint_that_is_deleted_while_status_looks_at_it_does_not_count(ru
     monkeypatch.setattr("cluster.runs.find_latest", find_and_delete)
     text = shown(run_dir, capsys)
     assert "train RUNNING this machine" in text
-    assert ("its checkpoint of step 20" if older else "no complete checkpoint yet") in text
+    assert ("its checkpoint of step 4" if older else "no complete checkpoint yet") in text
 
 
 OWNER_ATTACKS = {
     "half of it": lambda file: file.write_text(file.read_text()[:50]),
     "a list": lambda file: file.write_text("[]"),
+    "no machine": without("machine"),
     "no process": without_hash(pid=None),
     "a process of another kind": without_hash(pid="me"),
     "no process's number": without_hash(pid=-5),
     "a start of another kind": without_hash(started="yesterday"),
-    "no machine": without("machine"),
     "no job": without("job"),
 }
 
 
-@pytest.mark.parametrize("attack", OWNER_ATTACKS)
+@pytest.mark.parametrize(
+    "attack", [*list(OWNER_ATTACKS)[:4], *(pytest.param(name, marks=MORE) for name in list(OWNER_ATTACKS)[4:])]
+)
 def test_a_damaged_owner_of_a_run_is_named(run_dir, attack):
-    shutil.rmtree(run_dir / "checkpoints" / "step_00000030")
+    shutil.rmtree(run_dir / "checkpoints" / "step_00000006")
     OWNER_ATTACKS[attack](run_dir / "owner.json")
     with pytest.raises(UserError, match="owner.json is damaged .*; if no process trains there, delete it"):
         status([str(run_dir)])

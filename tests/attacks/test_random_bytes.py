@@ -9,7 +9,6 @@ import shutil
 import pytest
 import torch
 
-from flowar import train
 from flowar.base.errors import UserError
 from flowar.base.records import read_record
 from flowar.config.load import load_described
@@ -19,14 +18,7 @@ from flowar.latents.schema import read_passport
 from flowar.training.owner import OWNER_CURE, OWNER_FILE
 from flowar.training.report import read_metrics
 from tests.attacks.test_features import STORE, extractor, measuring, root  # noqa: F401
-from tests.conftest import MORE, training
-
-
-@pytest.fixture(scope="module")
-def run_dir(shards, tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("bytes") / "run"
-    train.main(training(shards, run_dir, epochs=2))
-    return run_dir
+from tests.conftest import MORE
 
 
 def read_reference(folder, root, extractor):
@@ -37,31 +29,29 @@ def read_reference(folder, root, extractor):
     return [statistics, {name: tensor.tolist() for name, tensor in found.features.layers.items()}]
 
 
-def read_run(folder, root, extractor):
-    """What is read of a run beside its checkpoints, which have a test of their own."""
-    settings = dataclasses.asdict(load_described(TrainConfig, folder / "config.yaml"))
-    owner = read_record(folder / OWNER_FILE, OWNER_CURE)
-    return [owner, read_metrics(folder), settings, dataclasses.asdict(read_passport(folder))]
-
-
 KINDS = {
-    "reference": (read_reference, "ref_real", [f"{STORE}/features.json", f"{STORE}/*.npz", f"{STORE}/features_*"]),
-    "run": (read_run, None, ["config.yaml", "metrics.jsonl", "owner.json", "dataset.json"]),
+    "reference": dict.fromkeys((f"{STORE}/features.json", f"{STORE}/*.npz", f"{STORE}/features_*"), read_reference),
+    "run": {  # the checkpoints have a test of their own
+        "config.yaml": lambda folder, *_: dataclasses.asdict(load_described(TrainConfig, folder / "config.yaml")),
+        "metrics.jsonl": lambda folder, *_: read_metrics(folder),
+        "owner.json": lambda folder, *_: read_record(folder / OWNER_FILE, OWNER_CURE),
+        "dataset.json": lambda folder, *_: dataclasses.asdict(read_passport(folder)),
+    },
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [10, pytest.param(200, marks=MORE)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_no_single_changed_byte_passes_in_silence(root, run_dir, extractor, tmp_path, kind, number):
-    """In each kind of file so many; either it is refused by a UserError, or all that is read is the same."""
-    read, name, patterns = KINDS[kind]
+def test_no_single_changed_byte_passes_in_silence(root, trained, extractor, tmp_path, kind, number):
+    """In each kind of file so many; either it is refused by a UserError, or all that is read of it is the same."""
     folder = tmp_path / "copy"
-    shutil.copytree(run_dir if name is None else root / name, folder)
+    shutil.copytree(trained if kind == "run" else root / "ref_real", folder)
     torch.manual_seed(0)
-    expected, refused, made = read(folder, root, extractor), 0, 0
+    refused, made = 0, 0
     rng = random.Random(0)
-    for pattern in patterns:
+    for pattern, read in KINDS[kind].items():
+        expected = read(folder, root, extractor)
         files = sorted(folder.glob(pattern))
         assert files, pattern
         for _ in range(number):

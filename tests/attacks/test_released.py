@@ -6,12 +6,12 @@ import random
 import pytest
 import torch
 
-from flowar import export, train
+from flowar import export
 from flowar.base.errors import UserError
 from flowar.config.training import ConvertConfig
 from flowar.models.folders import load_model
 from tests.attacks.test_checkpoints import Trap
-from tests.conftest import MORE, flip_bit, load_vectors, released_state, training
+from tests.conftest import MORE, flip_bit, load_vectors, released_state
 
 NUM_CHANGES = 500
 
@@ -119,10 +119,9 @@ def test_no_flipped_bit_of_a_checkpoint_passes_in_silence(state, tmp_path, numbe
     assert refused > number / 2
 
 
-def test_a_folder_is_told_what_to_do_with_it(shards, state, tmp_path):
-    train.main(training(shards, tmp_path / "run", epochs=1))
-    checkpoint = next((tmp_path / "run" / "checkpoints").iterdir())
-    for source in (tmp_path / "run", checkpoint):
+def test_a_folder_is_told_what_to_do_with_it(trained, state, tmp_path):
+    checkpoint = next((trained / "checkpoints").iterdir())
+    for source in (trained, checkpoint):
         with pytest.raises(UserError, match=f"is a training run's, .*`flowar export {source} {tmp_path}/model` makes"):
             convert(source, tmp_path / "model")
     torch.save(state, tmp_path / "FlowAR.pth")

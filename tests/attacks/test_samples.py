@@ -26,7 +26,7 @@ from flowar.sampling.folder import read_hashes, read_samples, write_new_hashes
 from flowar.sampling.images import ImageSink
 from flowar.sampling.job import check_same_samples, describe_samples, open_job
 from flowar.sampling.worker import draw_job, draw_missing
-from tests.conftest import MORE, change_bytes, flip_bit, randomise
+from tests.conftest import ALL, MORE, change_bytes, flip_bit, randomise
 from tests.processes import PATIENCE_S, Death, fork_context, start, stop
 
 NUM = 6
@@ -287,7 +287,9 @@ def test_samples_of_an_unfinished_redraw_are_not_measured(job, drawn):
         measured(drawn)
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"num_steps": 3}, {"classes": (1, 2)}])
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, *(pytest.param(more, marks=MORE) for more in ({"num_steps": 3}, {"classes": (1, 2)}))]
+)
 def test_of_two_that_both_found_the_folder_empty_the_second_is_refused(job, tmp_path, change):
     jobs = [with_folder(job, tmp_path), with_folder(job, tmp_path, **change)]
     for own in jobs:
@@ -307,8 +309,9 @@ def race(config, barrier):
 
 
 @pytest.mark.slow
-def test_two_commands_with_other_seeds_started_together_never_mix(root, tmp_path):
-    for attempt in range(3):
+@pytest.mark.parametrize("attempts", [1, pytest.param(5, marks=MORE)])
+def test_two_commands_with_other_seeds_started_together_never_mix(root, tmp_path, attempts):
+    for attempt in range(attempts):
         out_dir, log = tmp_path / f"{attempt}", tmp_path / f"log{attempt}"
         barrier = fork_context().Barrier(2)
         racing = [start(race, drawing(root, out_dir, seed=seed), barrier, log=log) for seed in (0, 1)]
@@ -397,7 +400,8 @@ def test_whenever_a_process_is_killed_every_image_has_its_hash_or_is_drawn_again
     deaths = [Death(at, str(out_dir / "hashes"), calls) for at, calls in ((2, 0), (4, 1))]
     deaths += [Death(at, str(out_dir / "images"), calls) for at, calls in ((5, 0), (8, 2))]
     deaths += [Death(1, str(out_dir / ".images.xxh64"))]  # with all images drawn, before their hashes are together
-    config = drawing(root, out_dir, num_images=40)
+    deaths = deaths if ALL else deaths[::2]
+    config = drawing(root, out_dir, num_images=24)
     for death in deaths:
         process = start(main, config, log=log, death=death)
         process.join(PATIENCE_S)
@@ -405,7 +409,7 @@ def test_whenever_a_process_is_killed_every_image_has_its_hash_or_is_drawn_again
     with pytest.raises(UserError, match=INCOMPLETE):
         measured(out_dir)
     main(config)
-    assert len(measured(out_dir)) == 40
+    assert len(measured(out_dir)) == 24
     assert_hashes_are_right(out_dir)
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import stat
 
 import pytest
@@ -21,7 +22,7 @@ from flowar.config.load import (
 from flowar.config.training import TrainConfig
 from flowar.models.build import config_from_dict, create_model
 from flowar.models.folders import load_model, save_model
-from tests.conftest import tiny_config, training, written_by_0_1
+from tests.conftest import MORE, tiny_config, training, written_by_0_1
 
 SECRET = "not-to-be-seen"
 REQUIRED = ("run_dir=a", "data.path=b")
@@ -71,15 +72,10 @@ def test_a_wrong_config_of_a_model_is_refused_and_reads_no_variable(tmp_path, at
 
 LITERALS = [
     "${oc.env:FLOWAR_SECRET}",
-    r"\${b}",
     r"\\${b}",
     "${",
-    "a${b}c${d}\\",
-    "$${a}",
-    "[${a}]",
     "null",
-    "1e-4",
-    "it's",
+    *(pytest.param(text, marks=MORE) for text in (r"\${b}", "a${b}c${d}\\", "$${a}", "[${a}]", "1e-4", "it's")),
 ]
 
 
@@ -96,14 +92,13 @@ def test_a_literal_text_is_written_and_read_back_as_it_is(tmp_path, text):
     assert SECRET not in (tmp_path / "changes.yaml").read_text()
 
 
-def test_the_config_of_somebody_elses_run_reads_no_variable(shards, tmp_path, capsys):
-    run_dir = tmp_path / "run"
-    train.main(training(shards, run_dir, epochs=1))
+def test_the_config_of_somebody_elses_run_reads_no_variable(shards, trained, tmp_path, capsys):
+    run_dir = shutil.copytree(trained, tmp_path / "run")
     file = run_dir / "config.yaml"
     text = written_by_0_1(file)
     file.write_text(text.replace("project: flowar", "project: ${oc.env:FLOWAR_SECRET}"))
     assert load_described(TrainConfig, file).wandb.project == "${oc.env:FLOWAR_SECRET}"
-    train.main(training(shards, run_dir, epochs=1))
+    train.main(training(shards, run_dir, epochs=2))
     printed = capsys.readouterr().out
     assert "wandb.project was ${oc.env:FLOWAR_SECRET}, now flowar" in printed and SECRET not in printed
 
@@ -128,17 +123,17 @@ def test_what_came_from_the_environment_is_known():
     assert cluster.environment["KEY"].source == "${oc.env:FLOWAR_SECRET}"
 
 
-def test_a_runs_config_with_a_text_of_the_environment_is_private(shards, tmp_path):
-    config = training(shards, tmp_path / "run", epochs=1)
-    words = tmp_path / "words.yaml"
-    words.write_text(describe_config(config))
-    for run_dir, entity, mode in (("open", "me", 0o644), ("closed", "${oc.env:FLOWAR_SECRET}", 0o600)):
-        run_dir = tmp_path / run_dir
-        train.main(load_config(TrainConfig, words, (f"run_dir={run_dir}", f"wandb.entity={entity}")))
-        file = run_dir / "config.yaml"
-        write_text(tmp_path / "plain", "")
-        plain = stat.S_IMODE((tmp_path / "plain").stat().st_mode)
-        assert stat.S_IMODE(file.stat().st_mode) == mode & plain
-        leaks = [found for found in run_dir.rglob("*") if found.is_file() and SECRET.encode() in found.read_bytes()]
-        assert sorted(leaks) == ([file, run_dir / "history.jsonl"] if entity != "me" else [])
-        assert {stat.S_IMODE(leak.stat().st_mode) for leak in leaks} <= {0o600}
+@pytest.mark.parametrize(
+    ("entity", "mode"), [("${oc.env:FLOWAR_SECRET}", 0o600), pytest.param("me", 0o644, marks=MORE)]
+)
+def test_a_runs_config_with_a_text_of_the_environment_is_private(shards, tmp_path, entity, mode):
+    run_dir, words = tmp_path / "run", tmp_path / "words.yaml"
+    words.write_text(describe_config(training(shards, run_dir, epochs=1)))
+    train.main(load_config(TrainConfig, words, (f"wandb.entity={entity}",)))
+    file = run_dir / "config.yaml"
+    write_text(tmp_path / "plain", "")
+    plain = stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+    assert stat.S_IMODE(file.stat().st_mode) == mode & plain
+    leaks = [found for found in run_dir.rglob("*") if found.is_file() and SECRET.encode() in found.read_bytes()]
+    assert sorted(leaks) == ([file, run_dir / "history.jsonl"] if entity != "me" else [])
+    assert {stat.S_IMODE(leak.stat().st_mode) for leak in leaks} <= {0o600}
