@@ -47,7 +47,7 @@ def counted(work: Callable[[], object]) -> Counts:
 
 
 def sized(config: FlowARConfig, ar_pairs: int, flow_blocks: int) -> FlowARConfig:
-    """Return a model's shape with so many pairs of AR blocks, one below and one above the middle, and flow blocks."""
+    """Return a model's shape with these numbers of blocks; a pair of AR blocks is one below and one above the middle."""
     return dataclasses.replace(config, variant="custom", ar_depth=2 * ar_pairs, flow_depth=flow_blocks)
 
 
@@ -71,7 +71,7 @@ def count_batch(config: FlowARConfig, time_grid: torch.Tensor) -> Counts:
 
 
 def grid_of(unguided: int, guided: int) -> torch.Tensor:
-    """Return a time grid with so many steps above the guidance interval, and so many in it."""
+    """Return a time grid with these numbers of steps above the guidance interval and in it."""
     ends = torch.tensor([1, UNGUIDED_TIME, GUIDANCE_INTERVAL[1], 0], dtype=torch.float64)
     above = torch.linspace(1, UNGUIDED_TIME, unguided, dtype=torch.float64) if unguided else ends[:0]
     return torch.cat([above, torch.linspace(GUIDANCE_INTERVAL[1], 0, guided + 1, dtype=torch.float64)])

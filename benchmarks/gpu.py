@@ -142,7 +142,7 @@ def flash(machine: Machine, what: str) -> Result:
 
 
 def training(machine: Machine, folder: Path, steps: int, parallel: ParallelConfig, log_every: int) -> TrainConfig:
-    """Return a run of so many steps on random latents."""
+    """Return a run of this number of steps on random latents."""
     batch, rows = machine.batch(32), 64
     if not (folder / "mds").exists():
         moments = np.random.default_rng(0).standard_normal((rows, *SHAPE), dtype=np.float32).astype(np.float16)

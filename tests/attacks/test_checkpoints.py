@@ -112,10 +112,7 @@ def assert_set_aside(run_dir, printed):
     assert [folder.name for folder in (run_dir / "damaged").iterdir()] == ["checkpoints-step_00000004"]
 
 
-SIBLINGS = ("a zeroed block", "a bit of the checksums", "no metadata")
-
-
-@pytest.mark.parametrize("attack", [pytest.param(name, marks=MORE if name in SIBLINGS else ()) for name in ATTACKS])
+@pytest.mark.parametrize("attack", ATTACKS)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_loaded(parts, at_4, capsys, attack):
     """By what training calls when it begins; what it does from there on is the same for all of them."""
     run, engine, ema, needed = parts

@@ -33,7 +33,7 @@ def made(tmp_path):
 
 
 def test_a_run_resumes_to_rounding(made):
-    """Not to the same bits: the model's arithmetic is in another order than in 0.1, and CPUs differ."""
+    """Not to the same bits: the model's arithmetic is in another order than in 0.1. The run has no dropout."""
     train.main(
         load_config(
             TrainConfig, made / "run" / "config.yaml", (f"run_dir={made / 'run'}", f"data.path={made / 'shards'}")
