@@ -47,7 +47,7 @@ def counted(work: Callable[[], object]) -> Counts:
 
 
 def sized(config: FlowARConfig, ar_pairs: int, flow_blocks: int) -> FlowARConfig:
-    """Return a model's shape with these numbers of blocks; a pair of AR blocks is one below and one above the middle."""
+    """Return a model's shape with these numbers of blocks; a pair is one below and one above the middle."""
     return dataclasses.replace(config, variant="custom", ar_depth=2 * ar_pairs, flow_depth=flow_blocks)
 
 
