@@ -17,6 +17,7 @@ from flowar.base.pictures import save_grid
 from flowar.latents.vae import to_uint8
 from flowar.sampling.folder import (
     HASHES_FILE,
+    NEW_HASHES,
     IMAGES_FOLDER,
     OWNER_KEY,
     HashBook,
@@ -153,8 +154,8 @@ class ImageSink:
 
         Removes what killed workers left.
         """
-        for leftover in self.folder.glob(".*"):
-            leftover.unlink(missing_ok=True)
+        for leftover in (*self.folder.glob(".*"), *(self.job.out_dir / NEW_HASHES).glob(".*")):
+            leftover.unlink(missing_ok=True)  # whoever is alive and was about to name it writes it again
         for leftover in find_half_packed(self.job.out_dir):
             remove(leftover)
         merged = self.book.new_files()

@@ -408,6 +408,8 @@ def test_whenever_a_process_is_killed_every_image_has_its_hash_or_is_drawn_again
         assert process.exitcode == -signal.SIGKILL, log.read_text()[-2000:]
     with pytest.raises(UserError, match=INCOMPLETE):
         measured(out_dir)
+    (out_dir / "hashes").mkdir(exist_ok=True)
+    pack_and_die(out_dir / "hashes" / "000000_class0000.0123abcd.xxh64")  # two threads at once leave one half-written
     main(config)
     assert len(measured(out_dir)) == 24
     assert_hashes_are_right(out_dir)
