@@ -17,8 +17,8 @@ from flowar.base.pictures import save_grid
 from flowar.latents.vae import to_uint8
 from flowar.sampling.folder import (
     HASHES_FILE,
-    NEW_HASHES,
     IMAGES_FOLDER,
+    NEW_HASHES,
     OWNER_KEY,
     HashBook,
     check_owner,
