@@ -2,6 +2,8 @@
 
 python -m benchmarks.counts            print the counts of the code as it is
 python -m benchmarks.counts --write    write them to benchmarks/counts.txt, which tests compare with the code
+python -m benchmarks.counts --compiled [--write]
+                                       of a training step whose blocks are compiled (compiled.txt): minutes, needs g++
 
 Counted on tensors without memory, float32, batches of 8, through the public API: `training_loss` and its backward pass,
 in training mode; `sample_latents` with the released settings of FlowAR-L (25 steps, guidance 2.4 up to time 0.9).
@@ -11,6 +13,10 @@ in training mode; `sample_latents` with the released settings of FlowAR-L (25 st
   softmax and scalings, as torch computes it where there is no fused kernel.
 - bytes: of all inputs and outputs of these operations, per image: what would be moved if nothing were fused.
 
+Compiled blocks are counted by inductor, on a CPU: kernels of one block of each kind, forward and backward, and what
+they read and write. The rest of the step is counted as above. Attention with dropout is one kernel on a GPU and explicit
+products on a CPU, so it is counted without dropout.
+
 Each count grows by the same amount with every block, and with every step of the solver, guided or not. So it is taken
 at two sizes each and carried on to the whole model; a test compares that with counting everything.
 """
@@ -18,19 +24,24 @@ at two sizes each and carried on to the whole model; a test compares that with c
 import argparse
 import dataclasses
 import functools
+import logging
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from torch._inductor import compile_fx, metrics
 
 import flowar
 from flowar.bench import Tally
 from flowar.config.models import FlowARConfig, variant_config
+from flowar.models.build import family_of
 
 API: Any = flowar  # its names are imported when first used, so their types are not known
 COUNTS_FILE = Path(__file__).with_name("counts.txt")
+COMPILED_FILE = Path(__file__).with_name("compiled.txt")
 MODELS = ("flowar-s", "flowar-l", "flowar-h")
 BATCH = 8
 NUM_STEPS, GUIDANCE, GUIDANCE_INTERVAL = 25, 2.4, (0.0, 0.9)  # the paper's settings of FlowAR-L
@@ -112,6 +123,44 @@ def count_sampling(config: FlowARConfig, unguided: int, guided: int) -> Counts:
     )
 
 
+def count_compiled_block(config: FlowARConfig, kind: str) -> Counts:
+    """Return inductor's counts of one block, forward and backward: bytes of the whole batch, and kernels.
+
+    Args:
+        config: with as few blocks as there may be; blocks of a kind are compiled once, so one is counted.
+        kind: "AutoregressiveBlock", "FlowBlock" or "CrossAttentionFlowBlock".
+    """
+    torch._dynamo.reset()
+    metrics.reset()
+    told = logging.Logger("nobody", logging.INFO)  # inductor counts bytes only where somebody is told
+    model = API.create_model(config).train()
+    for block in family_of(config).blocks(model):
+        if type(block).__name__ == kind:
+            block.forward = torch.compile(block.forward)
+    latents, labels = torch.zeros(BATCH, *config.latent_shape), torch.zeros(BATCH, dtype=torch.int64)
+    uncached = torch._inductor.config.patch(force_disable_caches=True)  # what comes from a cache is not counted
+    with uncached, mock.patch.object(compile_fx, "inductor_metrics_log", told):
+        API.training_loss(model, latents, labels).backward()
+    kernels = sum(elements > 0 for _, elements in metrics.nodes_num_elem)
+    return Counter({"bytes": int(metrics.num_bytes_accessed), "kernels": kernels})
+
+
+def compiled_lines_of(name: str) -> tuple[str, ...]:
+    """Return the lines of compiled.txt of one model."""
+    config = dataclasses.replace(variant_config(name), dropout=0.0)
+    assert isinstance(config, FlowARConfig)
+    flow_kind = {"attn_mlp": "FlowBlock", "attn_cross_mlp": "CrossAttentionFlowBlock"}[config.flow_block]
+    one, more_ar, more_flow = (count_step(sized(config, *size)) for size in ((1, 1), (2, 1), (1, 2)))
+    ar, flow = (count_compiled_block(sized(config, 1, 1), kind) for kind in ("AutoregressiveBlock", flow_kind))
+    outside = 2 * one["bytes"] - more_ar["bytes"] + one["bytes"] - more_flow["bytes"]  # (1, 1) without its blocks
+    bytes_of_all = outside + config.ar_depth * ar["bytes"] + config.flow_depth * flow["bytes"]
+    return (
+        f"{name:9} compiled step bytes per image      {bytes_of_all // BATCH:>19,}",
+        f"{name:9} compiled step kernels, AR block   {ar['kernels']:>19,}",
+        f"{name:9} compiled step kernels, flow block {flow['kernels']:>19,}",
+    )
+
+
 @functools.cache
 def lines_of(name: str) -> tuple[str, ...]:
     """Return the lines of counts.txt of one model."""
@@ -134,19 +183,21 @@ def header() -> str:
     return f"# python -m benchmarks.counts --write; torch {torch.__version__.split('+')[0]}, batches of {BATCH}"
 
 
-def all_lines() -> list[str]:
-    """Return the lines of counts.txt, as the code is."""
-    return [header(), *(line for name in MODELS for line in lines_of(name))]
+def all_lines(of_model: Callable[[str], tuple[str, ...]] = lines_of) -> list[str]:
+    """Return the lines of counts.txt, or of compiled.txt, as the code is."""
+    return [header(), *(line for name in MODELS for line in of_model(name))]
 
 
 def main() -> None:
     """Print the counts, or write them."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.counts", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help=f"write {COUNTS_FILE.name}")
+    parser.add_argument("--compiled", action="store_true", help=f"compiled steps, {COMPILED_FILE.name}")
+    parser.add_argument("--write", action="store_true", help="write them to their file")
     options = parser.parse_args()
-    text = "\n".join(all_lines()) + "\n"
+    file, of_model = (COMPILED_FILE, compiled_lines_of) if options.compiled else (COUNTS_FILE, lines_of)
+    text = "\n".join(all_lines(of_model)) + "\n"
     if options.write:
-        COUNTS_FILE.write_text(text)
+        file.write_text(text)
     print(text, end="")
 
 

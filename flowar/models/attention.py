@@ -59,7 +59,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, *, dropo
         _attend_once(*tensors, dropout)
         for tensors in zip(queries, both_keys, values, (pattern.mask, None), strict=True)
     ]
-    return torch.cat(parts, dim=2)
+    by_token = torch.cat([part.transpose(1, 2) for part in parts], dim=1)  # (B, N, H, d): what comes next copies nothing
+    return by_token.transpose(1, 2)
 
 
 def _attend_once(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, dropout: float) -> Tensor:

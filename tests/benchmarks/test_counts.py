@@ -13,7 +13,7 @@ from flowar.config.models import variant_config
 from flowar.models.build import family_of
 from flowar.models.family import weigh
 from flowar.models.flowar import baseline
-from tests.conftest import tiny_config
+from tests.conftest import MORE, tiny_config
 
 RECORDED = counts.COUNTS_FILE.read_text().splitlines()
 
@@ -36,6 +36,13 @@ def test_nothing_costs_more_or_less_than_recorded(name):
             "run python -m benchmarks.counts --write and say why in the commit",
         ]
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MORE) for name in counts.MODELS])
+def test_compiled_blocks_move_no_more_than_recorded(name):
+    recorded = [line for line in counts.COMPILED_FILE.read_text().splitlines() if line.startswith(name)]
+    assert recorded == list(counts.compiled_lines_of(name)), "run python -m benchmarks.counts --compiled --write"
 
 
 @pytest.mark.parametrize("block", ["attn_mlp", "attn_cross_mlp"])
