@@ -14,8 +14,8 @@ in training mode; `sample_latents` with the released settings of FlowAR-L (25 st
 - bytes: of all inputs and outputs of these operations, per image: what would be moved if nothing were fused.
 
 Compiled blocks are counted by inductor, on a CPU: kernels of one block of each kind, forward and backward, and what
-they read and write. The rest of the step is counted as above. Attention with dropout is one kernel on a GPU and explicit
-products on a CPU, so it is counted without dropout.
+they read and write. The rest of the step is counted as above. Attention with dropout is one kernel on a GPU, but
+explicit products on a CPU, so it is counted without dropout.
 
 Each count grows by the same amount with every block, and with every step of the solver, guided or not. So it is taken
 at two sizes each and carried on to the whole model; a test compares that with counting everything.
@@ -147,8 +147,9 @@ def count_compiled_block(config: FlowARConfig, kind: str) -> Counts:
 
 def compiled_lines_of(name: str) -> tuple[str, ...]:
     """Return the lines of compiled.txt of one model."""
-    config = dataclasses.replace(variant_config(name), dropout=0.0)
+    config = variant_config(name)
     assert isinstance(config, FlowARConfig)
+    config = dataclasses.replace(config, dropout=0.0)
     flow_kind = {"attn_mlp": "FlowBlock", "attn_cross_mlp": "CrossAttentionFlowBlock"}[config.flow_block]
     one, more_ar, more_flow = (count_step(sized(config, *size)) for size in ((1, 1), (2, 1), (1, 2)))
     ar, flow = (count_compiled_block(sized(config, 1, 1), kind) for kind in ("AutoregressiveBlock", flow_kind))

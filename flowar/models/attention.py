@@ -59,7 +59,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, pattern: Pattern, *, dropo
         _attend_once(*tensors, dropout)
         for tensors in zip(queries, both_keys, values, (pattern.mask, None), strict=True)
     ]
-    by_token = torch.cat([part.transpose(1, 2) for part in parts], dim=1)  # (B, N, H, d): what comes next copies nothing
+    by_token = torch.cat([part.transpose(1, 2) for part in parts], dim=1)  # (B, N, H, d), as the projection reads it
     return by_token.transpose(1, 2)
 
 
