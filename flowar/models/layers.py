@@ -75,8 +75,7 @@ class SelfAttention(nn.Module):
         self, tokens: Tensor, turns: Tensor, pattern: Pattern, past: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """Return the attended tokens (B, N, D), and all keys and values so far, (B, H, past + N, d) each."""
-        qkv = self.qkv(tokens).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, d)
-        query, key, value = rotate_queries_keys(qkv, turns)
+        query, key, value = rotate_queries_keys(self.qkv(tokens).unflatten(-1, (3, self.heads, -1)), turns)
         if past is not None:
             key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
         dropout = self.dropout if self.training else 0.0

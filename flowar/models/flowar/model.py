@@ -61,6 +61,7 @@ class AutoregressiveBlock(nn.Module):
         gate_1, gate_2, scale_1, scale_2, shift_1, shift_2 = split_modulation(modulation, 2)
         attended, present = self.attention(self.attention_norm(tokens, scale_1, shift_1), turns, pattern, past)
         tokens = gated_sum(tokens, gate_1, attended)
+        del attended  # the MLP needs the memory
         return gated_sum(tokens, gate_2, self.mlp(self.mlp_norm(tokens, scale_2, shift_2))), present
 
 
@@ -157,8 +158,9 @@ class FlowBlock(nn.Module):
         """Return the tokens (B, N, E) after the block; arguments as CrossAttentionFlowBlock."""
         modulation = self.modulation(condition)  # (B, N, 6 E)
         gate_1, gate_2, scale_1, scale_2, shift_1, shift_2 = split_modulation(modulation, 2)
-        attended, _ = self.attention(self.attention_norm(tokens, scale_1, shift_1), turns, pattern)
+        attended = self.attention(self.attention_norm(tokens, scale_1, shift_1), turns, pattern)[0]
         tokens = gated_sum(tokens, gate_1, attended)
+        del attended  # the MLP needs the memory
         return gated_sum(tokens, gate_2, self.mlp(self.mlp_norm(tokens, scale_2, shift_2)))
 
     def modulate(self, time: Tensor) -> None:
@@ -210,7 +212,7 @@ class CrossAttentionFlowBlock(nn.Module):
             prepared = PreparedBlock(modulation, self.project(semantics, turns))
         assert prepared.modulation is not None and prepared.keys_values is not None
         gate, scale, shift = split_modulation(prepared.modulation, 1)
-        attended, _ = self.attention(self.attention_norm(tokens, scale, shift), turns, pattern)
+        attended = self.attention(self.attention_norm(tokens, scale, shift), turns, pattern)[0]
         tokens = gated_sum(tokens, gate, attended)
         tokens = tokens + self.cross_attention(self.query_norm(tokens), prepared.keys_values, turns, pattern)
         gate, scale, shift = split_modulation(self.mlp_modulation(condition), 1)
