@@ -30,7 +30,7 @@ from types import FrameType
 from typing import Any
 
 from cluster import environment
-from flowar.base.errors import EXIT_AGAIN, STOP_SIGNALS, UserError
+from flowar.base.errors import EXIT_AGAIN, STOP_SIGNALS, UserError, exit_with
 from flowar.base.files import write_text
 from flowar.base.records import DamagedRecordError, read_record, write_record
 from flowar.cli import VERBS
@@ -135,7 +135,7 @@ class Task:
 
             traceback.print_exc()
             if has_lost_ranks(error) and self.job.verb != "doctor":
-                sys.exit(1)  # no fault of ours: another task died
+                exit_with(1)  # no fault of ours: another task died
             self._fail(f"{type(error).__name__}: {error}")
 
     def _mark(self, kind: str) -> Path:
@@ -148,7 +148,7 @@ class Task:
         is_local = self.job.cluster.scheduler == "local"
         if not self.is_stopping:
             write_text(self.job.mark("failed", self.place.job_id) if is_local else self._mark("error"), where + "\n")
-        sys.exit(where)
+        exit_with(where)
 
     def _describe_start(self) -> None:
         code = str(Path(__file__).parents[1])  # the copy

@@ -6,12 +6,13 @@ A new verb is one row of VERBS and one file. Read next: config/load.py, then the
 import argparse
 import importlib
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flowar.base.errors import UserError
+from flowar.base.errors import UserError, exit_with
 from flowar.config.benching import BenchConfig
 from flowar.config.data import CheckConfig, PrepareConfig
 from flowar.config.drawing import InfoConfig, SampleConfig
@@ -151,9 +152,12 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             _run(name, VERBS[name], words[1:])
     except UserError as error:
-        sys.exit(f"flowar {name}: {error}")
+        exit_with(f"flowar {name}: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"flowar {name}: stopped")
+        exit_with(f"flowar {name}: stopped")
+    except Exception:  # a bug
+        traceback.print_exc()
+        exit_with(1)
 
 
 def run_verb(name: str, config: object) -> None:

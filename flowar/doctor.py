@@ -29,6 +29,7 @@ from flowar.base.distributed import (
     World,
     gather_objects,
     has_lost_ranks,
+    leave_world,
     limit_waiting,
     start_world,
     stop_world,
@@ -75,6 +76,7 @@ def main(config: DoctorConfig, dry_run: bool = False) -> None:
         if world.is_main:
             report(everyone, config)
     except RuntimeError as error:
+        leave_world()
         if not has_lost_ranks(error):
             raise
         seen = sorted(file.read_text() for file in progress.parent.glob(".rank_*"))
@@ -82,8 +84,10 @@ def main(config: DoctorConfig, dry_run: bool = False) -> None:
             f"rank {world.rank} waited for others for {config.timeout_s:g} s, or lost them; of {world.size} ranks: "
             f"{'; '.join(seen)}; leave out the nodes that stand apart: cluster.exclude=..."
         ) from error
-    finally:
-        stop_world()
+    except BaseException:
+        leave_world()
+        raise
+    stop_world()
 
 
 def note(file: Path, what: str) -> None:

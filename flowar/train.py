@@ -21,6 +21,7 @@ from flowar.base.distributed import (
     World,
     broadcast_object,
     has_lost_ranks,
+    leave_world,
     limit_waiting,
     start_world,
     stop_world,
@@ -89,8 +90,13 @@ def main(config: TrainConfig, dry_run: bool = False) -> None:
         latest = find_latest(config.run_dir)
         print(f"flowar train: ended without saving; the same command resumes from {latest or 'step 0'}", flush=True)
         os._exit(EXIT_INTERRUPTED)  # nobody who presses Ctrl-C twice waits for a save in the background
-    finally:
+    except SystemExit:  # of all ranks
         stop_world()
+        raise
+    except Exception:
+        leave_world()
+        raise
+    stop_world()
 
 
 def train(config: TrainConfig, world: World) -> None:

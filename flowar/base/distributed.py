@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from flowar.base.errors import STOP_SIGNALS, UserError
+from flowar.base.files import raise_open_files
 
 T = TypeVar("T")
 
@@ -64,6 +65,8 @@ def start_world(device: torch.device, *, with_group: bool) -> World:
     """
     if world_size() == 1 and not with_group:
         return World(0, 1, device, None)
+    raise_open_files()
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # ranks connect when they first talk, not each with each
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         dist.init_process_group(backend=backend, timeout=SETUP_TIMEOUT)
@@ -107,8 +110,17 @@ def has_lost_ranks(error: BaseException) -> bool:
     return world_size() > 1 and (isinstance(error, dist.DistError) or LOST_RANKS.search(str(error)) is not None)
 
 
+def leave_world() -> None:
+    """Give up the process groups after an error of this rank alone.
+
+    Ending them would wait for all other ranks, which wait for this one: they notice when it is gone (`exit_with`).
+    """
+    if world_size() == 1:
+        stop_world()
+
+
 def stop_world() -> None:
-    """End the process groups, if there are any."""
+    """End the process groups, if there are any; all ranks call it alike."""
     if dist.is_initialized():
         dist.destroy_process_group()
         _background_groups.clear()

@@ -2,7 +2,9 @@
 
 import contextlib
 import errno
+import math
 import os
+import resource
 import secrets
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,3 +80,10 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def raise_open_files() -> float:
+    """Let this process open as many files and sockets as it may; return how many these are, maybe infinity."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return math.inf if hard == resource.RLIM_INFINITY else hard

@@ -9,7 +9,6 @@ Read next: cache.py for the copies of remote shards, batches.py for the order, s
 
 import json
 import os
-import resource
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +24,7 @@ from rich.markup import escape
 from rich.progress import track
 
 from flowar.base.errors import UserError
-from flowar.base.files import MIB
+from flowar.base.files import MIB, raise_open_files
 from flowar.config.data import DataConfig
 from flowar.latents.cache import fetch_passport, fetch_verified
 from flowar.latents.schema import (
@@ -85,10 +84,8 @@ class LatentShards:
         elif check_sizes:
             for shard in self.shards:
                 self.check_size(shard)
-        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-        most = len(self.shards) if hard == resource.RLIM_INFINITY else max(hard - SPARE_FILES, SPARE_FILES)
-        self._open = lru_cache(maxsize=min(len(self.shards), most))(self._open_shard)
+        most = max(raise_open_files() - SPARE_FILES, SPARE_FILES)
+        self._open = lru_cache(maxsize=int(min(len(self.shards), most)))(self._open_shard)
 
     def __len__(self) -> int:
         return self.passport.num_rows

@@ -6,11 +6,12 @@ import signal
 import pytest
 import torch
 
-from flowar import replay
+from flowar import cli, replay, train
 from flowar.base.distributed import SETUP_TIMEOUT
 from flowar.base.errors import UserError
 from flowar.base.run_folder import Progress, find_latest, read_progress
 from flowar.config.data import DataConfig
+from flowar.config.load import save_described
 from flowar.config.training import EMAConfig, GuardConfig, ParallelConfig, ReplayConfig
 from flowar.latents.batches import StepOrder
 from flowar.latents.schema import row_checksum
@@ -19,6 +20,7 @@ from flowar.models.folders import load_model
 from flowar.train import main
 from flowar.training.guard import Guard, load_bundle
 from flowar.training.report import read_metrics
+from tests import processes
 from tests.conftest import MORE, training
 from tests.flowar.ranks import run_ranks, start_ranks
 from tests.flowar.training.test_engines import settings, wait_for_step
@@ -166,6 +168,31 @@ def test_all_ranks_skip_what_one_of_them_met_with(shards, troubled, tmp_path, en
     bundles = [load_bundle(run_dir / "anomalies" / "batch_00000002") for run_dir in (together, alone)]
     assert bundles[0]["samples"].tolist() == bundles[1]["samples"].tolist()
     assert not math.isfinite(bundles[0]["grad_norm"]) and not math.isfinite(bundles[1]["grad_norm"])
+
+
+def train_until_one_fails(words):
+    """`flowar train`, where rank 1 meets an error at step 3, and process groups never end, as NCCL's may not."""
+    fine = train.accumulate
+
+    def accumulate(engine, inputs, settings):
+        if engine.world.rank == 1 and inputs.number == 2:
+            raise UserError("shard 7 is damaged")
+        return fine(engine, inputs, settings)
+
+    train.accumulate = accumulate
+    torch.distributed.destroy_process_group = signal.pause
+    cli.main(words)
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_says_why_and_ends_although_process_groups_do_not(shards, tmp_path):
+    config = settings(shards, tmp_path / "run", "fsdp", epochs=10_000, save_every_steps=1)
+    save_described(config, tmp_path / "config.yaml")
+    words = ["train", str(tmp_path / "config.yaml")]
+    ranks = processes.start_ranks(train_until_one_fails, words, world_size=2, log=tmp_path / "log")
+    processes.join(ranks, tmp_path / "log", code=1)
+    text = (tmp_path / "log").read_text()
+    assert "flowar train: shard 7 is damaged" in text and "rank 0 has lost the others" in text
 
 
 @pytest.mark.slow
