@@ -177,7 +177,7 @@ def make_work(config: BenchConfig, module: Any, model: Model, device: torch.devi
         noise = torch.randn(batch, *family.noise_shape(shape), generator=generator).to(device)
         step_noise = functools.partial(draw_step_noise, batch, device)
         return lambda: module.generate(model.eval(), labels, noise, config, step_noise)
-    latents = torch.randn(batch, *shape.latent_shape, generator=generator).to(device)
+    latents = torch.randn(batch * shape.images_per_sample, *shape.latent_shape, generator=generator).to(device)
     draws = [family.draw(shape, generator) for _ in range(batch)]
     stacked = {name: torch.stack([each[name] for each in draws]).to(device) for name in draws[0]}
     weights = tuple(family.loss_terms(shape).values())

@@ -161,6 +161,10 @@ def test_only_the_family_itself_knows_flowars_inside():
         if not re.match(FAMILY_FOLDER, name_of(file)) and (inside := names_flowars_inside(file.read_text()))
     }
     assert {name: inside for name, inside in found.items() if name not in allowed} == {}
+    for file in source_files("flowar/models"):  # a family knows no other one
+        others = {module.split(".")[2] for module in imported_modules(file.read_text()) if "flowar.models." in module}
+        if family := re.match(FAMILY_FOLDER, name_of(file)):
+            assert not (others & {"flowar", "arflow"}) - {family[0].split("/")[2]}, name_of(file)
     assert names_flowars_inside("def f(model):\n    return model.config.scales") == ["line 2: scales"]
     assert names_flowars_inside('name.startswith("flow.")') == ["line 1: 'flow.'"]
 

@@ -16,6 +16,7 @@ from flowar.models.arflow.generate import guidance_acts, released_time_grid, sam
 from flowar.models.arflow.loss import sample_times, training_loss, velocity_error
 from flowar.models.arflow.model import ARFlow
 from flowar.models.arflow.released import convert, is_released
+from flowar.models.family import check_shape
 from flowar.models.solvers import evaluation_times, make_time_grid
 
 __all__ = [
@@ -89,7 +90,9 @@ def losses(
     forward: Callable[..., Any], config: ARFlowConfig, latents: Tensor, labels: Tensor, draws: dict[str, Tensor]
 ) -> Tensor:
     """Return the mean squared velocity error, (1,) float32, of latents (B S, C, h, w), a sequence's side by side."""
-    sequences = latents.unflatten(0, (len(labels), -1))
+    batch, images = draws["time"].shape
+    check_shape("latents", latents, (batch * images, *config.latent_shape))
+    sequences = latents.unflatten(0, (batch, images))
     return velocity_error(forward, sequences, labels, time=draws["time"], noise=draws["noise"])[None]
 
 
