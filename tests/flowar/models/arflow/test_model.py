@@ -11,11 +11,14 @@ import flowar
 from flowar.base.errors import UserError
 from flowar.config.drawing import DrawConfig
 from flowar.config.models import MODEL_VARIANTS, ARFlowConfig
+from flowar.config.training import RecipeConfig
+from flowar.latents.batches import Batch
 from flowar.models.arflow import family
-from flowar.models.build import config_from_dict, convert_released, create_model, family_of, released_time_grid
+from flowar.models.build import config_from_dict, create_model, family_of, released_time_grid
 from flowar.models.costs import count_parameters, count_training_flops
 from flowar.models.folders import load_model, save_model
-from tests.conftest import load_vectors, randomise, released_state
+from flowar.training.step import StepSettings, draw_training_inputs, drawn_bytes
+from tests.conftest import randomise
 
 TINY = {"depth": 2, "width": 16, "heads": 2, "latent_size": 4, "num_classes": 3, "variant": "custom"}
 IMAGES = 4
@@ -196,35 +199,16 @@ def test_wrong_settings_are_refused_by_name(changes, message):
         create_model(ARFlowConfig(**TINY), **changes)
 
 
-def released(prefix="A"):
-    vectors = {name[2:]: tensor for name, tensor in load_vectors("arflow_golden").items() if name[0] == prefix}
-    return {name: tensor.float() for name, tensor in released_state(vectors).items()}
-
-
-def test_released_checkpoints_are_told_by_their_names():
-    state = released()
-    model = convert_released({"model": {"x": 1}, "ema": state, "opt": {}})
-    config = model.config
-    assert (config.family, config.heads, config.patch_size, config.num_classes, config.latent_size, config.depth) == (
-        "arflow", 2, 2, 10, 8, 2,
-    )  # fmt: skip
-    bare = {name: tensor for name, tensor in state.items() if not name.endswith("k_proj.weight")}
-    attacks = {
-        r"missing blocks\.0\.attn\.k_proj\.weight": bare,
-        "unknown other": state | {"other": torch.ones(1)},
-        "not finite": state | {"x_embedder.proj.bias": torch.full((128,), float("nan"))},
-        "is a int, but a tensor": state | {"x_embedder.proj.bias": 1},
-        "fixed sine-cosine table": state | {"pos_embed": state["pos_embed"] + 1},
-        "square number": state | {"pos_embed": torch.ones(1, 15, 128)},
-        "without a gap": {name.replace("blocks.0.", "blocks.7."): tensor for name, tensor in state.items()},
-        "3 dimensions above 0 are needed": state | {"pos_embed": torch.ones(16)},
-        "1 shapes differ": state | {"x_embedder.proj.bias": torch.ones(1)},
-        "nor is it a released ARFlow": {"a": torch.ones(1)},
-    }
-    for message, broken in attacks.items():
-        with pytest.raises(UserError, match=message):
-            convert_released(broken)
-    with pytest.raises(UserError, match="ar_heads=3 is a setting of FlowAR"):
-        convert_released(state, ar_heads=3)
-    with pytest.raises(UserError, match="family=arflov is unknown; did you mean arflow"):
-        released_time_grid(9, "arflov")
+def test_a_step_of_training_takes_grouped_images():
+    recipe = RecipeConfig(model=ARFlowConfig(**TINY, images_per_sample=3))
+    settings = StepSettings.of(recipe, 1, latent_multiplier=1.0)
+    moments = torch.randn(6, 8, 4, 4)
+    moments[:, 4:] = -30.0  # log-variance: the means alone
+    inputs = draw_training_inputs(Batch(moments, torch.tensor([0, 1]), torch.arange(6)), 1, settings)
+    torch.testing.assert_close(inputs.latents, moments[:, :4], atol=1e-5, rtol=1e-5)
+    latents, labels, draws = inputs.part(slice(1, 2), torch.device("cpu"))
+    assert torch.equal(latents, inputs.latents[3:]) and labels == inputs.labels[1]
+    assert draws["noise"].shape == (1, 3, 4, 4, 4)
+    assert drawn_bytes(settings) > 2 * latents.nbytes
+    with pytest.raises(ValueError, match="2 samples holds 2 images, but model.images_per_sample=3 needs 6"):
+        draw_training_inputs(Batch(moments[:2], torch.tensor([0, 1]), torch.arange(2)), 1, settings)
