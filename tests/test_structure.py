@@ -27,7 +27,10 @@ LAYERS = [
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(LAYERS) for room in rooms}
 PUBLIC_API = "flowar/__init__.py"  # names modules as strings; importing it loads none of them
-MODEL_FILES = ("models/flowar/scales", "models/attention", "models/layers", "models/flowar/model", "models/flowar/loss")
+MODEL_FILES = (
+    "models/attention", "models/layers", "models/flowar/scales", "models/flowar/model", "models/flowar/loss",
+    "models/arflow/linear_attention", "models/arflow/model", "models/arflow/loss",
+)  # fmt: skip
 NOT_FOR_MODELS = ("torch.distributed", "pathlib", "os", "wandb", "streaming", "safetensors", "huggingface_hub")
 MOST_LINES = 450
 FAMILY_FOLDER = r"flowar/models/\w+/"
