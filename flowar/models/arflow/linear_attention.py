@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from flowar.config.models import ReadDecayName
+from flowar.models.layers import without_autocast
 
 GATE_DIVISOR = 16  # of the log gates, as released: gates start near 1
 
@@ -34,17 +35,16 @@ def attend_across_images(
     inside = F.scaled_dot_product_attention(flat_query, flat_key, flat_value, scale=1.0)  # (B S, H, N, d)
     inside = inside.unflatten(0, query.shape[:2])
 
-    exact = torch.promote_types(query.dtype, torch.float32)
-    read_query = read_factors(log_gate, read_decay)[..., None] * query
-    added = key.to(exact).mT @ value.to(exact)  # (B, S, H, d, d)
-    log_decay = log_gate.mean(dim=-1)  # (B, S, H)
-    if query.shape[1] == 1:
-        before, after = step_memory(added[:, 0], log_decay[:, 0], memory)
-        if before is None:
-            return inside, after
-        return inside + read_query @ before[:, None], after
-    memories = sequence_memories(added, log_decay, memory)
-    return inside + read_query @ memories[:, :-1], memories[:, -1]
+    with without_autocast(query.device):  # sums over many images are float32, whatever attention inside is
+        query, key, value = (part.to(log_gate.dtype) for part in (query, key, value))
+        read_query = read_factors(log_gate, read_decay)[..., None] * query
+        added = key.mT @ value  # (B, S, H, d, d)
+        log_decay = log_gate.mean(dim=-1)  # (B, S, H)
+        if query.shape[1] == 1:
+            before, after = step_memory(added[:, 0], log_decay[:, 0], memory)
+            return (inside if before is None else inside + read_query @ before[:, None]), after
+        memories = sequence_memories(added, log_decay, memory)
+        return inside + read_query @ memories[:, :-1], memories[:, -1]
 
 
 def read_factors(log_gate: Tensor, read_decay: ReadDecayName) -> Tensor:

@@ -71,7 +71,8 @@ class HybridAttention(nn.Module):
         gate = self.decay_gate(tokens + condition[:, :, None]).transpose(2, 3)  # (B, S, H, N)
         with without_autocast(tokens.device):
             log_gate = F.logsigmoid(gate.to(torch.promote_types(gate.dtype, torch.float32))) / GATE_DIVISOR
-            attended, memory = attend_across_images(query, key, value, log_gate, memory, self.read_decay)
+        attended, memory = attend_across_images(query, key, value, log_gate, memory, self.read_decay)
+        with without_autocast(tokens.device):
             attended = F.rms_norm(attended, attended.shape[-1:], eps=NORM_EPS)  # of each head, without a weight
         joined = attended.transpose(2, 3).flatten(-2)  # (B, S, N, D)
         output: Tensor = self.output(F.silu(self.swish_gate(tokens)) * joined)
