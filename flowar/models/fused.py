@@ -42,6 +42,8 @@ def gated_sum(tokens: Tensor, gate: Tensor, update: Tensor) -> Tensor:
 
 def gated_gelu(gate: Tensor, value: Tensor) -> Tensor:
     """Return GELU(gate) value, with the exact GELU; all of one shape."""
+    if not torch.is_grad_enabled():
+        return F.gelu(gate).mul_(value)  # nothing is kept
     output: Tensor = _GatedGELU.apply(gate, value)
     return output
 

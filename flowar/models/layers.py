@@ -61,7 +61,7 @@ class GatedMLP(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention with rotary positions over the segments it is given, and an optional cache of past keys."""
+    """Multi-head attention with rotary positions over the segments it is given, and an optional cache."""
 
     def __init__(self, width: int, heads: int, *, qkv_bias: bool, dropout: float = 0.0) -> None:
         super().__init__()
@@ -72,16 +72,31 @@ class SelfAttention(nn.Module):
         self.output = nn.Linear(width, width)
 
     def forward(
-        self, tokens: Tensor, turns: Tensor, pattern: Pattern, past: tuple[Tensor, Tensor] | None = None
+        self,
+        tokens: Tensor,
+        turns: Tensor,
+        pattern: Pattern,
+        cache: tuple[Tensor, Tensor] | None = None,
+        begin: int = 0,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Return the attended tokens (B, N, D), and all keys and values so far, (B, H, past + N, d) each."""
-        qkv = self.qkv(tokens).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, H, d)
-        query, key, value = rotate_queries_keys(qkv, turns)
-        if past is not None:
-            key, value = torch.cat([past[0], key], dim=2), torch.cat([past[1], value], dim=2)
+        """Return the attended tokens (B, N, D), and the keys and values: (B, H, N, d) each, or the cache if given.
+
+        Args:
+            tokens: (B, N, D).
+            turns: of the rotary embedding, (N, d / 2, 2).
+            pattern: who attends to whom.
+            cache: keys and values (B, H, begin + N or more, d) of which the first `begin` are there; these are added.
+            begin: how many tokens came before.
+        """
+        query, key, value = rotate_queries_keys(self.qkv(tokens).unflatten(-1, (3, self.heads, -1)), turns)
+        present = (key, value) if cache is None else cache
+        if cache is not None:
+            end = begin + tokens.shape[1]
+            cache[0][:, :, begin:end], cache[1][:, :, begin:end] = key, value
+            key, value = cache[0][:, :, :end], cache[1][:, :, :end]
         dropout = self.dropout if self.training else 0.0
         attended = attend(query, key, value, pattern, dropout=dropout, kernel=self.kernel)
-        return drop_out(self.output(attended.transpose(1, 2).contiguous().flatten(-2)), dropout), (key, value)
+        return drop_out(self.output(attended.transpose(1, 2).contiguous().flatten(-2)), dropout), present
 
 
 class CrossAttention(nn.Module):

@@ -104,6 +104,8 @@ def sample_token_maps(
             inputs = next_input(token_maps[-1], side, config.scales, config.patch_size)
             inputs = torch.cat([inputs, inputs]) if is_guided else inputs
         semantics, cache = model.ar(inputs, labels, span, cache)
+        if index == len(config.scales) - 1:
+            cache = None  # not needed any more, and much memory
         weight = guidance.at_scale(index, len(config.scales)) if is_guided else 1.0
         semantics = semantics if weight > 1 else semantics[: len(noise)]
         velocity = guided_velocity(model, semantics, span, weight, guidance, modulations)

@@ -54,13 +54,18 @@ class AutoregressiveBlock(nn.Module):
         class_embedding: Tensor,
         turns: Tensor,
         pattern: Pattern,
-        past: tuple[Tensor, Tensor] | None,
+        cache: tuple[Tensor, Tensor] | None,
+        begin: int,
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Return the tokens (B, N, D) after the block, and its keys and values so far; the class went through SiLU."""
+        """Return the tokens (B, N, D) after the block, and keys and values; the class went through SiLU.
+
+        The other arguments are those of SelfAttention.
+        """
         modulation = self.modulation(class_embedding)[:, None]  # (B, 1, 6 D)
         gate_1, gate_2, scale_1, scale_2, shift_1, shift_2 = split_modulation(modulation, 2)
-        attended, present = self.attention(self.attention_norm(tokens, scale_1, shift_1), turns, pattern, past)
+        attended, present = self.attention(self.attention_norm(tokens, scale_1, shift_1), turns, pattern, cache, begin)
         tokens = gated_sum(tokens, gate_1, attended)
+        del attended  # the MLP needs the memory
         return gated_sum(tokens, gate_2, self.mlp(self.mlp_norm(tokens, scale_2, shift_2))), present
 
 
@@ -106,7 +111,8 @@ class AutoregressiveTransformer(nn.Module):
             inputs: tokens of the scales of `span`, (B, N, C p p), without the first scale's, which is the class.
             labels: (B,) int64; num_classes is "no class".
             span: indices of consecutive scales; all of them when training, one after the other when generating.
-            cache: what the call for the scales before `span` returned; None where `span` starts at 0.
+            cache: what the call for the scales before `span` returned; None where `span` starts at 0. It has room for
+                all scales, and is filled in place.
         """
         where = token_range(self.scales, span)
         pattern = make_pattern(causal_segments(self.scales, span), self.mask, tokens=len(self.turns))
@@ -114,15 +120,23 @@ class AutoregressiveTransformer(nn.Module):
         class_embedding = F.silu(self.class_embedding(labels))
         blocks = [*self.lower_blocks, *self.upper_blocks]
         past: Sequence[tuple[Tensor, Tensor] | None] = cache or [None] * len(blocks)
-        present = []
+        present: KeyValueCache = []
 
         tokens = self.input_norm(self.embed(inputs, labels, span) + self.lower_position[where])
         for index, block in enumerate(blocks):
             if index == len(self.lower_blocks):
                 tokens = self.middle_projection(self.middle_norm(tokens)) + self.upper_position[where]
-            tokens, keys_values = block(tokens, class_embedding, turns, pattern, past[index])
+            tokens, keys_values = block(tokens, class_embedding, turns, pattern, past[index], where.start)
             present.append(keys_values)
+        if cache is None and where.stop < len(self.turns):
+            present = [(self._with_room(key), self._with_room(value)) for key, value in present]
         return self.output_norm(tokens) + self.output_position[where], present
+
+    def _with_room(self, heads: Tensor) -> Tensor:
+        """Return keys or values (B, H, N, d) as the first of a tensor with room for all scales, (B, H, L, d)."""
+        whole = heads.new_empty(*heads.shape[:2], len(self.turns), heads.shape[3])
+        whole[:, :, : heads.shape[2]] = heads
+        return whole
 
 
 class PreparedBlock(NamedTuple):
@@ -157,8 +171,9 @@ class FlowBlock(nn.Module):
         """Return the tokens (B, N, E) after the block; arguments as CrossAttentionFlowBlock."""
         modulation = self.modulation(condition)  # (B, N, 6 E)
         gate_1, gate_2, scale_1, scale_2, shift_1, shift_2 = split_modulation(modulation, 2)
-        attended, _ = self.attention(self.attention_norm(tokens, scale_1, shift_1), turns, pattern)
+        attended = self.attention(self.attention_norm(tokens, scale_1, shift_1), turns, pattern)[0]
         tokens = gated_sum(tokens, gate_1, attended)
+        del attended  # the MLP needs the memory
         return gated_sum(tokens, gate_2, self.mlp(self.mlp_norm(tokens, scale_2, shift_2)))
 
     def modulate(self, time: Tensor) -> None:
@@ -210,7 +225,7 @@ class CrossAttentionFlowBlock(nn.Module):
             prepared = PreparedBlock(modulation, self.project(semantics, turns))
         assert prepared.modulation is not None and prepared.keys_values is not None
         gate, scale, shift = split_modulation(prepared.modulation, 1)
-        attended, _ = self.attention(self.attention_norm(tokens, scale, shift), turns, pattern)
+        attended = self.attention(self.attention_norm(tokens, scale, shift), turns, pattern)[0]
         tokens = gated_sum(tokens, gate, attended)
         tokens = tokens + self.cross_attention(self.query_norm(tokens), prepared.keys_values, turns, pattern)
         gate, scale, shift = split_modulation(self.mlp_modulation(condition), 1)
