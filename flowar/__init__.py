@@ -9,9 +9,9 @@ _HOME = {
     "create_model": "flowar.models.build",
     "load_model": "flowar.models.folders",
     "load_vae": "flowar.latents.vae",
-    "released_time_grid": "flowar.models.solvers",
-    "sample_latents": "flowar.models.flowar.generate",
-    "training_loss": "flowar.models.flowar.loss",
+    "released_time_grid": "flowar.models.build",
+    "sample_latents": "flowar.models.build",
+    "training_loss": "flowar.models.build",
     "uniform_time_grid": "flowar.models.solvers",
 }
 

@@ -177,7 +177,7 @@ def make_work(config: BenchConfig, module: Any, model: Model, device: torch.devi
         noise = torch.randn(batch, *family.noise_shape(shape), generator=generator).to(device)
         step_noise = functools.partial(draw_step_noise, batch, device)
         return lambda: module.generate(model.eval(), labels, noise, config, step_noise)
-    latents = torch.randn(batch, *shape.latent_shape, generator=generator).to(device)
+    latents = torch.randn(batch * shape.images_per_sample, *shape.latent_shape, generator=generator).to(device)
     draws = [family.draw(shape, generator) for _ in range(batch)]
     stacked = {name: torch.stack([each[name] for each in draws]).to(device) for name in draws[0]}
     weights = tuple(family.loss_terms(shape).values())
@@ -259,9 +259,14 @@ def measure_limits(device: torch.device, precision: str) -> tuple[float, float]:
     return 2 * side**3 / product_s, 2 * size / copy_s
 
 
+def count_worked(config: BenchConfig) -> int:
+    """Return how many images are worked on at once: a training sample may be a sequence of them."""
+    return config.batch_size * (1 if config.what == "sample" else config.measured_model.images_per_sample)
+
+
 def useful_flops(config: BenchConfig, found: dict[str, Measured]) -> int:
     """Return the FLOPs of one image that count for the MFU, of both alike: the fewest that are known to do."""
-    shape, known = config.measured_model, [one.flops // config.batch_size for one in found.values() if one.flops]
+    shape, known = config.measured_model, [one.flops // count_worked(config) for one in found.values() if one.flops]
     if config.what == "train":
         known.append(count_training_flops(shape))
     elif config.what == "sample":
@@ -327,25 +332,27 @@ def main(config: BenchConfig, dry_run: bool = False) -> None:
         return
     flops_per_s, bytes_per_s = measure_limits(device, config.precision)
     found = measure(config, device)
-    batch, useful = config.batch_size, useful_flops(config, found)
+    images, useful = count_worked(config), useful_flops(config, found)
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     depth = "" if config.depth is None else f", {config.depth} blocks each"
     table = Table(
-        "", *found, title=f"{config.what}: {config.model.variant}{depth}, batch {batch}, {config.precision}; {kind}"
+        "",
+        *found,
+        title=f"{config.what}: {config.model.variant}{depth}, batch {config.batch_size}, {config.precision}; {kind}",
     )
 
     def row(name: str, text: Callable[[Measured], str]) -> None:
         table.add_row(name, *(text(one) for one in found.values()))
 
     row(f"seconds, median of {config.rounds}", lambda one: f"{one.median_s:.4g}")
-    row("images/s", lambda one: f"{batch / one.median_s:.4g}")
+    row("images/s", lambda one: f"{images / one.median_s:.4g}")
     if useful:
-        row("MFU by useful FLOPs", lambda one: f"{useful * batch / one.median_s / flops_per_s:.1%}")
+        row("MFU by useful FLOPs", lambda one: f"{useful * images / one.median_s / flops_per_s:.1%}")
     row("peak memory beside weights, GiB", lambda one: f"{one.peak_bytes / 2**30:.3f}")
     if config.counts:
         row("operations", lambda one: f"{one.operations:,}")
-        row("GFLOPs per image", lambda one: f"{one.flops / batch / 1e9:,.1f}")
-        row("GB per image, nothing fused", lambda one: f"{one.bytes / batch / 1e9:,.2f}")
+        row("GFLOPs per image", lambda one: f"{one.flops / images / 1e9:,.1f}")
+        row("GB per image, nothing fused", lambda one: f"{one.bytes / images / 1e9:,.2f}")
         row("limit by arithmetic, seconds", lambda one: f"{one.flops / flops_per_s:.4g}")
         row("limit by traffic, seconds", lambda one: f"{one.bytes / bytes_per_s:.4g}")
     Console().print(table)

@@ -96,7 +96,7 @@ VERBS = {
         "flowar ema runs/l models/l_008 std=0.08", ("run_dir", "out_dir"),
     ),
     "convert": Verb(
-        "flowar.export:convert_checkpoint", ConvertConfig, "the authors' FlowAR-*.pth -> a model folder",
+        "flowar.export:convert_checkpoint", ConvertConfig, "the authors' FlowAR-*.pth or ARFlow -> a model folder",
         "flowar convert FlowAR-L.pth models/flowar-l", ("checkpoint", "out_dir"),
     ),
     "info": Verb(

@@ -58,7 +58,8 @@ def convert_checkpoint(config: ConvertConfig, dry_run: bool = False) -> None:
         )
     if not source.is_file():
         raise UserError(
-            f"there is no file {source}; download FlowAR-S.pth, FlowAR-L.pth or FlowAR-H.pth from the authors' release"
+            f"there is no file {source}; download FlowAR-S.pth, FlowAR-L.pth, FlowAR-H.pth or an ARFlow from the "
+            "authors' release"
         )
     check_new(target)
     state_dict = load_plain_checkpoint(source)

@@ -143,7 +143,7 @@ def kept_bytes(config: PlanConfig, batch_size: int) -> int:
             return tensor
 
         holders: list[torch.Tensor] = []
-        latents = torch.empty(batch_size, *shape.latent_shape)
+        latents = torch.empty(batch_size * shape.images_per_sample, *shape.latent_shape)
         labels = torch.zeros(batch_size, dtype=torch.int64)
         empty = {name: torch.empty(batch_size, *tensor.shape) for name, tensor in draws.items()}
         enabled = config.precision == "bf16"

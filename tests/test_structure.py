@@ -27,9 +27,13 @@ LAYERS = [
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(LAYERS) for room in rooms}
 PUBLIC_API = "flowar/__init__.py"  # names modules as strings; importing it loads none of them
-MODEL_FILES = ("models/flowar/scales", "models/attention", "models/layers", "models/flowar/model", "models/flowar/loss")
+MODEL_FILES = (
+    "models/attention", "models/layers", "models/flowar/scales", "models/flowar/model", "models/flowar/loss",
+    "models/arflow/linear_attention", "models/arflow/model", "models/arflow/loss",
+)  # fmt: skip
 NOT_FOR_MODELS = ("torch.distributed", "pathlib", "os", "wandb", "streaming", "safetensors", "huggingface_hub")
 MOST_LINES = 450
+FAMILY_FOLDER = r"flowar/models/\w+/"
 COMMON_WORDS = {"main"}  # the function of a verb or a script; may be defined in more than one file
 FAMILY_WORDS = {name for name in vars(Family) if not name.startswith("_")}  # in every folder of flowar/models/
 
@@ -157,9 +161,13 @@ def test_only_the_family_itself_knows_flowars_inside():
     found = {
         name_of(file): inside
         for file in source_files(*PACKAGES)
-        if not name_of(file).startswith("flowar/models/flowar/") and (inside := names_flowars_inside(file.read_text()))
+        if not re.match(FAMILY_FOLDER, name_of(file)) and (inside := names_flowars_inside(file.read_text()))
     }
     assert {name: inside for name, inside in found.items() if name not in allowed} == {}
+    for file in source_files("flowar/models"):  # a family knows no other one
+        others = {module.split(".")[2] for module in imported_modules(file.read_text()) if "flowar.models." in module}
+        if family := re.match(FAMILY_FOLDER, name_of(file)):
+            assert not (others & {"flowar", "arflow"}) - {family[0].split("/")[2]}, name_of(file)
     assert names_flowars_inside("def f(model):\n    return model.config.scales") == ["line 2: scales"]
     assert names_flowars_inside('name.startswith("flow.")') == ["line 1: 'flow.'"]
 
@@ -182,7 +190,7 @@ def test_a_word_is_defined_once():
         for word in defined_words(file.read_text()):
             homes[word].append(name_of(file))
     for word in FAMILY_WORDS:
-        homes[word] = [name for name in homes[word] if not re.match(r"flowar/models/\w+/", name)]
+        homes[word] = [name for name in homes[word] if not re.match(FAMILY_FOLDER, name)]
     assert {word: files for word, files in homes.items() if len(files) > 1 and word not in COMMON_WORDS} == {}
 
 

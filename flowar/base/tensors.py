@@ -1,5 +1,6 @@
 """Tensors in .safetensors files, each with its hash beside it; and those in PyTorch's checkpoints of others."""
 
+import argparse
 import json
 import zipfile
 from collections.abc import Mapping
@@ -57,7 +58,8 @@ def load_plain_checkpoint(source: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(source) as archive:
             damaged = archive.testzip()
-        state_dict = torch.load(source, map_location="cpu", weights_only=True, mmap=True) if damaged is None else {}
+        with torch.serialization.safe_globals([argparse.Namespace]):  # plain attributes; trainers keep their options so
+            state_dict = torch.load(source, map_location="cpu", weights_only=True, mmap=True) if damaged is None else {}
     except PermissionError as error:
         raise UserError(f"{source} can't be read: {error.strerror}; ask its owner for leave to read it") from error
     except Exception as error:  # whatever a damaged or hostile pickle makes torch raise

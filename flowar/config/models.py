@@ -9,6 +9,7 @@ from flowar.base.errors import UserError
 from flowar.config.load import did_you_mean
 
 FlowBlockName = Literal["attn_mlp", "attn_cross_mlp"]
+ReadDecayName = Literal["running", "own"]
 
 CUSTOM_VARIANT = "custom"  # a model that is no row of MODEL_VARIANTS
 
@@ -31,6 +32,11 @@ class ModelConfig(abc.ABC):
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the latents."""
         return (self.latent_channels, self.latent_size, self.latent_size)
+
+    @property
+    def images_per_sample(self) -> int:
+        """Images of one class that make one sample of training, each at its own time."""
+        return 1
 
     @property
     def size_settings(self) -> str:
@@ -104,7 +110,58 @@ class FlowARConfig(ModelConfig):
         return "model.latent_channels, model.scales and model.patch_size"
 
 
-MODEL_CONFIGS: dict[str, type[ModelConfig]] = {"flowar": FlowARConfig}  # by family
+@dataclass(frozen=True, kw_only=True)
+class ARFlowConfig(ModelConfig):
+    """Shape of one ARFlow. The defaults are ARFlow-XL/2 for images of 256 px; MODEL_VARIANTS holds the others."""
+
+    family: str = "arflow"
+    variant: str = "arflow-xl/2"
+    latent_channels: int = 4
+    latent_size: int = 32  # 16 for images of 128 px
+    patch_size: int = 2
+    depth: int = 28
+    width: int = 1152
+    heads: int = 18
+    images_per_sample: int = 5  # of one class, the noisiest first, as released
+    # How far a token of an image can read the memory of earlier images. "running": its own gate times those of all
+    # tokens before it in raster order, as released, so that the lower part of an image reads little; "own": its own.
+    read_decay: ReadDecayName = "running"
+    guided_channels: int | None = 3  # released: guidance acts on the first 3 latent channels; None: on all
+
+    def __post_init__(self) -> None:
+        for name in ("latent_channels", "latent_size", "patch_size", "num_classes", "depth", "width", "heads",
+                     "images_per_sample"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name}={getattr(self, name)} must be at least 1")
+        if self.latent_size % self.patch_size:
+            raise UserError(
+                f"model.latent_size={self.latent_size} must be a multiple of model.patch_size={self.patch_size}"
+            )
+        if self.width % 4:
+            raise UserError(
+                f"model.width={self.width} must be a multiple of 4: a position is a sine and a cosine of the "
+                "column and of the row"
+            )
+        if self.width % self.heads:
+            raise UserError(f"model.width={self.width} must be a multiple of model.heads={self.heads}")
+        if self.guided_channels is not None and not 1 <= self.guided_channels <= self.latent_channels:
+            raise UserError(
+                f"model.guided_channels={self.guided_channels} must lie in 1 to model.latent_channels="
+                f"{self.latent_channels}, or be null for all channels"
+            )
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Tokens of one image: patches of patch_size x patch_size latent pixels."""
+        return (self.latent_size // self.patch_size) ** 2
+
+    @property
+    def size_settings(self) -> str:
+        """The settings that say what latents fit, for messages."""
+        return "model.latent_channels and model.latent_size"
+
+
+MODEL_CONFIGS: dict[str, type[ModelConfig]] = {"flowar": FlowARConfig, "arflow": ARFlowConfig}  # by family
 
 
 def _flowar(
@@ -114,6 +171,12 @@ def _flowar(
         variant=name, ar_depth=ar[0], ar_width=ar[1], ar_heads=ar[2],
         flow_depth=flow[0], flow_width=flow[1], flow_heads=flow[2], flow_block=block, **others,
     )  # fmt: skip
+
+
+def _arflow(size: str, patch_size: int, depth: int, width: int, heads: int) -> ARFlowConfig:
+    return ARFlowConfig(
+        variant=f"arflow-{size}/{patch_size}", patch_size=patch_size, depth=depth, width=width, heads=heads
+    )
 
 
 # The released models; a comment is what the paper reports for ImageNet at 256 px (parameters, FID, IS).
@@ -128,6 +191,11 @@ MODEL_VARIANTS: dict[str, ModelConfig] = {
         _flowar("flowar-h-paper", (30, 1536, 16),           (18, 1536, 24), "attn_mlp"),        # as in its table 8
         _flowar("flowar-demo",    ( 4,  128,  4),           ( 2,  128,  4), "attn_mlp",         # digits on a laptop
                  scales=(1, 2, 4), latent_channels=1, patch_size=2, num_classes=10, dropout=0.0, zero_init=True),
+        #               patch, depth, width, heads; for 256 px, whose latents are 32 x 32
+        *(_arflow("s",  patch, 12,  384,  6) for patch in (2, 4, 8)),  # 34.6 M, 34.7 M, 34.9 M
+        *(_arflow("b",  patch, 12,  768, 12) for patch in (2, 4, 8)),  # 137.5 M, 137.6 M, 138.0 M
+        *(_arflow("l",  patch, 24, 1024, 16) for patch in (2, 4, 8)),  # 483.3 M, 483.4 M, 484.0 M
+        *(_arflow("xl", patch, 28, 1152, heads) for patch, heads in ((2, 18), (4, 16), (8, 16))),  # 712.4 M to 713.2 M
     )
 }  # fmt: skip
 

@@ -256,6 +256,6 @@ class AverageConfig:
 class ConvertConfig:
     """The authors' checkpoint -> model.safetensors and config.json."""
 
-    checkpoint: str = MISSING  # FlowAR-S.pth, FlowAR-L.pth, FlowAR-H.pth, or a checkpoint of the authors' trainer
+    checkpoint: str = MISSING  # FlowAR-S.pth, FlowAR-L.pth, FlowAR-H.pth, an ARFlow, or what their trainers save
     out_dir: str = MISSING
-    ar_heads: int | None = None  # of the AR Transformer; None: read from the checkpoint
+    ar_heads: int | None = None  # of FlowAR's AR Transformer; None: read from the checkpoint

@@ -29,8 +29,9 @@ def count_training_flops(config: ModelConfig) -> int:
     draws = {name: tensor[None].to("meta") for name, tensor in family.draw(config, torch.Generator()).items()}
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
         model = family.create(config)
-        latents, labels = torch.empty(1, *config.latent_shape), torch.zeros(1, dtype=torch.int64)
+        latents = torch.empty(config.images_per_sample, *config.latent_shape)
+        labels = torch.zeros(1, dtype=torch.int64)
         losses = family.losses(model, config, latents, labels, draws)
         weigh(losses, family.loss_terms(config).values()).backward()
     total: int = counter.get_total_flops()
-    return total
+    return total // config.images_per_sample

@@ -57,7 +57,7 @@ class Family(Protocol[C, M]):
         Args:
             forward: the model, or what an engine has wrapped around it.
             config: of the model.
-            latents: (B, C, h, w), about unit std.
+            latents: (B x n, C, h, w), about unit std; n is config.images_per_sample, a sample's images side by side.
             labels: (B,) int64, num_classes where the label was dropped.
             draws: what `draw` gave for each sample, stacked.
         """
@@ -86,6 +86,24 @@ class Family(Protocol[C, M]):
     def sampling_flops(self, config: C, how: DrawConfig) -> int:
         """Return the FLOPs of generating the latents of one image, without the VAE."""
 
+    def training_loss(
+        self, model: M, latents: Tensor, labels: Tensor, time: Tensor | None = None, noise: Tensor | None = None
+    ) -> Tensor:
+        """Return the training loss, a float32 scalar; part of the public API. What is None is drawn.
+
+        Raises:
+            ValueError: if a shape does not fit the model.
+        """
+
+    def sample_latents(self, model: M, labels: Tensor, *args: Any, **settings: Any) -> Tensor:
+        """Return generated latents (B, C, h, w); part of the public API, with the settings of this family."""
+
+    def released_time_grid(self, num_steps: int) -> Tensor:
+        """Return the authors' time grid from 1 to 0, float64."""
+
+    def is_released(self, state_dict: dict[str, Any]) -> bool:
+        """Return whether a state dict or checkpoint has names that only the authors' code gives."""
+
     def convert(self, state_dict: dict[str, Any], ar_heads: int | None) -> tuple[C, dict[str, Tensor]]:
         """Return shape and weights of the authors' state dict.
 
@@ -101,3 +119,9 @@ def weigh(losses: Tensor, weights: Tensor | Iterable[float]) -> Tensor:
     """
     factors = weights if isinstance(weights, Tensor) else losses.new_tensor(tuple(weights))
     return (losses * factors).sum()
+
+
+def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
+    """Raise a ValueError that names the tensor, what it is and what it should be."""
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but this model needs {expected}")

@@ -12,11 +12,13 @@ from torch import Tensor
 
 Velocity = Callable[[Tensor, float], Tensor]
 
+TIME_SLACK = 1e-6  # grid points may coincide with the ends of an interval in time
+
 RELEASED_UNIFORM_STEPS = 50
 
 
-def released_time_grid(num_steps: int) -> Tensor:
-    """Return the released sampler's times from 1 to 0, float64: uniform for 50 steps, denser near the data otherwise.
+def two_part_time_grid(num_steps: int) -> Tensor:
+    """Return FlowAR's released times from 1 to 0, float64: uniform for 50 steps, denser near the data otherwise.
 
     An odd number of steps gives one step less, as released: 25 gives 24.
     """
@@ -48,11 +50,13 @@ def shifted_time_grid(num_steps: int, shift: float) -> Tensor:
     return shift * grid / (1 + (shift - 1) * grid)
 
 
-def make_time_grid(name: str, num_steps: int, shift: float = 1.0) -> Tensor:
-    """Return the time grid that a config names: "released", "uniform" or "shifted"."""
+def make_time_grid(
+    name: str, num_steps: int, shift: float = 1.0, released: Callable[[int], Tensor] = two_part_time_grid
+) -> Tensor:
+    """Return the time grid that a config names: "released" (the family's own), "uniform" or "shifted"."""
     if name == "shifted":
         return shifted_time_grid(num_steps, shift)
-    return released_time_grid(num_steps) if name == "released" else uniform_time_grid(num_steps)
+    return released(num_steps) if name == "released" else uniform_time_grid(num_steps)
 
 
 def solve_euler(velocity: Velocity, noise: Tensor, time_grid: Tensor) -> Tensor:
@@ -100,24 +104,39 @@ def solve_adams_bashforth(velocity: Velocity, noise: Tensor, time_grid: Tensor) 
     return state
 
 
-def solve_euler_maruyama(velocity: Velocity, noise: Tensor, time_grid: Tensor, draw: Callable[[], Tensor]) -> Tensor:
+def solve_euler_maruyama(
+    velocity: Velocity,
+    noise: Tensor,
+    time_grid: Tensor,
+    draw: Callable[[], Tensor],
+    *,
+    diffusion: float = 1.0,
+    last_has_score: bool = False,
+) -> Tensor:
     """As `solve_euler`, but of the stochastic equation with the same marginals; the last step is deterministic.
 
-    d state = (velocity - time score / 2) d time + sqrt(time) dW, with the score -(state + (1 - time) velocity) / time
-    that a velocity implies on the straight path (SiT, arXiv:2401.08740, diffusion coefficient w = time).
+    d state = (velocity - w score / 2) d time + sqrt(w) dW, with the score -(state + (1 - time) velocity) / time that a
+    velocity implies on the straight path (SiT, arXiv:2401.08740, diffusion coefficient w = diffusion x time).
 
     Args:
-        draw: -> standard normal noise of the state's shape; called once a step.
+        velocity, noise, time_grid: as of `solve_euler`.
+        draw: -> standard normal noise of the state's shape; called once a step, but not for the last one.
+        diffusion: w over time.
+        last_has_score: whether the last step is the mean of the stochastic one (SiT: "Mean"), or one of Euler's method.
     """
     state = noise
     times: list[float] = time_grid.tolist()
     steps = list(pairwise(times))
-    for start, end in steps[:-1]:
+    for index, (start, end) in enumerate(steps):
         slope = velocity(state, start)
+        is_last = index == len(steps) - 1
+        if is_last and not last_has_score:
+            return state + (end - start) * slope
         score_times_time = -(state + (1 - start) * slope)
-        state = state + (end - start) * (slope - score_times_time / 2) + math.sqrt(start * (start - end)) * draw()
-    start, end = steps[-1]
-    return state + (end - start) * velocity(state, start)
+        state = state + (end - start) * (slope - score_times_time * (diffusion / 2))
+        if not is_last:
+            state = state + math.sqrt(diffusion * start * (start - end)) * draw()
+    return state
 
 
 def evaluation_times(solver: str, time_grid: Tensor) -> list[float]:

@@ -62,15 +62,15 @@ class TrainingInputs(NamedTuple):
 
     number: int  # of the batch, from 1; all that is drawn follows from this
     batch: Batch  # this rank's samples, as they were read
-    latents: Tensor  # (B, C, h, w), about unit std
+    latents: Tensor  # (B n, C, h, w), about unit std; n is the model's images_per_sample
     labels: Tensor  # (B,) int64
     draws: dict[str, Tensor]  # (B, ...) each
 
     def part(self, part: slice, device: torch.device) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return some of the samples, on a device; from pinned memory the host doesn't wait for that."""
         draws = {name: tensor[part].to(device, non_blocking=True) for name, tensor in self.draws.items()}
-        latents, labels = (tensor[part].to(device, non_blocking=True) for tensor in (self.latents, self.labels))
-        return latents, labels, draws
+        latents = self.latents.unflatten(0, (len(self.labels), -1))[part].flatten(0, 1)
+        return latents.to(device, non_blocking=True), self.labels[part].to(device, non_blocking=True), draws
 
 
 class StepNumbers(NamedTuple):
@@ -150,20 +150,25 @@ def draw_training_inputs(batch: Batch, number: int, settings: StepSettings, rank
     Each sample's draws are a function of (seed, number of the batch, its place in the batch of all ranks).
 
     Args:
-        batch: the samples of one rank.
+        batch: the samples of one rank; moments of (B n) images, a sample's n = images_per_sample side by side.
         number: of the batch, from 1.
         settings: of the run.
         rank: whose samples these are; every rank has as many.
     """
     model, family = settings.model, settings.family
-    size = len(batch.labels)
+    size, images = len(batch.labels), model.images_per_sample
+    if len(batch.moments) != size * images:
+        raise ValueError(
+            f"a batch of {size} samples holds {len(batch.moments)} images, but model.images_per_sample={images} needs "
+            f"{size * images}"
+        )
     noises, dropped, draws = [], [], []
     for place in range(rank * size, (rank + 1) * size):
         generator = make_generator(settings.seed, Stream.TRAINING_DRAW, number, place)
-        noises.append(torch.randn(model.latent_shape, generator=generator))
+        noises.append(torch.randn(images, *model.latent_shape, generator=generator))
         dropped.append(torch.rand((), generator=generator) < settings.label_dropout)
         draws.append(family.draw(model, generator))
-    latents = sample_posterior(batch.moments.float(), torch.stack(noises), settings.latent_multiplier)
+    latents = sample_posterior(batch.moments.float(), torch.cat(noises), settings.latent_multiplier)
     labels = batch.labels.masked_fill(torch.stack(dropped), model.num_classes)
     stacked = {name: torch.stack([each[name] for each in draws]) for name in draws[0]}
     return TrainingInputs(number, batch, latents, labels, stacked)
@@ -171,7 +176,8 @@ def draw_training_inputs(batch: Batch, number: int, settings: StepSettings, rank
 
 def drawn_bytes(settings: StepSettings) -> int:
     """Return how much memory one sample takes beside its row, once its numbers are drawn."""
-    shape = (1, 2 * settings.model.latent_shape[0], *settings.model.latent_shape[1:])
+    channels, *sides = settings.model.latent_shape
+    shape = (settings.model.images_per_sample, 2 * channels, *sides)
     nothing = torch.zeros(1, dtype=torch.int64)
     inputs = draw_training_inputs(Batch(torch.zeros(shape), nothing, nothing), 1, settings)
     return sum(tensor.nbytes for tensor in (inputs.latents, inputs.labels, *inputs.draws.values()))

@@ -17,11 +17,11 @@ from flowar.config.drawing import PRESETS, SampleConfig
 from flowar.config.load import as_literal, load_config
 from flowar.evaluation.image_sets import open_images
 from flowar.latents.vae import DEMO_VAE
-from flowar.models.build import compile_blocks, create_model
+from flowar.models.build import compile_blocks, create_model, released_time_grid
 from flowar.models.flowar.generate import Guidance, annealed_steps, sample_latents, sample_token_maps
 from flowar.models.flowar.model import FlowAR
 from flowar.models.folders import save_model
-from flowar.models.solvers import released_time_grid, uniform_time_grid
+from flowar.models.solvers import uniform_time_grid
 from flowar.sample import main
 from tests.conftest import ALL, KILLS_ASKED, randomise, tiny_config
 from tests.processes import draw_deaths, run_ranks, run_with_deaths

@@ -13,15 +13,16 @@ from flowar.config.drawing import DrawConfig
 from flowar.config.models import FlowARConfig
 from flowar.config.training import OptimConfig
 from flowar.models.flowar.generate import Guidance, make_time_grids, sample_latents, sample_token_maps
-from flowar.models.flowar.loss import sample_time, scale_losses, scale_weights
+from flowar.models.flowar.loss import sample_time, scale_losses, scale_weights, training_loss
 from flowar.models.flowar.model import FlowAR
-from flowar.models.flowar.released import convert
+from flowar.models.flowar.released import convert, is_released
 from flowar.models.flowar.scales import num_tokens
 from flowar.models.solvers import evaluation_times
+from flowar.models.solvers import two_part_time_grid as released_time_grid
 
 __all__ = [
-    "blocks", "convert", "create", "draw", "generate", "is_decayed", "loss_terms", "losses", "noise_shape", "part_of",
-    "sampling_flops", "token_rows",
+    "blocks", "convert", "create", "draw", "generate", "is_decayed", "is_released", "loss_terms", "losses",
+    "noise_shape", "part_of", "released_time_grid", "sample_latents", "sampling_flops", "token_rows", "training_loss",
 ]  # fmt: skip
 
 PARTS = (  # of `flowar info`: the first whose prefix a parameter's name has

@@ -11,12 +11,10 @@ import torch
 from torch import Tensor
 
 from flowar.config.drawing import DrawConfig
-from flowar.models.flowar.loss import check_shape
+from flowar.models.family import check_shape
 from flowar.models.flowar.model import FlowAR, Modulations
 from flowar.models.flowar.scales import next_input, num_tokens, token_range, unpatchify
-from flowar.models.solvers import evaluation_times, make_time_grid, solve
-
-TIME_SLACK = 1e-6  # grid points may coincide with the ends of the guidance interval
+from flowar.models.solvers import TIME_SLACK, evaluation_times, make_time_grid, solve
 
 
 class Guidance(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flowar.config.models import FlowARConfig
-from flowar.models.family import weigh
+from flowar.models.family import check_shape, weigh
 from flowar.models.flowar.scales import num_tokens, pack, training_inputs
 
 if TYPE_CHECKING:
@@ -102,9 +102,3 @@ def training_loss(
     check_shape("noise", noise, packed)
     losses = scale_losses(model, config, latents, labels, time=time, noise=noise)
     return weigh(losses, scale_weights(config.scales))
-
-
-def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    """Raise a ValueError that names the tensor, what it is and what it should be."""
-    if tuple(tensor.shape) != expected:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but this model needs {expected}")

@@ -49,8 +49,15 @@ RELEASED_NAMES = (
 
 RELEASED_DERIVED = re.compile(r"mask|.*\.rope\.freqs")  # follow from the shape, so they are dropped
 
+MARK = re.compile(r"(flownet|encoder_blocks|decoder_blocks|class_emb|z_proj)\.|encoder_pos_embed_learned$")  # FlowAR's
+
 RELEASED_FLOW_HEAD_WIDTH = 64
 RELEASED_SCALES = (1, 2, 4, 8, 16)
+
+
+def is_released(state_dict: dict[str, Any]) -> bool:
+    """Return whether a state dict or checkpoint has names that only the authors' FlowAR has."""
+    return any(isinstance(name, str) and MARK.match(name) for name in _unwrap(state_dict))
 
 
 def convert(state_dict: dict[str, Any], ar_heads: int | None = None) -> tuple[FlowARConfig, dict[str, Tensor]]:
@@ -64,10 +71,7 @@ def convert(state_dict: dict[str, Any], ar_heads: int | None = None) -> tuple[Fl
     Raises:
         UserError: if keys are missing or unknown (named), or the heads can't be told.
     """
-    for wrapper in ("model_ema", "model"):
-        if isinstance(state_dict.get(wrapper), dict):
-            state_dict = state_dict[wrapper]
-            break
+    state_dict = _unwrap(state_dict)
     _check_tensors(state_dict)
     config = _released_config(state_dict, ar_heads)
     with torch.device("meta"):
@@ -81,6 +85,15 @@ def convert(state_dict: dict[str, Any], ar_heads: int | None = None) -> tuple[Fl
         for theirs, ours in released_names.items()
     }  # their position tables are (1, L, D)
     return config, weights
+
+
+def _unwrap(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Return the weights in a checkpoint of the authors' trainer, the average where there is one; or what is given."""
+    for wrapper in ("model_ema", "model"):
+        if isinstance(state_dict.get(wrapper), dict):
+            inner: dict[str, Any] = state_dict[wrapper]
+            return inner
+    return state_dict
 
 
 def _check_tensors(state_dict: dict[Any, Any]) -> None:

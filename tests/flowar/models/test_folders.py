@@ -8,12 +8,11 @@ from safetensors.torch import load_file, save_file
 from flowar.base.errors import UserError
 from flowar.config.training import ConvertConfig
 from flowar.export import convert_checkpoint
-from flowar.models.build import convert_released, create_model
+from flowar.models.build import convert_released, create_model, released_time_grid
 from flowar.models.flowar.family import HubFlowAR
 from flowar.models.flowar.generate import sample_latents
 from flowar.models.flowar.loss import training_loss
 from flowar.models.folders import load_model, save_model
-from flowar.models.solvers import released_time_grid
 from tests.conftest import load_vectors, randomise, released_state, tiny_config
 
 

@@ -1,10 +1,10 @@
 import pytest
 import torch
 
+from flowar.models.build import released_time_grid
 from flowar.models.solvers import (
     SOLVERS,
     evaluation_times,
-    released_time_grid,
     shifted_time_grid,
     solve,
     uniform_time_grid,

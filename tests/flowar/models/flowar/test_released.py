@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from flowar.models.build import convert_released
+from flowar.models.build import convert_released, released_time_grid
 from flowar.models.flowar.generate import sample_latents
 from flowar.models.flowar.loss import training_loss
 from flowar.models.flowar.released import released_name
 from flowar.models.flowar.scales import training_inputs
-from flowar.models.solvers import released_time_grid
 from tests.conftest import load_vectors, released_state
 
 TOLERANCE, SAMPLE_TOLERANCE = 2e-6, 1e-5
