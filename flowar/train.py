@@ -131,7 +131,7 @@ def train(config: TrainConfig, world: World) -> None:
     terms = run.step.family.loss_terms(config.model)
     speed: dict[str, Any] = {
         "num_steps": run.num_steps,
-        "batch_size": config.batch_size,
+        "batch_size": config.batch_size * config.model.images_per_sample,
         "mfu_per_speed": mfu_per_speed(config.model, config.peak_tflops, config.precision, world),
     }
 
@@ -250,6 +250,8 @@ def read_from(progress: Progress, config: TrainConfig, run: RunPlan, world: Worl
         steps=range(first + offset, run.num_steps + offset),
         rank=world.rank,
         world_size=world.size,
+        labels=run.labels,
+        images_per_sample=config.model.images_per_sample,
         make=draw,
         made_bytes=drawn_bytes(run.step),
         pinned=world.device.type == "cuda",

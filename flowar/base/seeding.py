@@ -18,6 +18,7 @@ class Stream(IntEnum):
     CROP = 5  # random crops of `flowar prepare`
     DROPOUT = 6  # masks of one step on one rank
     STEP_NOISE = 7  # of stochastic solvers, for image i; in 0.1 it was VIEW's
+    SEQUENCE = 8  # which images make one sample of one step, where a sample is a sequence of images
 
 
 def derive_seed(seed: int, stream: Stream, *place: int) -> int:

@@ -29,11 +29,11 @@ from flowar.latents.workers import (
 
 
 class Batch(NamedTuple):
-    """This rank's samples of one step."""
+    """This rank's samples of one step; a sample is n images of one class, side by side, n = images_per_sample."""
 
-    moments: Tensor  # (B, 2 C, h, w), as stored
+    moments: Tensor  # (B n, 2 C, h, w), as stored
     labels: Tensor  # (B,) int64
-    samples: Tensor  # (B,) int64, numbers of the rows in the dataset
+    samples: Tensor  # (B n,) int64, numbers of the rows in the dataset
 
 
 class StepOrder(Sampler[list[int]]):
@@ -54,16 +54,12 @@ class StepOrder(Sampler[list[int]]):
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        if batch_size % world_size:
-            raise UserError(
-                f"batch_size={batch_size} can't be shared evenly by {world_size} ranks; use a multiple of {world_size}"
-            )
         self.num_images = num_images
         self.views = views
         self.batch_size = batch_size
         self.seed = seed
         self.steps = steps
-        self.part = range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+        self.part = split_among(batch_size, rank, world_size)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -84,12 +80,84 @@ class StepOrder(Sampler[list[int]]):
         return order * self.views + view
 
 
+class SequenceOrder(Sampler[list[int]]):
+    """The rows of each of `steps` that one rank reads, where a sample is a sequence of different images of one class.
+
+    Which they are follows from (seed, step, place in the batch) alone, whatever the number of ranks. As in ARFlow's
+    released code there are no epochs: each sample draws a class, then its images in random order, each in one of its
+    views.
+    """
+
+    def __init__(
+        self,
+        labels: NDArray[np.int64],
+        views: int,
+        *,
+        images_per_sample: int,
+        class_draw: str,
+        batch_size: int,
+        seed: int,
+        steps: range,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """Group the images, whose classes `labels` are, (images,).
+
+        Raises:
+            UserError: if a class has fewer images than a sequence needs, or the ranks can't share a batch evenly.
+        """
+        self.steps, self.views, self.seed, self.batch_size = steps, views, seed, batch_size
+        self.images_per_sample, self.class_draw, self.labels = images_per_sample, class_draw, labels
+        self.part = split_among(batch_size, rank, world_size)
+        self.by_class = np.argsort(labels, kind="stable")  # images, class by class
+        self.classes, self.begins, self.counts = np.unique(labels[self.by_class], return_index=True, return_counts=True)
+        if self.counts.min() < images_per_sample:
+            fewest = int(self.counts.argmin())
+            raise UserError(
+                f"class {self.classes[fewest]} has {self.counts[fewest]} images, and a sample is "
+                f"model.images_per_sample={images_per_sample} different ones of one class; set "
+                f"model.images_per_sample={self.counts[fewest]}, or prepare the images without that class"
+            )
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in self.steps:
+            yield [row for place in self.part for row in self._rows_of_sample(step, place)]
+
+    def _rows_of_sample(self, step: int, place: int) -> list[int]:
+        drawn = np.random.default_rng(derive_seed(self.seed, Stream.SEQUENCE, step, place))
+        if self.class_draw == "uniform":
+            which = int(drawn.integers(len(self.classes)))
+        else:
+            which = int(np.searchsorted(self.classes, self.labels[drawn.integers(len(self.labels))]))
+        chosen = drawn.choice(self.counts[which], size=self.images_per_sample, replace=False)
+        images = self.by_class[self.begins[which] + chosen]
+        rows: list[int] = (images * self.views + drawn.integers(self.views, size=len(images))).tolist()
+        return rows
+
+
+def split_among(batch_size: int, rank: int, world_size: int) -> range:
+    """Return which samples of a batch are those of a rank.
+
+    Raises:
+        UserError: if not all ranks would have as many.
+    """
+    if batch_size % world_size:
+        raise UserError(
+            f"batch_size={batch_size} can't be shared evenly by {world_size} ranks; use a multiple of {world_size}"
+        )
+    return range(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+
+
 class _Batches(Dataset[Any]):
     """Steps and their rows -> batches, or the error as a value: so it leaves a worker without a traceback."""
 
-    def __init__(self, shards: LatentShards, make: Callable[[Batch, int], Any] | None) -> None:
+    def __init__(self, shards: LatentShards, make: Callable[[Batch, int], Any] | None, images_per_sample: int) -> None:
         self.shards = shards
         self.make = make
+        self.images_per_sample = images_per_sample
 
     def __getitems__(self, step_and_rows: tuple[int, list[int]]) -> Any:
         step, rows = step_and_rows
@@ -98,7 +166,10 @@ class _Batches(Dataset[Any]):
         except UserError as error:
             return error
         moments = torch.from_numpy(np.ascontiguousarray(found["moments"]))
-        batch = Batch(moments, torch.from_numpy(found["label"].copy()), torch.tensor(rows))
+        labels = torch.from_numpy(found["label"].copy()).unflatten(0, (-1, self.images_per_sample))
+        if not (labels == labels[:, :1]).all():
+            return UserError(f"the shards of data.path={self.shards.path} changed while they were read; start again")
+        batch = Batch(moments, labels[:, 0].contiguous(), torch.tensor(rows))
         return self.make(batch, step) if self.make else batch
 
 
@@ -111,6 +182,8 @@ def read_batches(
     steps: range,
     rank: int = 0,
     world_size: int = 1,
+    labels: NDArray[np.int64] | None = None,
+    images_per_sample: int = 1,
     make: Callable[[Batch, int], Any] | None = None,
     made_bytes: int = 0,
     pinned: bool = False,
@@ -125,6 +198,8 @@ def read_batches(
         steps: numbers of the steps, from 0.
         rank: which part of each batch, of `world_size` equal ones.
         world_size: number of ranks.
+        labels: of all images, where a sample is a sequence of images of one class; not needed for single images.
+        images_per_sample: images of a sequence.
         make: called with a batch and its step, where it was read: in a worker, a few steps ahead.
         made_bytes: that it adds to a sample.
         pinned: leave it in pinned memory, from which a GPU copies while the host goes on.
@@ -133,21 +208,21 @@ def read_batches(
         UserError: if a row can't be read, with the name of the shard, or the workers give nothing for a minute.
     """
     passport, workers = shards.passport, config.num_workers
-    order = StepOrder(
-        passport.num_images,
-        passport.views,
-        batch_size=batch_size,
-        seed=seed,
-        steps=steps,
-        rank=rank,
-        world_size=world_size,
+    shared: Any = {"batch_size": batch_size, "seed": seed, "steps": steps, "rank": rank, "world_size": world_size}
+    order: StepOrder | SequenceOrder = (
+        StepOrder(passport.num_images, passport.views, **shared)
+        if labels is None
+        else SequenceOrder(
+            labels, passport.views, images_per_sample=images_per_sample, class_draw=config.class_draw, **shared
+        )
     )
     if shards.is_remote:
         shards.fetch_all()
-    check_shared_memory(workers, len(order.part) * (shards.dtype.itemsize + made_bytes), "data.num_workers")
+    sample_bytes = images_per_sample * shards.dtype.itemsize + made_bytes
+    check_shared_memory(workers, len(order.part) * sample_bytes, "data.num_workers")
     numbered: Any = zip(order.steps, order, strict=True)
     loader: DataLoader[Any] = DataLoader(
-        _Batches(shards, make),
+        _Batches(shards, make, images_per_sample),
         batch_sampler=numbered,
         num_workers=workers,
         collate_fn=_as_it_is,

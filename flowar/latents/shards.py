@@ -113,6 +113,27 @@ class LatentShards:
                 )
         return found
 
+    def read_labels(self) -> NDArray[np.int64]:
+        """Return the class number of each image, (images,), as the shards have it; checksums are not looked at.
+
+        Raises:
+            UserError: if they are not as many of each class as the passport says.
+        """
+        labels = np.empty(len(self), dtype=np.int64)
+        for number, shard in enumerate(self.shards):
+            begin = shard.num_bytes - shard.num_rows * self.dtype.itemsize
+            rows = np.memmap(self._open(number), self.dtype, mode="r", offset=begin, shape=(shard.num_rows,))
+            labels[shard.first_row : shard.first_row + shard.num_rows] = rows["label"]
+        of_images = labels[:: self.passport.views]
+        counts = self.passport.class_counts
+        is_known = bool(((labels >= 0) & (labels < len(counts))).all())
+        if not is_known or np.bincount(of_images, minlength=len(counts)).tolist() != counts:
+            raise UserError(
+                f"the labels in the shards of data.path={self.path} are not as many as its dataset.json counts; "
+                f"`flowar check {self.path}` says where; copy the dataset again, or prepare it again"
+            )
+        return of_images
+
     def is_row(self, row: np.void, shard: Shard, number: int) -> bool:
         """Return whether a row read from `shard` has its checksum, as the dataset's row `number`."""
         label = int(row["label"])

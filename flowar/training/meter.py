@@ -64,7 +64,7 @@ class StepMeter:
         Args:
             step, num_steps: finished, and of the whole run.
             lr: learning rate of this step.
-            batch_size: of all ranks together.
+            batch_size: images of all ranks together.
             mfu_per_speed: share of the devices' peak rate that one image/s takes; None if the peak is not known.
         """
         steps = step - self.first_step

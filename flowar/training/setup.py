@@ -6,10 +6,12 @@ import math
 from datetime import UTC, datetime
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from flowar import __version__
-from flowar.base.distributed import World
+from flowar.base.distributed import World, broadcast_object
 from flowar.base.errors import UserError
 from flowar.base.run_folder import CHECKPOINTS, CONFIG_FILE, HISTORY_FILE, checkpoint_step, find_latest
 from flowar.config.load import (
@@ -60,6 +62,7 @@ class RunPlan:
     warmup_steps: float
     engine: EngineSettings
     step: StepSettings
+    labels: NDArray[np.int64] | None  # of all images, where a sample is a sequence of images of one class
 
 
 def plan_run(config: TrainConfig, world: World) -> RunPlan:
@@ -92,6 +95,11 @@ def plan_run(config: TrainConfig, world: World) -> RunPlan:
             f"data.path={config.data.path} was made with VAE {passport.vae_name}, but vae.name={config.vae.name}; set "
             f"vae.name={passport.vae_name}, or use other shards"
         )
+    labels = None
+    if config.model.images_per_sample > 1:
+        if shards.is_remote:
+            shards.fetch_all()
+        labels = broadcast_object(shards.read_labels() if world.is_main else None)
     return RunPlan(
         shards,
         vae,
@@ -99,6 +107,7 @@ def plan_run(config: TrainConfig, world: World) -> RunPlan:
         warmup_steps,
         EngineSettings(config.parallel, config.optim, config.precision, micro, parts),
         StepSettings.of(config, micro, passport.latent_multiplier),
+        labels,
     )
 
 

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import os
 import re
@@ -13,7 +14,7 @@ import pytest
 from flowar.base.errors import UserError
 from flowar.base.records import write_record
 from flowar.config.data import DataConfig
-from flowar.latents.batches import StepOrder, check_fits, check_same_vae, read_batches
+from flowar.latents.batches import SequenceOrder, StepOrder, check_fits, check_same_vae, read_batches
 from flowar.latents.schema import read_passport
 from flowar.latents.shards import LatentShards
 from flowar.latents.vae import load_vae
@@ -216,3 +217,44 @@ def test_another_vae_is_refused_naming_both(shards):
         UserError, match=rf"made with VAE demo \(weights {passport.vae_sha256[:12]}\), but vae.name=mar has"
     ):
         check_same_vae(passport, vae, "here")
+
+
+def sequences(labels, steps, class_draw="uniform", **ranks):
+    """The rows of some steps, (steps, samples, 3), of images in two views."""
+    order = SequenceOrder(
+        labels, 2, images_per_sample=3, class_draw=class_draw, batch_size=8, seed=0, steps=steps, **ranks
+    )
+    return np.array(list(order)).reshape(len(steps), -1, 3)
+
+
+def test_a_sequence_is_of_different_images_of_one_class():
+    labels = np.random.default_rng(0).permutation(np.repeat([0, 1, 3], [3, 10, 187]))
+    rows = sequences(labels, range(200))
+    images = rows // 2
+    assert (labels[images] == labels[images[..., :1]]).all()
+    assert (np.diff(np.sort(images, axis=-1), axis=-1) > 0).all()
+    assert set((rows % 2).flat) == {0, 1}
+    drawn = labels[images[..., 0]].flatten()
+    assert np.bincount(drawn)[[0, 1, 3]].min() > 0.8 * len(drawn) / 3  # of 533 each
+    by_frequency = labels[sequences(labels, range(200), "frequency")[..., 0] // 2]
+    assert (by_frequency == 3).mean() == pytest.approx(187 / 200, abs=0.03)
+    pairs = {tuple(pair) for pair in images[labels[images[..., 0]] == 0][:, :2].tolist()}
+    assert len(pairs) == 6  # all orders
+
+
+def test_sequences_follow_from_seed_step_and_place_alone():
+    labels = np.arange(40) % 2
+    whole = sequences(labels, range(6))
+    assert (sequences(labels, range(4, 6)) == whole[4:]).all()
+    parts = [sequences(labels, range(6), rank=rank, world_size=4) for rank in range(4)]
+    assert (np.concatenate(parts, axis=1) == whole).all()
+
+
+def test_labels_are_read_from_the_shards_and_compared_with_the_passport(shards, tmp_path):
+    opened = LatentShards(DataConfig(path=str(shards)))
+    views = opened.passport.views
+    needed = [int(opened.read([row])["label"][0]) for row in range(0, len(opened), views)]
+    assert opened.read_labels().tolist() == needed
+    opened.passport = dataclasses.replace(opened.passport, class_counts=[1, 23])
+    with pytest.raises(UserError, match="labels in the shards of data.path=.* are not as many as its dataset.json"):
+        opened.read_labels()
