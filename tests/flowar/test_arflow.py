@@ -10,6 +10,7 @@ from flowar import train
 from flowar.base.errors import UserError
 from flowar.base.run_folder import find_latest, list_checkpoints
 from flowar.config.models import ARFlowConfig
+from flowar.config.training import PreviewConfig
 from flowar.models.folders import load_model
 from flowar.training.report import read_metrics
 from tests.conftest import training
@@ -31,7 +32,8 @@ def arflow_training(shards, run_dir, **changes):
 @pytest.fixture(scope="module")
 def finished(shards, tmp_path_factory):
     run_dir = tmp_path_factory.mktemp("arflow") / "run"
-    train.main(arflow_training(shards, run_dir, keep_checkpoints=9))
+    preview = PreviewConfig(every_steps=30, num_images=4, num_steps=2, solver="euler-maruyama")
+    train.main(arflow_training(shards, run_dir, keep_checkpoints=9, preview=preview))
     return run_dir
 
 
@@ -45,11 +47,12 @@ def assert_near(run_dir, needed, atol):
 def test_it_learns_and_resumes_to_the_same_bits(shards, finished, tmp_path):
     records = read_metrics(finished)
     assert records[-1]["step"] == 30 and records[-1]["loss"] < 0.98 * records[0]["loss"]
+    assert (finished / "previews" / "step_00000030.png").exists()
     shutil.copytree(finished, tmp_path / "run")
     for folder in list_checkpoints(tmp_path / "run")[3:]:
         shutil.rmtree(folder)
     assert find_latest(tmp_path / "run").name == "step_00000012"
-    train.main(arflow_training(shards, tmp_path / "run", keep_checkpoints=9))
+    train.main(arflow_training(shards, tmp_path / "run", keep_checkpoints=9, preview=PreviewConfig(every_steps=0)))
     assert find_latest(tmp_path / "run").name == "step_00000030"
     assert_near(tmp_path / "run", finished, atol=0)
 
