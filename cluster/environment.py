@@ -18,6 +18,7 @@ from flowar.base.errors import UserError
 from flowar.config.jobs import ClusterConfig
 
 FIRST_PORT, NUM_PORTS = 20_000, 12_000  # below the range from which systems give ports to clients
+PORTS_APART = 7919  # of one job's starts, so that jobs submitted together don't meet
 ASK_S = 30  # for an answer of Slurm
 
 
@@ -47,15 +48,20 @@ def read_task() -> TaskEnvironment:
 
 
 def export_for_torch() -> None:
-    """Set RANK, WORLD_SIZE and so on: the rendezvous is the first host, with a port that follows from the job's id."""
+    """Set RANK, WORLD_SIZE and so on.
+
+    The rendezvous is the first host, with a port that follows from the job's id and how often it was started again:
+    a dead start's port may be taken for minutes.
+    """
     given = JobEnvironment()
+    restarts = read_task().restarts
     os.environ |= {
         "RANK": str(given.global_rank),
         "WORLD_SIZE": str(given.num_tasks),
         "LOCAL_RANK": str(given.local_rank),
         "LOCAL_WORLD_SIZE": str(given.num_tasks // given.num_nodes),
         "MASTER_ADDR": "127.0.0.1" if given.num_nodes == 1 else find_address(given.hostnames[0]),
-        "MASTER_PORT": str(FIRST_PORT + int(given.raw_job_id) % NUM_PORTS),
+        "MASTER_PORT": str(FIRST_PORT + (int(given.raw_job_id) + PORTS_APART * restarts) % NUM_PORTS),
         "FLOWAR_JOB": given.job_id,
         "FLOWAR_NODE": scheduler_node_name(),
     }

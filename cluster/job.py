@@ -17,6 +17,7 @@ import dataclasses
 import json
 import os
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -111,6 +112,7 @@ class Task:
     def run(self) -> None:
         """Set up, run the verb, and note how it ended."""
         self._handle_signals()
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # NCCL's watchdog
         environment.export_for_torch()
         if self.place.rank == 0:
             self._describe_start()

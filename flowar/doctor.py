@@ -33,6 +33,7 @@ from flowar.base.distributed import (
     limit_waiting,
     start_world,
     stop_world,
+    sum_over_ranks,
     wait_for_all,
     world_size,
 )
@@ -217,6 +218,8 @@ def measure_pairs(world: World, node: str, message_mib: int) -> float | None:
     if len(players) < 2:
         return None
     players += [None] * (len(players) % 2)
+    # NCCL makes its communicator at the first call, and waits for all ranks: so that must not be one of pairs.
+    sum_over_ranks(torch.ones(1, device=world.device))
     message = torch.ones(message_mib * MIB // 4, device=world.device)
     speeds = []
     for _ in range(len(players) - 1):

@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
+import os
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import psutil
 import pytest
 
 from cluster.commands import submit_command as submit
-from cluster.environment import TaskEnvironment, check_resources, parse_duration
+from cluster.environment import TaskEnvironment, check_resources, export_for_torch, parse_duration
 from cluster.job import Job
 from cluster.status import cancel, find_jobs, logs, newest_job, status
 from cluster.submit import PlannedJob, check
@@ -86,6 +88,20 @@ def test_the_h100_example_is_accepted_by_sbatch_and_is_what_the_readme_shows(
     assert not (tmp_path / "runs" / "h").exists()
     shown = script.replace(str(tmp_path), "/home/me").replace(sys.executable, "/home/me/flowar/.venv/bin/python")
     assert shown.replace("\n\n\n", "\n\n") in (ROOT / "README.md").read_text()
+
+
+def test_every_start_of_a_job_meets_at_a_port_of_its_own(monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    task = {"SLURM_JOB_ID": 70, "SLURM_PROCID": 1, "SLURM_NTASKS": 2, "SLURM_LOCALID": 1, "SLURM_JOB_NUM_NODES": 1}
+    task |= {"SLURM_NODEID": 0, "SLURM_JOB_NODELIST": "n1", "SUBMITIT_EXECUTOR": "slurm"}
+    ports = set()
+    for job, restarts in product((70, 71, 72), range(6)):
+        os.environ |= {name: str(value) for name, value in task.items()}
+        os.environ |= {"SLURM_JOB_ID": str(job), "SLURM_RESTART_COUNT": str(restarts)}
+        export_for_torch()
+        ports.add(int(os.environ["MASTER_PORT"]))
+        assert (os.environ["RANK"], os.environ["WORLD_SIZE"]) == ("1", "2")
+    assert len(ports) == 18 and min(ports) >= 20_000 and max(ports) < 32_000
 
 
 def test_a_task_that_got_less_than_was_asked_for_says_so():

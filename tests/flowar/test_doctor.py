@@ -6,10 +6,14 @@ import json
 import shutil
 
 import pytest
+import torch
+import torch.distributed as dist
 
+from flowar.base.distributed import start_world, stop_world
 from flowar.base.errors import UserError
 from flowar.config.jobs import DoctorConfig
-from flowar.doctor import find_problems, main, report
+from flowar.doctor import find_problems, main, measure_pairs, report
+from tests import processes
 from tests.conftest import flip_bit
 
 GPU = {"name": "H100", "total_gib": 80.0, "used_gib": 1.0, "ecc_errors": 0, "driver": "570"}
@@ -85,3 +89,25 @@ def test_a_folder_that_can_not_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="can't write to run_dir=.*file/run: "):
         main(config(tmp_path / "file" / "run"))
+
+
+def measure_two_nodes(folder):
+    """Measure the network between two imagined nodes of two ranks, and note which collectives that took."""
+    world = start_world(torch.device("cpu"), with_group=True)
+    calls = []
+    for name in ("all_reduce", "batch_isend_irecv"):
+        fine = getattr(dist, name)
+        setattr(dist, name, lambda *given, name=name, fine=fine: calls.append(name) or fine(*given))
+    speed = measure_pairs(world, f"node{world.rank // 2}", message_mib=1)
+    (folder / str(world.rank)).write_text(json.dumps([calls, speed]))
+    stop_world()
+
+
+@pytest.mark.slow
+def test_all_ranks_meet_before_the_first_of_each_node_talk_in_pairs(tmp_path):
+    """Otherwise NCCL, which makes its communicator at the first call and needs all ranks for that, waits for ever."""
+    processes.run_ranks(measure_two_nodes, tmp_path, world_size=4, log=tmp_path / "log")
+    calls, speeds = zip(*(json.loads((tmp_path / str(rank)).read_text()) for rank in range(4)), strict=True)
+    assert all(of_rank[0] == "all_reduce" for of_rank in calls)
+    assert ["batch_isend_irecv" in of_rank for of_rank in calls] == [True, False, True, False]
+    assert min(speeds) > 0
