@@ -269,7 +269,7 @@ def encode_free_chunks(job: EncodingJob, plan: Plan, leases: Leases, progress: P
             progress.advance(len(batch))
             if batch[-1].number == plan.images_of(chunk)[-1]:
                 writer.publish()
-                leases.release(claim_name(chunk))
+                leases.finish(claim_name(chunk))
                 writer, written = None, written + 1
                 progress.chunk_done(chunk, plan.done())
     except OSError:

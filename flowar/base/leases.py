@@ -1,10 +1,13 @@
 """Claims on pieces of work, as files in a folder that all workers see: a work queue without a server.
 
 A claim on NAME is the file NAME.0; whoever takes it over from a dead holder, or after it was given up, creates NAME.1,
-and so on. Creating a file succeeds for one process only, on every file system that clusters share; the holder is who
-created the last one, and nothing is deleted. A holder rewrites its file all the time: where the content has not changed
-for a lease (by the observer's own clock: the clocks of the machines need not agree) the holder is taken for dead. A
-process that was only suspended finds out from `is_mine`; until it checks, two processes may do the same piece.
+and so on; NAME.done says that the work is done. Creating a file succeeds for one process only, on every file system
+that clusters share; the holder is who created the last one, and nothing is deleted. One listing of the folder shows
+what is free, held and done: waiting costs each process the same, however many wait.
+
+A holder rewrites its file all the time: where the content has not changed for a lease (by the observer's own clock: the
+clocks of the machines need not agree) the holder is taken for dead. A process that was only suspended finds out from
+`is_mine`; until it checks, two processes may do the same piece.
 Read next: data_prep/encode.py.
 """
 
@@ -31,8 +34,11 @@ from flowar.base.errors import UserError
 BEATS_PER_LEASE = 6
 MAX_CLOCK_CHANGE_S = 60  # start times of one process, read before and after the clock was set, differ by less
 GIVEN_UP = "given up"
+DONE = "done"  # suffix of a name whose work is done, in place of a generation
 CLAIMS_FOLDER = "claims"  # its usual name, in the folder of the work
 WAIT_S = 1  # between two looks at what others do
+LONGEST_WAIT_S = 2  # between two listings of claims, where nothing is free
+WATCHED = 8  # claims of others that are read between two waits: all are, in turn, by whoever waits
 
 
 @dataclass
@@ -42,6 +48,7 @@ class _Sighting:
     content: str
     unchanged_since: float
     looked_at: float
+    has_changed: bool = False  # since it was first seen: its holder was alive
 
 
 # Of all `Leases` of this process: one that is made anew for each look must not begin to wait for a dead holder anew.
@@ -56,6 +63,8 @@ class Leases:
         self.lease_s = lease_s
         self._mine: dict[str, Path] = {}
         self._created: set[str] = set()
+        self._listed: dict[str, int] | None = None  # by the last listing: the newest generation of each name
+        self._appeared: set[Path] = set()  # claims that were made between two listings: who made them was alive
         self._began = time.monotonic()
         self._lock = threading.Lock()
         self._ended = threading.Event()
@@ -82,17 +91,10 @@ class Leases:
         """
         self._check_alive()
         for generation in itertools.count():
-            path = self._path(name, generation)
-            try:
-                self._create(path)
-            except FileExistsError:
-                if self._path(name, generation + 1).exists() or self._is_free(path):
-                    continue
+            if self._take(name, generation):
+                return True
+            if not (self._path(name, generation + 1).exists() or self._is_free(self._path(name, generation))):
                 return False
-            with self._lock:
-                self._mine[name] = path
-                self._created.add(path.name)
-            return True
         raise AssertionError("unreachable")
 
     def _create(self, path: Path) -> None:
@@ -106,6 +108,88 @@ class Leases:
                 if is_last:
                     raise
                 self.folder.mkdir(parents=True, exist_ok=True)
+
+    def look(self) -> tuple[dict[str, int], set[str]] | None:
+        """Return what one listing of the folder shows: {name: newest generation} and the names that are done.
+
+        None if the folder is gone: all work was done, and somebody tidied up.
+        """
+        generations: dict[str, int] = {}
+        done: set[str] = set()
+        try:
+            with os.scandir(self.folder) as entries:
+                for entry in entries:
+                    name, _, suffix = entry.name.rpartition(".")
+                    if suffix == DONE:
+                        done.add(name)
+                    elif suffix.isdecimal():
+                        generations[name] = max(generations.get(name, 0), int(suffix))
+        except FileNotFoundError:
+            return None
+        if self._listed is not None:
+            new = (item for item in generations.items() if self._listed.get(item[0], -1) < item[1])
+            self._appeared |= {self._path(*item) for item in new}
+        self._listed = generations
+        return generations, done
+
+    def claim_any(self, names: list[str], generations: dict[str, int]) -> str | None:
+        """Return one of `names` that this process has just got, or None if none of those that it tried is free.
+
+        Those that nobody ever claimed come first. Of the others a few are looked at, other ones each time.
+
+        Args:
+            names: what is wanted, the first one first, unless others are at work: then from anywhere.
+            generations: what `look` has just shown.
+
+        Raises:
+            UserError, OSError: as `claim`.
+        """
+        self._check_alive()
+        new = [name for name in names if name not in generations]
+        if any(f"{name}.{newest}" not in self._created for name, newest in generations.items()):
+            first = random.randrange(len(new)) if new else 0  # a thousand don't all try the same one
+            new = new[first:] + new[:first]
+        for name in new:
+            if self._take(name, 0):
+                return name
+        held = [name for name in names if name in generations and name not in self._mine]
+        for name in random.sample(held, min(WATCHED, len(held))):
+            newest = generations[name]
+            if self._is_free(self._path(name, newest)) and self._take(name, newest + 1):
+                return name
+        return None
+
+    def _take(self, name: str, generation: int) -> bool:
+        path = self._path(name, generation)
+        try:
+            self._create(path)
+        except FileExistsError:
+            return False
+        with self._lock:
+            self._mine[name] = path
+            self._created.add(path.name)
+        return True
+
+    def finish(self, name: str) -> None:
+        """Say that the work called `name`, which this process holds, is done, and give it up."""
+        with contextlib.suppress(FileNotFoundError):  # somebody tidied up
+            self.folder.joinpath(f"{name}.{DONE}").touch()
+        self.release(name)
+
+    def is_at_work(self, name: str) -> bool:
+        """Return whether another process, seen alive, holds `name`, by the last `look` and a `claim` that failed.
+
+        Seen alive: the claim was made since an earlier listing, its holder is a process of this machine, or its content
+        has changed.
+        """
+        newest = (self._listed or {}).get(name)
+        if newest is None or name in self._mine:
+            return False
+        path = self._path(name, newest)
+        seen = _sightings.get(path.absolute())
+        if seen is None or seen.content == GIVEN_UP:
+            return False
+        return path in self._appeared or seen.has_changed or _holder_is_here(seen.content)
 
     def release(self, name: str) -> None:
         """Give up `name`, so that others can claim it."""
@@ -132,18 +216,13 @@ class Leases:
 
     def holder(self, name: str) -> str:
         """Return who holds `name`, for messages."""
-        generations = sorted(self.folder.glob(f"{name}.*"), key=lambda path: int(path.suffix[1:]))
+        generations = [path for path in self.folder.glob(f"{name}.*") if path.suffix[1:].isdecimal()]
+        generations.sort(key=lambda path: int(path.suffix[1:]))
         # It may be given up while we look, or damaged.
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError, IndexError):
             owner = json.loads(generations[-1].read_text())
             return f"{owner['host']} process {owner['pid']}"
         return "nobody"
-
-    def has_others(self) -> bool:
-        """Return whether another process has ever claimed a chunk here."""
-        with contextlib.suppress(FileNotFoundError):
-            return any(path.name[0].isdecimal() and path.name not in self._created for path in self.folder.iterdir())
-        return False
 
     def _path(self, name: str, generation: int) -> Path:
         return self.folder / f"{name}.{generation}"
@@ -164,8 +243,10 @@ class Leases:
             content = path.read_text(errors="replace")
         except FileNotFoundError:
             return False  # all work is done, and somebody tidies up
-        since = seen.unchanged_since if seen is not None and seen.content == content else now
-        _sightings[path.absolute()] = _Sighting(content, since, now)
+        is_same = seen is not None and seen.content == content
+        since = seen.unchanged_since if seen is not None and is_same else now
+        has_changed = seen is not None and (seen.has_changed or not is_same)
+        _sightings[path.absolute()] = _Sighting(content, since, now, has_changed)
         return content == GIVEN_UP or now - since > self.lease_s or _holder_is_gone(content)
 
     def _check_alive(self) -> None:
@@ -197,51 +278,71 @@ def claimed_chunks(
     leases: Leases,
     missing: Callable[[], list[int]],
     *,
+    is_missing: Callable[[int], bool] | None = None,
     look: Callable[[list[int]], None] = lambda chunks: None,
     idle: Callable[[], bool] = lambda: False,
     wait: bool = True,
 ) -> Iterator[int]:
     """Yield one chunk after the other that this process has just claimed, until none is missing, whoever did them.
 
-    The caller gives up each claim (`leases.release(claim_name(chunk))`) when the chunk is done.
+    The caller says of each when it is done: `leases.finish(claim_name(chunk))`. In between others are told by that
+    alone; what is really there is looked at before the first chunk and after the last one, and of a claimed chunk.
 
     Args:
         leases: the claims.
-        missing: -> the chunks that are not done yet.
+        missing: -> the chunks that are not done yet, by what is there.
+        is_missing: chunk -> whether it is one of them; None: by `missing`.
         look: told what is missing, each time.
         idle: called when others hold all that is missing; returns whether it did something, so that it is worth
             looking again at once.
         wait: for what others hold; else this ends.
     """
+    wait_s: float = WAIT_S
     while chunks := missing():
-        look(chunks)
-        claimed = claim_one(leases, chunks)
-        if claimed is None:
-            if idle():
+        left = {claim_name(chunk): chunk for chunk in chunks}
+        outdated: set[str] | None = None  # said to be done before we looked, but they are missing
+        while left and (listing := leases.look()) is not None:
+            generations, done = listing
+            outdated = done & left.keys() if outdated is None else outdated
+            for name in done - outdated:
+                left.pop(name, None)
+            look(list(left.values()))
+            name = leases.claim_any(list(left), generations)
+            if name is None:
+                if not left or idle():
+                    continue
+                if not wait:
+                    return
+                time.sleep(wait_s)
+                wait_s = min(1.5 * wait_s, LONGEST_WAIT_S)
                 continue
-            if not wait:
-                return
-            time.sleep(WAIT_S)
-        elif claimed in missing():
-            yield claimed
-        else:
-            leases.release(claim_name(claimed))  # done by another one while we looked
+            chunk, wait_s = left[name], WAIT_S
+            if is_missing(chunk) if is_missing is not None else chunk in missing():
+                yield chunk
+            else:
+                left.pop(name)
+                leases.finish(name)  # by another one, who could not say so
 
 
-def claim_one(leases: Leases, chunks: list[int]) -> int | None:
-    """Return a chunk that this process has just claimed, or None if others hold all of them."""
-    first = random.randrange(len(chunks)) if leases.has_others() else 0  # a thousand don't all try the same chunk
-    return next((chunk for chunk in chunks[first:] + chunks[:first] if leases.claim(claim_name(chunk))), None)
-
-
-def finish_together(leases: Leases, is_done: Callable[[], bool], finish: Callable[[], object]) -> bool:
+def finish_together(
+    leases: Leases, is_done: Callable[[], bool], finish: Callable[[], object], *, wait: bool = True
+) -> bool:
     """Have one of all processes finish; return when that is done, whoever did it and whoever died at it.
+
+    Args:
+        leases: the claims, which whoever finishes removes.
+        is_done: -> whether there is nothing to finish any more.
+        finish: does it.
+        wait: for another one that does; else this returns when it is seen at work.
 
     Returns:
         Whether this process did.
     """
     while not is_done():
+        leases.look()
         if not leases.claim("finish"):
+            if not wait and leases.is_at_work("finish"):
+                return False
             time.sleep(WAIT_S)
         elif not is_done():
             finish()
@@ -265,6 +366,15 @@ def any_live(folder: Path) -> bool:
         contents = [path.read_text(errors="replace") for _, path in held.values()]
         return any(content != GIVEN_UP and not _holder_is_gone(content) for content in contents)
     return False
+
+
+def _holder_is_here(content: str) -> bool:
+    """Return whether the holder is a process of this machine that runs."""
+    try:
+        owner = json.loads(content)
+        return is_of_this_machine(owner) and not process_is_gone(owner)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return False  # half-written or damaged
 
 
 @cache

@@ -280,7 +280,7 @@ def take_chunks(leases: Leases, missing: Callable[[], list[int]], what: str, tot
 
         for chunk in claimed_chunks(leases, missing, look=show):
             yield chunk
-            leases.release(claim_name(chunk))
+            leases.finish(claim_name(chunk))
         show([])
 
 
@@ -309,6 +309,10 @@ class FeatureSink:
         existing = list_shards(self.folder)
         chunks = ((chunk, self.job.chunk(chunk)) for chunk in self.job.chunks)
         return [chunk for chunk, numbers in chunks if (numbers[0], numbers[-1]) not in existing]
+
+    def is_missing(self, chunk: int) -> bool:
+        """Return whether the features of a chunk are not there."""
+        return chunk in self.missing_chunks()
 
     def needs(self, numbers: range) -> bool:
         """Return whether a batch of a missing chunk is needed: always."""

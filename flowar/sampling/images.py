@@ -52,7 +52,11 @@ class ImageSink:
 
     def file(self, number: int) -> Path:
         """Return the file of an image."""
-        return self.folder / f"{number:06d}_class{self.job.label(number):04d}.png"
+        return self.folder / self.name(number)
+
+    def name(self, number: int) -> str:
+        """Return the name of an image's file."""
+        return f"{number:06d}_class{self.job.label(number):04d}.png"
 
     def start(self) -> None:
         """Make the folder; remove images of which nobody noted a hash: they may be anything, and are drawn again.
@@ -94,8 +98,12 @@ class ImageSink:
         return [
             chunk
             for chunk in self.job.chunks
-            if any(self.file(number).name not in existing for number in self.job.chunk(chunk))
+            if any(self.name(number) not in existing for number in self.job.chunk(chunk))
         ]
+
+    def is_missing(self, chunk: int) -> bool:
+        """Return whether an image of a chunk is not there."""
+        return bool(self._missing(self.job.chunk(chunk)))
 
     def needs(self, numbers: range) -> bool:
         """Return whether any of these images is missing. All are drawn then: the batch's shape decides last bits."""
@@ -103,8 +111,7 @@ class ImageSink:
 
     def _missing(self, numbers: range) -> list[int]:
         hashes = self.book.look()
-        files = ((number, self.file(number)) for number in numbers)
-        return [number for number, file in files if file.name not in hashes or not file.exists()]
+        return [n for n in numbers if self.name(n) not in hashes or not self.file(n).exists()]
 
     def add(self, decoded: Tensor, numbers: range, pool: ThreadPoolExecutor) -> list[Future[None]]:
         """Begin to write images (B, 3, H, W) in [-1, 1]."""
@@ -142,10 +149,10 @@ class ImageSink:
     def is_finished(self) -> bool:
         """Return whether all images are there, hashed and packed."""
         count, out_dir = self.job.config.num_images, self.job.out_dir
-        hashed = read_hashes(out_dir / HASHES_FILE) if (out_dir / HASHES_FILE).exists() else {}
-        if self.missing_chunks() or self.book.new_files():
+        if not (out_dir / HASHES_FILE).exists() or self.book.new_files() or self.missing_chunks():
             return False
-        if any(self.file(number).name not in hashed for number in range(count)) or find_half_packed(out_dir):
+        hashed = read_hashes(out_dir / HASHES_FILE)
+        if any(self.name(number) not in hashed for number in range(count)) or find_half_packed(out_dir):
             return False
         return all(is_packed(kind, count, out_dir) for kind in self.job.config.also)
 

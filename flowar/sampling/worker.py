@@ -40,6 +40,9 @@ class Sink(Protocol):
     def missing_chunks(self) -> list[int]:
         """Return the chunks that are not complete."""
 
+    def is_missing(self, chunk: int) -> bool:
+        """Return whether a chunk is not complete; cheaper than to ask for all of them."""
+
     def needs(self, numbers: range) -> bool:
         """Return whether any of these images, one batch of a chunk, is missing."""
 
@@ -86,11 +89,12 @@ def draw_job(job: SamplingJob, sink: Sink, dry_run: bool = False) -> None:
     )
     if not dry_run:
         draw_missing(job, sink)
-        print(f"{config.num_images:,} {sink}")
 
 
 def draw_missing(job: SamplingJob, sink: Sink, *, wait: bool = True) -> bool:
     """Draw what is missing, with whoever else does, and finish; return whether this process drew anything.
+
+    Whoever finds another process finishing leaves: what is left to do needs one.
 
     Args:
         job: what is drawn.
@@ -107,8 +111,12 @@ def draw_missing(job: SamplingJob, sink: Sink, *, wait: bool = True) -> bool:
             sink.start()
             has_drawn = draw_chunks(job, sink, leases, wait=wait)
             if wait:
-                finish_together(leases, sink.is_finished, sink.finish)
-                shutil.rmtree(leases.folder, ignore_errors=True)
+                finish_together(leases, sink.is_finished, sink.finish, wait=False)
+                if sink.is_finished():
+                    shutil.rmtree(leases.folder, ignore_errors=True)
+                    print(f"{job.config.num_images:,} {sink}")
+                else:
+                    print(f"{job.config.num_images:,} images are drawn; {leases.holder('finish')} puts them together")
             return has_drawn
     except OSError as error:
         raise UserError(f"can't write to {job.out_dir}: {error}; fix that and run the same command again") from error
@@ -131,7 +139,7 @@ def draw_chunks(job: SamplingJob, sink: Sink, leases: Leases, *, wait: bool) -> 
             chunk, writes = writing.pop(0)
             for write in writes:
                 write.result()
-            leases.release(claim_name(chunk))
+            leases.finish(claim_name(chunk))
         return has_settled
 
     columns = (
@@ -152,7 +160,15 @@ def draw_chunks(job: SamplingJob, sink: Sink, leases: Leases, *, wait: bool) -> 
             speed = (completed - first_completed) / max(time.monotonic() - began, 1e-9)
             bar.update(task, completed=completed, speed=speed)
 
-        for chunk in claimed_chunks(leases, sink.missing_chunks, look=show, idle=lambda: settle(keep=0), wait=wait):
+        work = claimed_chunks(
+            leases,
+            sink.missing_chunks,
+            is_missing=sink.is_missing,
+            look=show,
+            idle=lambda: settle(keep=0),
+            wait=wait,
+        )
+        for chunk in work:
             has_drawn = True
             writing.append((chunk, draw_chunk(job, sink, job.chunk(chunk), pool)))
             settle(keep=1)

@@ -3,10 +3,11 @@ import multiprocessing
 import os
 import signal
 import time
+from pathlib import Path
 
 import pytest
 
-from flowar.base.leases import Leases, _holder_is_gone, finish_together
+from flowar.base.leases import WATCHED, Leases, _holder_is_gone, claim_name, claimed_chunks, finish_together
 
 SHORT_S, LONG_S = 0.6, 2
 PATIENCE_S = 600  # for what is sure to come
@@ -137,3 +138,61 @@ def test_a_claim_that_a_dead_holder_left_empty_is_taken_over_by_one_who_looks_an
 @pytest.mark.parametrize("content", [b"[]", b"{}", b"5", b"\xff\xfe", b'{"machine": 1.5}'])
 def test_a_damaged_claim_is_of_nobody_who_is_known_to_be_dead(content):
     assert not _holder_is_gone(content.decode(errors="replace"))
+
+
+def test_looking_at_a_hundred_held_chunks_costs_one_listing_and_a_few_reads(tmp_path, monkeypatch):
+    chunks = list(range(100))
+    with Leases(tmp_path, PATIENCE_S) as theirs, Leases(tmp_path, PATIENCE_S) as ours:
+        assert all(theirs.claim(claim_name(chunk)) for chunk in chunks)
+        listed, opened = [], []
+        scandir, read_text = os.scandir, Path.read_text
+        monkeypatch.setattr("os.scandir", lambda path: listed.append(path) or scandir(path))
+        monkeypatch.setattr(Path, "read_text", lambda path, **how: opened.append(path) or read_text(path, **how))
+        assert list(claimed_chunks(ours, lambda: chunks, wait=False)) == []
+        assert len(listed) == 1 and len(opened) == WATCHED
+
+
+def test_what_others_did_is_known_by_the_claims_and_looked_at_once_more_in_the_end(tmp_path, monkeypatch):
+    """Chunk 2 is said to be done from before, but isn't there."""
+    monkeypatch.setattr("random.randrange", lambda count: 0)
+    there, looked = set(), []
+
+    def missing():
+        looked.append(set(there))
+        return sorted({0, 1, 2} - there)
+
+    with Leases(tmp_path, PATIENCE_S) as theirs, Leases(tmp_path, PATIENCE_S) as ours:
+        assert theirs.claim(claim_name(2))
+        theirs.finish(claim_name(2))
+        done = []
+        for chunk in claimed_chunks(ours, missing, is_missing=lambda chunk: chunk not in there):
+            done.append(chunk)
+            there.add(chunk)
+            ours.finish(claim_name(chunk))
+            if 1 not in there and theirs.claim(claim_name(1)):
+                there.add(1)
+                theirs.finish(claim_name(1))
+        assert sorted(done) == [0, 2] and looked == [set(), {0, 1, 2}]
+
+
+def finish_slowly(folder, number, left, may_end):
+    def finish():
+        assert may_end.wait(PATIENCE_S)
+        (folder / "done").touch()
+
+    with Leases(folder / "claims", PATIENCE_S) as leases:
+        left.put((number, finish_together(leases, (folder / "done").exists, finish, wait=False)))
+
+
+def test_whoever_finds_another_one_finishing_leaves(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    left, may_end = context.Queue(), context.Event()
+    processes = [context.Process(target=finish_slowly, args=(tmp_path, i, left, may_end)) for i in range(4)]
+    for process in processes:
+        process.start()
+    early = [left.get(timeout=PATIENCE_S) for _ in range(3)]
+    assert not (tmp_path / "done").exists() and not any(has_finished for _, has_finished in early)
+    may_end.set()
+    assert left.get(timeout=PATIENCE_S)[1]
+    for process in processes:
+        process.join()
