@@ -87,7 +87,7 @@ def main(config: SweepConfig, dry_run: bool = False) -> None:
     """Sweep, with whoever else was given the same command; print the table, write sweep.json, a picture, a recipe."""
     device = pick_device(config.device)
     out_dir = Path(config.out_dir)
-    vae = choose_vae(config.sample.vae, config.model)
+    vae = choose_vae(config.sample.vae, find_model_folder(config.model))
     config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, vae=vae))
     settings = list_settings(config)
     rounds = plan_rounds(len(settings), config)

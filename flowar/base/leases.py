@@ -307,8 +307,8 @@ def claimed_chunks(
             for name in done - outdated:
                 left.pop(name, None)
             look(list(left.values()))
-            name = leases.claim_any(list(left), generations)
-            if name is None:
+            free = leases.claim_any(list(left), generations)
+            if free is None:
                 if not left or idle():
                     continue
                 if not wait:
@@ -316,12 +316,12 @@ def claimed_chunks(
                 time.sleep(wait_s)
                 wait_s = min(1.5 * wait_s, LONGEST_WAIT_S)
                 continue
-            chunk, wait_s = left[name], WAIT_S
+            chunk, wait_s = left[free], WAIT_S
             if is_missing(chunk) if is_missing is not None else chunk in missing():
                 yield chunk
             else:
-                left.pop(name)
-                leases.finish(name)  # by another one, who could not say so
+                left.pop(free)
+                leases.finish(free)  # by another one, who could not say so
 
 
 def finish_together(

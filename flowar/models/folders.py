@@ -22,6 +22,7 @@ from flowar.base.records import read_record, write_record
 from flowar.base.run_folder import (
     CHECKPOINTS,
     average_key,
+    checkpoint_step,
     find_latest,
     is_checkpoint,
     read_progress,
@@ -37,6 +38,7 @@ from flowar.models.state_dicts import load_strictly
 
 # The layout of huggingface_hub's PyTorchModelHubMixin.
 WEIGHTS_FILE, MODEL_CONFIG_FILE = "model.safetensors", "config.json"
+SOURCE_FILE = "source.json"  # of what a model folder was made, if of a checkpoint
 LOCK_FILE = ".lock"
 MODEL_CURE = "export or convert it again"
 
@@ -121,14 +123,15 @@ def save_model(config: ModelConfig, state: dict[str, Tensor], folder: str | Path
 
 
 def save_model_whole(
-    config: ModelConfig, state: dict[str, Tensor], folder: Path, *, passport_of: Path | None = None
+    config: ModelConfig, state: dict[str, Tensor], folder: Path, *, checkpoint: Path | None = None, weights: str = "raw"
 ) -> None:
     """Write a model folder that isn't there yet, whole or not at all.
 
     Args:
         config, state: the model.
         folder: where to.
-        passport_of: checkpoint whose dataset's passport goes along, so that sampling refuses another VAE.
+        checkpoint: of which it is made, and which `weights` of it; this is noted, and the passport of its dataset goes
+            along, so that sampling refuses another VAE.
     """
     partial = folder.with_name(folder.name + ".partial")  # an interrupted run's is overwritten
     partial.mkdir(parents=True, exist_ok=True)
@@ -138,8 +141,11 @@ def save_model_whole(
                 if leftover.name != LOCK_FILE:
                     leftover.unlink()
             save_model(config, state, partial)
-            if passport_of is not None and (passport_of / PASSPORT_FILE).is_file():
-                shutil.copy(passport_of / PASSPORT_FILE, partial / PASSPORT_FILE)
+            if checkpoint is not None:
+                about = {"model": str(checkpoint.absolute()), "step": checkpoint_step(checkpoint), "weights": weights}
+                write_record(partial / SOURCE_FILE, about)
+            if checkpoint is not None and (checkpoint / PASSPORT_FILE).is_file():
+                shutil.copy(checkpoint / PASSPORT_FILE, partial / PASSPORT_FILE)
             publish_folder(partial, folder)
             (folder / LOCK_FILE).unlink()
     except Timeout as error:
@@ -156,7 +162,8 @@ def export_model(source: str | Path, weights: str, folder: Path) -> Model:
     """
     found = find_model_folder(source)
     model = load_model(found, weights)
-    save_model_whole(model.config, model.state_dict(), folder, passport_of=found)
+    checkpoint = found if is_checkpoint(found) else None
+    save_model_whole(model.config, model.state_dict(), folder, checkpoint=checkpoint, weights=weights)
     return model
 
 

@@ -8,6 +8,7 @@ OUT_DIR/
     grid.png                        the first images
     features-NETWORK/               instead of images, where only features are kept: evaluation/store.py
     claims/                         who draws what, while it is drawn
+    model/                          a copy of a training run's weights, while it is drawn: weights.py
 """
 
 import contextlib

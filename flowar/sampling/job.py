@@ -14,7 +14,7 @@ from flowar.base.errors import UserError
 from flowar.base.hashes import hash_weights
 from flowar.base.leases import WAIT_S, Leases
 from flowar.base.records import create_record, write_record
-from flowar.base.run_folder import CONFIG_FILE, checkpoint_step, is_checkpoint
+from flowar.base.run_folder import CHECKPOINTS, CONFIG_FILE, is_checkpoint
 from flowar.base.seeding import Stream
 from flowar.config.data import VAEConfig
 from flowar.config.drawing import SampleConfig
@@ -26,7 +26,7 @@ from flowar.latents.schema import PASSPORT_FILE, read_passport
 from flowar.latents.vae import VAE, load_vae
 from flowar.models.build import compile_blocks
 from flowar.models.family import Model
-from flowar.models.folders import find_model_folder, load_model
+from flowar.models.folders import load_model
 from flowar.sampling.folder import (
     IDENTITY,
     SAMPLES_FILE,
@@ -36,41 +36,45 @@ from flowar.sampling.folder import (
     refuse_unrecorded,
     settings_of_images,
 )
+from flowar.sampling.weights import Weights, find_weights
 
 LABELS_KEY = "labels_xxh64"  # in samples.json: a hash of what label_file holds; not known of samples of version 0.1
 
 
-def open_job(config: SampleConfig) -> "SamplingJob":
+def open_job(config: SampleConfig, weights: Weights | None = None) -> "SamplingJob":
     """Return what the settings ask for, with all networks loaded.
+
+    Args:
+        config: the settings.
+        weights: the weights; None: those that `config` means.
 
     Raises:
         UserError: if something is missing or does not fit.
     """
     device = pick_device(config.device)
-    folder = find_model_folder(config.model)
-    model = load_model(folder, config.weights).to(device)
-    vae_config = choose_vae(config.vae, folder)
+    weights = weights or find_weights(config)
+    model = load_model(weights.stored, config.weights).to(device)
+    vae_config = choose_vae(config.vae, weights.folder)
     vae = load_vae(vae_config.name, vae_config.weights).to(device)
-    check_decodable(folder, model.config, vae)
+    check_decodable(weights.stored, model.config, vae)
     weights_sha256 = hash_weights(model.state_dict())
     if config.compile:
         compile_blocks(model)
-    return SamplingJob(config, model, vae, device, choose_classes(config, model.config), folder, weights_sha256)
+    return SamplingJob(config, model, vae, device, choose_classes(config, model.config), weights, weights_sha256)
 
 
-def choose_vae(given: VAEConfig | None, model: str | Path) -> VAEConfig:
+def choose_vae(given: VAEConfig | None, folder: Path) -> VAEConfig:
     """Return the VAE to decode with; what was not given is that of the training run, which is said.
 
     Args:
         given: the setting; None, or without weights, where it is to be found.
-        model: as of `load_model`: a run or checkpoint of it, whose config.yaml names the VAE, or a folder with a
+        folder: a run's checkpoint, which may be gone (the run's config.yaml names the VAE), or a model folder with a
             dataset's passport.
     """
     if given is not None and (given.weights is not None or given.name != VAEConfig().name):
         return given
-    folder = find_model_folder(model)
     config = folder.parent.parent / CONFIG_FILE
-    if is_checkpoint(folder) and config.is_file():
+    if (is_checkpoint(folder) or folder.parent.name == CHECKPOINTS) and config.is_file():
         found, source = load_described(TrainConfig, config).vae, config
     elif (folder / PASSPORT_FILE).is_file():
         found, source = VAEConfig(name=read_passport(folder).vae_name), folder / PASSPORT_FILE
@@ -116,7 +120,7 @@ class SamplingJob:
     vae: VAE
     device: torch.device
     classes: tuple[int, ...]
-    folder: Path  # of the model
+    weights: Weights
     weights_sha256: str
 
     @property
@@ -168,9 +172,9 @@ def describe_samples(job: SamplingJob) -> dict[str, Any]:
     settings = dataclasses.asdict(job.config)
     for key in ("out_dir", "model", "vae"):
         settings.pop(key)
-    model: dict[str, Any] = {"model": str(job.folder.absolute()), "variant": job.model.config.variant}
-    if is_checkpoint(job.folder):
-        model["step"] = checkpoint_step(job.folder)
+    model: dict[str, Any] = {"model": str(job.weights.folder.absolute()), "variant": job.model.config.variant}
+    if job.weights.step is not None:
+        model["step"] = job.weights.step
     networks = {"weights_sha256": job.weights_sha256, "vae_sha256": job.vae.weights_sha256, "vae_name": job.vae.name}
     # Stochastic solvers drew with other seeds in 0.1; nothing else needs to tell the two apart.
     stream = {"noise_stream": int(Stream.STEP_NOISE)} if job.config.solver == "euler-maruyama" else {}

@@ -27,6 +27,7 @@ from flowar.sampling.job import (
     describe_samples,
     open_job,
 )
+from flowar.sampling.weights import find_weights, keep_weights, remove_kept
 
 WRITER_THREADS = 4
 
@@ -74,7 +75,7 @@ def draw_samples(config: SampleConfig, make_sink: Callable[[SamplingJob], Sink],
     Raises:
         UserError: if something is missing or does not fit, or the folder holds images of other settings.
     """
-    job = open_job(config)
+    job = open_job(config, find_weights(config) if dry_run else keep_weights(config))
     draw_job(job, make_sink(job), dry_run)
 
 
@@ -85,7 +86,8 @@ def draw_job(job: SamplingJob, sink: Sink, dry_run: bool = False) -> None:
     check_not_fewer(job.out_dir, config.num_images)
     missing = sum(len(job.chunk(chunk)) for chunk in sink.missing_chunks())
     print(
-        f"{config.num_images:,} images, {len(set(job.classes)):,} classes from {job.folder}, {missing:,} still to draw"
+        f"{config.num_images:,} images, {len(set(job.classes)):,} classes from {job.weights.folder}, "
+        f"{missing:,} still to draw"
     )
     if not dry_run:
         draw_missing(job, sink)
@@ -113,6 +115,7 @@ def draw_missing(job: SamplingJob, sink: Sink, *, wait: bool = True) -> bool:
             if wait:
                 finish_together(leases, sink.is_finished, sink.finish, wait=False)
                 if sink.is_finished():
+                    remove_kept(job.out_dir)
                     shutil.rmtree(leases.folder, ignore_errors=True)
                     print(f"{job.config.num_images:,} {sink}")
                 else:

@@ -1,5 +1,6 @@
 """Which VAE decodes: the one that was given, else the one that the training run or the model names."""
 
+import json
 import shutil
 
 import pytest
@@ -7,7 +8,7 @@ from PIL import Image
 
 from flowar import evaluate, sample, sweep, train
 from flowar.base.errors import UserError
-from flowar.base.run_folder import find_latest
+from flowar.base.run_folder import checkpoint_step, find_latest, step_name
 from flowar.config.data import ExtractorConfig, VAEConfig
 from flowar.config.drawing import SampleConfig
 from flowar.config.load import load_config
@@ -15,7 +16,9 @@ from flowar.config.measuring import EvaluateConfig, SweepConfig
 from flowar.evaluation.digits import DigitClassifier, save_classifier
 from flowar.evaluation.extractors import DEMO_EXTRACTOR
 from flowar.models.folders import export_model
+from flowar.sampling.folder import read_hashes
 from flowar.sampling.job import choose_vae, open_job
+from flowar.sampling.weights import keep_weights
 from tests.conftest import training, written_by_0_1
 
 
@@ -89,3 +92,26 @@ def reference(image_folder, tmp_path):
     for number, file in enumerate(sorted(image_folder.rglob("*.png"))):
         Image.open(file).resize((32, 32)).save(tmp_path / "real" / f"{number}.png")
     return tmp_path / "real"
+
+
+def test_samples_stay_those_of_the_step_that_they_were_begun_with(run, shards, tmp_path, capsys):
+    """A task is started again when the run has a newer checkpoint, and has deleted the one that the task began with."""
+    living, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(run, living)
+    begun = drawing(living, out, num_images=20)
+    source = keep_weights(begun)  # killed before it drew anything
+    assert source.stored == out / "model" and source.step == checkpoint_step(find_latest(living))
+    newer = living / "checkpoints" / step_name(source.step + 1)
+    shutil.copytree(source.folder, newer)
+    state = json.loads((newer / "state.json").read_text())
+    (newer / "state.json").write_text(json.dumps(state | {"step": source.step + 1}))
+    shutil.rmtree(source.folder)
+    sample.main(begun)
+    assert f"drawing with step {source.step}, as the samples in {out} were begun; for step" in capsys.readouterr().out
+    sample.main(drawing(run, tmp_path / "same", num_images=20))
+    assert read_hashes(out / "images.xxh64") == read_hashes(tmp_path / "same" / "images.xxh64")
+    assert (out / "model").exists() and not (tmp_path / "same" / "model").exists()  # the only copy that is left, or not
+    sample.main(drawing(living, out, num_images=30))  # more of the same
+    shutil.rmtree(out / "model")
+    with pytest.raises(UserError, match=f"holds images of step {source.step}, and {source.folder} is not there any"):
+        sample.main(drawing(living, out, num_images=40))
