@@ -1,8 +1,8 @@
 """What the trainer asks of an engine, and what the engines share. Read next: torch_engine.py, zero_engine.py.
 
 All engines keep float32 weights under the names of the plain model, and their checkpoints have one form: a dictionary
-from names to tensors of the plain model's shapes, whole or as DTensors. So a run can resume with another engine, or
-with another number of processes. No hyper-parameter of its own.
+from names to tensors of the plain model's shapes, each whole, on one rank (shares.py). So a run can resume with another
+engine, or with another number of processes. No hyper-parameter of its own.
 """
 
 import functools
@@ -85,7 +85,7 @@ class Engine(GradientEngine, Protocol):
         """Return this rank's share of the weights in the form of checkpoints."""
 
     def state(self) -> dict[str, Tensor]:
-        """Return this rank's share of weights and optimizer in the form of checkpoints: the values themselves."""
+        """Return this rank's share of weights and optimizer in the form of checkpoints; the values may be in use."""
 
     def load(self, folder: Path) -> None:
         """Take over weights and optimizer from a checkpoint."""
@@ -122,13 +122,3 @@ def prepare_blocks(blocks: Iterable[nn.Module], parallel: ParallelConfig) -> Non
             block.forward = torch.compile(block.forward)  # inside of what is recomputed, or nothing is compiled
         if every and index % every == 0:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-
-
-def share_out(sizes: dict[str, int], num_ranks: int) -> dict[str, int]:
-    """Return a rank for each name, so that all ranks have about as much: the largest first, each to the emptiest."""
-    loads, owners = [0] * num_ranks, {}
-    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
-        rank = loads.index(min(loads))
-        owners[name] = rank
-        loads[rank] += sizes[name]
-    return owners

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -21,8 +21,9 @@ from flowar.config.training import ParallelConfig
 from flowar.models.build import family_of
 from flowar.models.family import Model
 from flowar.models.folders import load_state
-from flowar.training.engine import EngineSettings, engine_name, prepare_blocks, share_out
+from flowar.training.engine import EngineSettings, engine_name, prepare_blocks
 from flowar.training.optim import ADAM_MOMENTS, LocalAdamW, make_optimizer
+from flowar.training.shares import gather_whole, local_part, read_shared, share_out
 
 # FSDP2 warns that in-place operations on the model's output would be wrong: there is none.
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -106,32 +107,46 @@ class TorchEngine:
 
     def weights(self) -> dict[str, Tensor]:
         """Return this rank's share of the weights in the form of checkpoints."""
-        return {weight_key(name): tensor for name, tensor in self.local_weights().items()}
+        return {weight_key(name): tensor for name, tensor in self.to_state(self.local_weights()).items()}
 
     def state(self) -> dict[str, Tensor]:
-        """Return this rank's share of weights and optimizer in the form of checkpoints: the values themselves."""
-        return self._state(self.local_weights())
+        """Return this rank's share of weights and optimizer in the form of checkpoints; the values may be in use."""
+        found = self.weights()
+        for key in ADAM_MOMENTS:
+            moments = {name: self.optimizer.moments[name][key] for name in self.local_weights()}
+            found |= {optimizer_key(name, key): tensor for name, tensor in self.to_state(moments).items()}
+        return found
 
     def load(self, folder: Path) -> None:
         """Take over weights and optimizer from a checkpoint."""
-        load_state(self._state(self.parameters), folder, self.world.control)
+        self._load({name: p.detach() for name, p in self.parameters.items()}, weight_key, folder)
+        for key in ADAM_MOMENTS:
+            moments = {name: own[key] for name, own in self.optimizer.moments.items()}
+            self._load(moments, functools.partial(optimizer_key, state=key), folder)
 
-    def _state(self, names: Iterable[str]) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        for name in names:
-            p = self.parameters[name]
-            found |= {optimizer_key(name, key): self.optimizer.moments[name][key] for key in ADAM_MOMENTS}
-            found[weight_key(name)] = p.detach()
-        return found
+    @torch.no_grad()
+    def _load(self, tensors: dict[str, Tensor], key: Callable[[str], str], folder: Path) -> None:
+        """Fill tensors that lie like the parameters."""
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        keys = {name: key(name) for name in tensors}
+        for name, whole in read_shared(keys, shapes, self._owners, self.world, folder):
+            tensor = tensors[name]
+            if isinstance(tensor, DTensor):
+                tensor.to_local().copy_(local_part(whole, tensor))
+            else:
+                tensor.copy_(whole)
 
     def to_state(self, local: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return tensors that lie like `local_weights` in the form of checkpoints."""
-        return local
+        shards = {name: tensor for name, tensor in local.items() if isinstance(tensor, DTensor)}
+        return gather_whole(shards, self._owners, self.world) if self.name == "fsdp" else local
 
     def load_local(self, local: dict[str, Tensor], key: Callable[[str], str], folder: Path) -> None:
         """Fill tensors that lie like `local_weights` from a checkpoint, which has them under `key(name)`."""
-        state = {key(name): tensor for name, tensor in local.items()}
-        load_state(state, folder, self.world.control)
+        if self.name == "fsdp":
+            self._load(local, key, folder)
+        else:
+            load_state({key(name): tensor for name, tensor in local.items()}, folder, self.world.control)
 
     def full(self, local: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yield every name and whole tensor, on all ranks, of tensors that lie like `local_weights`."""

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,9 @@ from flowar.base.run_folder import optimizer_key, weight_key
 from flowar.models.build import family_of
 from flowar.models.family import Model
 from flowar.models.folders import load_state
-from flowar.training.engine import EngineSettings, prepare_blocks, share_out
+from flowar.training.engine import EngineSettings, prepare_blocks
 from flowar.training.optim import ADAM_MOMENTS, make_optimizer, set_learning_rate
+from flowar.training.shares import read_shared, share_out
 
 
 class ZeROEngine:
@@ -160,8 +161,8 @@ class ZeROEngine:
     def load(self, folder: Path) -> None:
         for key in (None, *ADAM_MOMENTS):
             keys = {name: optimizer_key(name, key) if key else weight_key(name) for name in self.parameters}
-            for name, full in self._read(folder, keys):
-                self._set(self.parameters[name], full, key)
+            for name, whole in read_shared(keys, self._shapes, self._owners, self.world, folder):
+                self._set(self.parameters[name], whole, key)
 
     @torch.no_grad()
     def _set(self, parameter: Any, full: Tensor, key: str | None) -> None:
@@ -188,8 +189,12 @@ class ZeROEngine:
         return {name: t.cpu() for name, t in self.full(local) if self._owners[name] == self.world.rank}
 
     def load_local(self, local: dict[str, Tensor], key: Callable[[str], str], folder: Path) -> None:
-        for name, full in self._read(folder, {name: key(name) for name in local}):
-            local[name].copy_(self._part(full, self.parameters[name]))
+        if self.stage < 3:
+            load_state({key(name): tensor for name, tensor in local.items()}, folder, self.world.control)
+            return
+        keys = {name: key(name) for name in local}
+        for name, whole in read_shared(keys, self._shapes, self._owners, self.world, folder):
+            local[name].copy_(self._part(whole, self.parameters[name]))
 
     def full(self, local: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         for name, p in self.parameters.items():
@@ -209,35 +214,13 @@ class ZeROEngine:
         flat = torch.nn.functional.pad(full.flatten(), (0, size * self.world.size - full.numel()))
         return flat[self.world.rank * size : (self.world.rank + 1) * size]
 
-    def _read(self, folder: Path, keys: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
-        """Yield whole tensors of a checkpoint, some at a time: all of them together may be too much."""
-        for names in _groups(keys, lambda name: self._shape(name).numel()):
-            state = {keys[name]: torch.empty(self._shape(name)) for name in names}
-            load_state(state, folder, self.world.control)
-            for name in names:
-                yield name, state[keys[name]].to(self.world.device)
-
-    def _shape(self, name: str) -> torch.Size:
-        parameter = self.parameters[name]
-        shape: torch.Size = parameter.ds_shape if self.stage == 3 else parameter.shape
-        return shape
+    @functools.cached_property
+    def _shapes(self) -> dict[str, torch.Size]:
+        return {name: p.ds_shape if self.stage == 3 else p.shape for name, p in self.parameters.items()}
 
     @functools.cached_property
     def _owners(self) -> dict[str, int]:
-        return share_out({name: self._shape(name).numel() for name in self.parameters}, self.world.size)
+        return share_out({name: shape.numel() for name, shape in self._shapes.items()}, self.world.size)
 
 
 BUCKET_SIZE = 200_000_000  # values: 0.8 GB; DeepSpeed's default takes 2 GB
-VALUES_AT_ONCE = 2**27  # values: half a GiB
-
-
-def _groups(names: Iterable[str], size: Callable[[str], int]) -> Iterator[list[str]]:
-    group, values = [], 0
-    for name in names:
-        group.append(name)
-        values += size(name)
-        if values >= VALUES_AT_ONCE:
-            yield group
-            group, values = [], 0
-    if group:
-        yield group

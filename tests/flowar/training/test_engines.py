@@ -10,8 +10,8 @@ from flowar.base.errors import EXIT_AGAIN
 from flowar.base.run_folder import find_latest, list_checkpoints
 from flowar.config.training import EMAConfig, ParallelConfig
 from flowar.models.folders import load_model
-from flowar.training.engine import share_out
 from flowar.training.report import read_metrics
+from flowar.training.shares import share_out
 from tests.conftest import ALL, KILLS_ASKED, MORE, training
 from tests.flowar.ranks import run_ranks, start_ranks
 from tests.processes import PATIENCE_S, Death, draw_deaths, join, stop, wait_until

@@ -1,0 +1,113 @@
+"""Whole tensors, each on one rank: the form in which checkpoints are written and read, whatever cuts the weights up.
+
+So a checkpoint has as many pieces as tensors, and not as many as tensors times ranks: planning, writing and reading it
+costs rank 0 as little with 512 ranks as with one. Read next: checkpoint.py.
+"""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from flowar.base.distributed import World
+from flowar.models.folders import load_state
+
+VALUES_AT_ONCE = 2**27  # gathered in one go: half a GiB
+
+
+def share_out(sizes: dict[str, int], num_ranks: int) -> dict[str, int]:
+    """Return a rank for each name, so that all ranks have about as much: the largest first, each to the emptiest."""
+    loads, owners = [0] * num_ranks, {}
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        rank = loads.index(min(loads))
+        owners[name] = rank
+        loads[rank] += sizes[name]
+    return owners
+
+
+def gather_whole(shards: Mapping[str, DTensor], owners: Mapping[str, int], world: World) -> dict[str, Tensor]:
+    """Return the tensors that this rank owns, whole, on the CPU; all ranks take part.
+
+    Args:
+        shards: what FSDP2 made of tensors: cut along the first dimension over the last dimension of their mesh.
+        owners: the rank that gets each.
+        world: this rank.
+    """
+    found: dict[str, Tensor] = {}
+    for names in _groups({name: shard.numel() for name, shard in shards.items()}):
+        mesh = shards[names[0]].device_mesh
+        padded = torch.cat([_padded(shards[name]) for name in names])
+        gathered = padded.new_empty(_num_parts(mesh), len(padded))
+        dist.all_gather(list(gathered), padded, group=mesh.get_group(mesh.ndim - 1))
+        begin = 0
+        for name in names:
+            shape = shards[name].shape
+            end = begin + _part_size(shape, _num_parts(mesh))
+            if owners[name] == world.rank:
+                found[name] = gathered[:, begin:end].flatten()[: shape.numel()].view(shape).cpu().clone()
+            begin = end
+    return found
+
+
+def local_part(whole: Tensor, like: DTensor) -> Tensor:
+    """Return what this rank has of a tensor that is cut like `like`."""
+    mesh = like.device_mesh
+    parts, place = whole.chunk(_num_parts(mesh)), mesh.get_local_rank(mesh.ndim - 1)
+    return parts[place] if place < len(parts) else whole[:0]
+
+
+def read_shared(
+    keys: Mapping[str, str], shapes: Mapping[str, torch.Size], owners: Mapping[str, int], world: World, folder: Path
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield tensors of a checkpoint, each whole and on all ranks; its owner reads it and sends it to the others.
+
+    Args:
+        keys: name -> under which it is in the checkpoint.
+        shapes: of each.
+        owners: the rank that reads each.
+        world: this rank.
+        folder: the checkpoint.
+
+    Raises:
+        DamagedCheckpointError, UserError: as `load_state`, on all ranks.
+    """
+    mine = {name: torch.empty(shapes[name]) for name in keys if owners[name] == world.rank}
+    load_state({keys[name]: tensor for name, tensor in mine.items()}, folder, world.control)
+    for name in keys:
+        is_mine = name in mine
+        whole = mine.pop(name).to(world.device) if is_mine else torch.empty(shapes[name], device=world.device)
+        if world.size > 1:
+            dist.broadcast(whole, src=owners[name])
+        yield name, whole
+
+
+def _num_parts(mesh: DeviceMesh) -> int:
+    return mesh.size(mesh.ndim - 1)
+
+
+def _part_size(shape: torch.Size, num_parts: int) -> int:
+    """Return how many values the largest part of a tensor has."""
+    return -(-shape[0] // num_parts) * shape[1:].numel()
+
+
+def _padded(shard: DTensor) -> Tensor:
+    """Return this rank's values, with zeros up to the size of the largest part."""
+    local = shard.to_local().detach().flatten()
+    return torch.nn.functional.pad(local, (0, _part_size(shard.shape, _num_parts(shard.device_mesh)) - len(local)))
+
+
+def _groups(sizes: Mapping[str, int]) -> Iterator[list[str]]:
+    """Yield the names in groups of about `VALUES_AT_ONCE` values."""
+    group, values = [], 0
+    for name, size in sizes.items():
+        group.append(name)
+        values += size
+        if values >= VALUES_AT_ONCE:
+            yield group
+            group, values = [], 0
+    if group:
+        yield group
