@@ -5,6 +5,7 @@ import signal
 import pytest
 import torch
 from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from torch.distributed.checkpoint import FileSystemReader
 
 from flowar.base.errors import EXIT_AGAIN
 from flowar.base.run_folder import find_latest, list_checkpoints
@@ -86,6 +87,8 @@ def test_all_engines_train_the_same_model(alone, on_two_ranks, engine):
     run_dir = on_two_ranks(engine)
     assert len(read_metrics(run_dir)) == 2 * EPOCHS
     assert_same_run(run_dir, alone)
+    pieces = FileSystemReader(find_latest(run_dir)).read_metadata().state_dict_metadata.values()
+    assert all(len(tensor.chunks) == 1 for tensor in pieces)  # not one for each rank: planning would stall hundreds
     if engine.startswith("zero"):
         theirs = get_fp32_state_dict_from_zero_checkpoint(str(find_latest(run_dir) / "deepspeed"))
         ours = load_model(run_dir, "raw").state_dict()
