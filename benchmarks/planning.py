@@ -7,6 +7,7 @@ import argparse
 import pickle
 import threading
 import time
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,8 +25,11 @@ def checkpoint_shapes(model: str) -> dict[str, torch.Size]:
     """Return name -> shape of the tensors of a checkpoint with one average."""
     with torch.device("meta"):
         parameters = dict(create_model(variant_config(model)).named_parameters())
-    keys = [weight_key, lambda name: average_key("decay_0.9999", name)]
-    keys += [lambda name, key=key: optimizer_key(name, key) for key in ADAM_MOMENTS]
+    keys = [
+        weight_key,
+        partial(average_key, "decay_0.9999"),
+        *(partial(optimizer_key, state=key) for key in ADAM_MOMENTS),
+    ]
     return {key(name): parameter.shape for key in keys for name, parameter in parameters.items()}
 
 

@@ -207,8 +207,8 @@ def train(config: TrainConfig, world: World) -> None:
                     owner.check()
                 report.log(record)
                 meter = StepMeter(step, terms, world)
-            checkpoints.finish_if_written()
-            kept_averages.finish_if_written()
+            checkpoints.check()
+            kept_averages.check()
             if config.ema.keep_every_steps and step % config.ema.keep_every_steps == 0:
                 names = tuple(name for name in ema.averages if name.startswith("std_"))
                 state = averages_state(engine, ema, names)

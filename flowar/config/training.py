@@ -70,10 +70,10 @@ class ParallelConfig:
     fsdp_prefetch: int = 0  # fsdp: blocks whose weights are asked for ahead of time; 0: as FSDP2 does by itself
     zero_stage: int = 2  # deepspeed: 1, 2 or 3
     zero_offload: bool = False  # deepspeed: the optimizer lives in the memory of the CPU
-    zero_files: bool = True  # deepspeed: save its own files too, for zero_to_fp32.py; training waits for these
+    zero_files: bool = False  # deepspeed: save its own files too, for zero_to_fp32.py; training waits for these
     checkpoint_every_blocks: int = 0  # recompute every n-th block in the backward pass instead of keeping it; 0: none
     compile: bool = False  # torch.compile, block by block
-    timeout_s: float = 60  # a rank that keeps the others waiting for so long ends the job
+    timeout_s: float = 600  # a rank that keeps the others waiting for so long ends the job
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (1, 2, 3):

@@ -9,7 +9,7 @@ import functools
 import json
 import shutil
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,8 @@ class Checkpoints:
         self.contents = contents
         self.kept = kept or Kept()
         self._group = background_group()
-        self._pending: tuple[Future[Any], Path, Path] | None = None
+        self._publisher = ThreadPoolExecutor(1)  # of rank 0: a slow disk keeps nobody waiting
+        self._pending: tuple[Future[Any], Path] | None = None  # all of the last save, and its folder
 
     def save(
         self,
@@ -81,6 +82,8 @@ class Checkpoints:
         save_more: Callable[[Path], None] | None = None,
     ) -> None:
         """Begin to save; returns when the values are copied. An earlier save is finished first.
+
+        The rest, up to giving the folder its name and deleting old ones, is done by threads.
 
         Args:
             state: this rank's part of the tensors, `Engine.state` and the averages.
@@ -92,7 +95,7 @@ class Checkpoints:
         """
         self.wait()
         folder = self.run_dir / self.kind / step_name(progress.step)
-        if folder.exists():
+        if broadcast_object(folder.exists()):  # rank 0 looks: file systems may show ranks different things
             return
         hidden = folder.with_name(f".{folder.name}.{self.owner.token}")
         record = progress.as_record() | {"world_size": self.world.size, "checksums": True}
@@ -114,28 +117,31 @@ class Checkpoints:
                 save_more(hidden)
         except (OSError, RuntimeError, CheckpointException) as error:
             raise self._failed(folder, error) from error
-        self._pending = (future, hidden, folder)
+        self._pending = (self._publisher.submit(self._publish, future, hidden, folder), folder)
 
-    def finish_if_written(self) -> None:
-        """Give the last save its name if all ranks have written it; otherwise return at once. Errors as `save`."""
+    def check(self) -> None:
+        """Raise the error of the last save, if it has ended with one; returns at once. Errors as `save`."""
         if self._pending is not None and self._pending[0].done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait until the last save is on the disk and has its name. Errors as `save`."""
+        """Wait until the last save is on the disk and, on rank 0, has its name. Errors as `save`."""
         if self._pending is None:
             return
-        future, hidden, folder = self._pending
+        saving, folder = self._pending
         self._pending = None
         try:
-            future.result()
-            if self.world.is_main:
-                self.owner.check()
-                write_checksums(hidden)
-                publish_folder(hidden, folder)
+            saving.result()
         except (OSError, RuntimeError, CheckpointException) as error:
             raise self._failed(folder, error) from error
+
+    def _publish(self, written: Future[Any], hidden: Path, folder: Path) -> None:
+        """Wait until all ranks have written, give the folder its name, and delete old ones; in a thread."""
+        written.result()
         if self.world.is_main:
+            self.owner.check()
+            write_checksums(hidden)
+            publish_folder(hidden, folder)
             self._remove_old()
 
     def _failed(self, folder: Path, error: BaseException) -> BaseException:

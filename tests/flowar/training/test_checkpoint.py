@@ -3,12 +3,14 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
 
 from flowar.base.distributed import World
 from flowar.base.errors import UserError
+from flowar.base.files import publish_folder
 from flowar.base.run_folder import CHECKPOINTS, Progress, find_latest, list_checkpoints
 from flowar.config.data import DataConfig
 from flowar.config.training import EMAConfig, ParallelConfig, TrainConfig
@@ -28,7 +30,7 @@ from flowar.training.engine import EngineSettings
 from flowar.training.owner import take_over
 from flowar.training.setup import make_engine
 from tests.conftest import randomise, tiny_config
-from tests.processes import join, start
+from tests.processes import PATIENCE_S, join, start
 
 ALONE = World(0, 1, torch.device("cpu"), None)
 
@@ -95,6 +97,28 @@ def test_saving_does_not_wait_and_keeps_the_values_of_its_moment(run_dir, shards
         engine.model.ar.input_norm.weight.add_(1)
     checkpoints.wait()
     assert torch.equal(load_model(run_dir, "raw").ar.input_norm.weight, needed)
+
+
+def test_giving_a_checkpoint_its_name_and_deleting_old_ones_keep_nobody_waiting(run_dir, shards, monkeypatch):
+    engine, ema = make_parts()
+    save(run_dir, 1, (engine, ema), shards)
+    contents = CheckpointContents(engine.model.config, read_passport(shards))
+    checkpoints = Checkpoints(take_over(run_dir), ALONE, contents, CHECKPOINTS, Kept(1))
+    begun, may_end = threading.Event(), threading.Event()
+
+    def publish_slowly(hidden, folder):
+        begun.set()
+        assert may_end.wait(PATIENCE_S)
+        publish_folder(hidden, folder)
+
+    monkeypatch.setattr("flowar.training.checkpoint.publish_folder", publish_slowly)
+    checkpoints.save(whole_state(engine, ema), Progress(step=2, averages=tuple(ema.averages)))
+    assert begun.wait(PATIENCE_S)
+    checkpoints.check()
+    assert [path.name for path in list_checkpoints(run_dir)] == ["step_00000001"]
+    may_end.set()
+    checkpoints.wait()
+    assert [path.name for path in list_checkpoints(run_dir)] == ["step_00000002"]
 
 
 def test_all_weights_load_as_models_from_the_run(run_dir, shards):

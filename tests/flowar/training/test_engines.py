@@ -22,9 +22,9 @@ NUM_KILLS = KILLS_ASKED or 2
 ENGINES = {
     "ddp": ParallelConfig(engine="ddp"),
     "fsdp": ParallelConfig(engine="fsdp"),
-    "zero1": ParallelConfig(engine="deepspeed", zero_stage=1),
-    "zero2": ParallelConfig(engine="deepspeed", zero_stage=2),
-    "zero3": ParallelConfig(engine="deepspeed", zero_stage=3),
+    "zero1": ParallelConfig(engine="deepspeed", zero_stage=1, zero_files=True),
+    "zero2": ParallelConfig(engine="deepspeed", zero_stage=2, zero_files=True),
+    "zero3": ParallelConfig(engine="deepspeed", zero_stage=3, zero_files=True),
 }
 EPOCHS = 25 if ALL else 7  # of two steps
 # After 50 steps in float32, as ranks add up in another order: relative for losses and norms, absolute for weights.
