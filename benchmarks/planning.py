@@ -7,6 +7,7 @@ import argparse
 import pickle
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -25,7 +26,7 @@ def checkpoint_shapes(model: str) -> dict[str, torch.Size]:
     """Return name -> shape of the tensors of a checkpoint with one average."""
     with torch.device("meta"):
         parameters = dict(create_model(variant_config(model)).named_parameters())
-    keys = [
+    keys: list[Callable[[str], str]] = [
         weight_key,
         partial(average_key, "decay_0.9999"),
         *(partial(optimizer_key, state=key) for key in ADAM_MOMENTS),

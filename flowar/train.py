@@ -109,7 +109,8 @@ def train(config: TrainConfig, world: World) -> None:
     if config.precision == "tf32" and world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
-    model = create_model(config.model).train()
+    with torch.device("cpu" if world.is_main else "meta"):  # the others get rank 0's, each what is its part
+        model = create_model(config.model).train()
     set_attention(model, config.attention)
 
     # Resume.

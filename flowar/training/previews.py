@@ -33,7 +33,11 @@ def save_previews(engine: Engine, ema: EMA, vae: VAE, preview: PreviewConfig, se
         {"preview": file, "preview_raw": file}.
     """
     world = engine.world
-    model = create_model(engine.model.config).to(world.device)
+    with torch.device("meta"):
+        model = create_model(engine.model.config).to_empty(device=world.device)
+    buffers = dict(engine.model.named_buffers(remove_duplicate=False))
+    for key, buffer in model.named_buffers(remove_duplicate=False):
+        buffer.copy_(buffers[key])
     config, family = model.config, family_of(model.config)
     parameters = dict(model.named_parameters())
     mine = range(world.rank, preview.num_images, world.size)

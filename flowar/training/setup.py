@@ -39,7 +39,7 @@ from flowar.training.zero_engine import ZeROEngine
 
 
 def make_engine(settings: EngineSettings, model: Model, world: World) -> Engine:
-    """Return the engine that the settings name, around a model with fresh weights, the same on all ranks."""
+    """Return the engine that the settings name, around a model; the weights are rank 0's, others may be on "meta"."""
     kind = ZeROEngine if engine_name(settings.parallel.engine, world.size) == "deepspeed" else TorchEngine
     return kind(settings, model, world)
 

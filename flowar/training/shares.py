@@ -1,7 +1,7 @@
 """Whole tensors, each on one rank: the form in which checkpoints are written and read, whatever cuts the weights up.
 
 So a checkpoint has as many pieces as tensors, and not as many as tensors times ranks: planning, writing and reading it
-costs rank 0 as little with 512 ranks as with one. Read next: checkpoint.py.
+costs rank 0 as little with 512 ranks as with one. Fresh weights come from rank 0 alone. Read next: checkpoint.py.
 """
 
 from collections.abc import Iterator, Mapping
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -53,11 +53,43 @@ def gather_whole(shards: Mapping[str, DTensor], owners: Mapping[str, int], world
     return found
 
 
-def local_part(whole: Tensor, like: DTensor) -> Tensor:
-    """Return what this rank has of a tensor that is cut like `like`."""
-    mesh = like.device_mesh
+@torch.no_grad()
+def fill(tensor: Tensor, whole: Tensor) -> None:
+    """Copy a whole tensor, or this rank's part of it if FSDP2 has cut `tensor`."""
+    if not isinstance(tensor, DTensor):
+        tensor.copy_(whole)
+        return
+    mesh = tensor.device_mesh
     parts, place = whole.chunk(_num_parts(mesh)), mesh.get_local_rank(mesh.ndim - 1)
-    return parts[place] if place < len(parts) else whole[:0]
+    tensor.to_local().copy_(parts[place] if place < len(parts) else whole[:0])
+
+
+def take_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return a model's parameters and buffers, and leave it without memory for them."""
+    tensors: dict[str, Tensor] = dict(_tensors_of(model))
+    model.to("meta")
+    return tensors
+
+
+def fill_from_main(model: nn.Module, tensors: dict[str, Tensor], world: World) -> None:
+    """Give a model memory on this rank's device, and rank 0's `tensors`: what `take_tensors` has returned there.
+
+    They are dropped on the way.
+    """
+    model.to_empty(device=world.device)
+    for name, target in _tensors_of(model):
+        if world.is_main:
+            whole = tensors.pop(name).detach().to(world.device)
+        else:
+            whole = torch.empty(target.shape, dtype=target.dtype, device=world.device)
+        if world.size > 1:
+            dist.broadcast(whole, src=0)
+        fill(target, whole)
+
+
+def _tensors_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 def read_shared(

@@ -23,7 +23,7 @@ from flowar.models.family import Model
 from flowar.models.folders import load_state
 from flowar.training.engine import EngineSettings, engine_name, prepare_blocks
 from flowar.training.optim import ADAM_MOMENTS, LocalAdamW, make_optimizer
-from flowar.training.shares import gather_whole, local_part, read_shared, share_out
+from flowar.training.shares import fill, fill_from_main, gather_whole, read_shared, share_out, take_tensors
 
 # FSDP2 warns that in-place operations on the model's output would be wrong: there is none.
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
@@ -36,19 +36,24 @@ class TorchEngine:
         self.name = engine_name(settings.parallel.engine, world.size)
         self.max_grad_norm = settings.optim.max_grad_norm
         self.world = world
-        self.model = model.to(world.device)
-        self.forward: nn.Module = self.model
+        self.model = model
+        self.forward: nn.Module = model
         family = family_of(self.model.config)
         blocks = family.blocks(self.model)
         prepare_blocks(blocks, settings.parallel)
+        if self.name == "single":
+            model.to(world.device)
+        else:
+            fresh = take_tensors(model)
+            if self.name == "fsdp":
+                mesh = make_mesh(world.device.type, world.size, settings.parallel.replicas)
+                shard_model(model, blocks, mesh, settings.parallel)
+            fill_from_main(model, fresh, world)
         if self.name == "ddp":
             ids = [world.device.index] if world.device.type == "cuda" else None
             self.forward = DistributedDataParallel(
                 self.model, device_ids=ids, forward_sync_buffers=False, gradient_as_bucket_view=True
             )
-        elif self.name == "fsdp":
-            mesh = make_mesh(world.device.type, world.size, settings.parallel.replicas)
-            shard_model(self.model, blocks, mesh, settings.parallel)
         self.syncs_once = self.name == "fsdp" and settings.parallel.fsdp_sync_once
         self.parameters = dict(self.model.named_parameters())
         self.optimizer = LocalAdamW(self.parameters, make_optimizer(self.model, family, settings.optim))
@@ -124,17 +129,12 @@ class TorchEngine:
             moments = {name: own[key] for name, own in self.optimizer.moments.items()}
             self._load(moments, functools.partial(optimizer_key, state=key), folder)
 
-    @torch.no_grad()
     def _load(self, tensors: dict[str, Tensor], key: Callable[[str], str], folder: Path) -> None:
         """Fill tensors that lie like the parameters."""
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         keys = {name: key(name) for name in tensors}
         for name, whole in read_shared(keys, shapes, self._owners, self.world, folder):
-            tensor = tensors[name]
-            if isinstance(tensor, DTensor):
-                tensor.to_local().copy_(local_part(whole, tensor))
-            else:
-                tensor.copy_(whole)
+            fill(tensors[name], whole)
 
     def to_state(self, local: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return tensors that lie like `local_weights` in the form of checkpoints."""

@@ -19,7 +19,7 @@ from flowar.models.family import Model
 from flowar.models.folders import load_state
 from flowar.training.engine import EngineSettings, prepare_blocks
 from flowar.training.optim import ADAM_MOMENTS, make_optimizer, set_learning_rate
-from flowar.training.shares import read_shared, share_out
+from flowar.training.shares import fill_from_main, read_shared, share_out, take_tensors
 
 
 class ZeROEngine:
@@ -36,6 +36,7 @@ class ZeROEngine:
         self.stage = settings.parallel.zero_stage
         family = family_of(model.config)
         prepare_blocks(family.blocks(model), settings.parallel)
+        fill_from_main(model, take_tensors(model), world)
         if settings.precision == "bf16":  # DeepSpeed switches off the autocast that it is called in
             model.forward = torch.autocast(world.device.type, torch.bfloat16)(model.forward)
         options: dict[str, Any] = {
@@ -55,7 +56,7 @@ class ZeROEngine:
             options["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
             options["zero_force_ds_cpu_optimizer"] = False
         self.forward, self.optimizer, _, _ = deepspeed.initialize(
-            model=model.to(world.device),
+            model=model,
             optimizer=make_optimizer(model, family, settings.optim),
             config=options,
             dist_init_required=False,
