@@ -36,11 +36,17 @@ class Batch(NamedTuple):
     samples: Tensor  # (B n,) int64, numbers of the rows in the dataset
 
 
+MOST_SHUFFLED = 2**26  # images whose order is drawn as a whole: it takes half a gigabyte, and a second
+
+Order = Callable[[NDArray[np.int64]], NDArray[np.int64]]
+
+
 class StepOrder(Sampler[list[int]]):
     """The rows of each of `steps` that one rank reads: its part, in rank order, of the batch of all ranks.
 
     The sequence of images is one random permutation of all of them after the other; a batch may span two of them, so
-    that every epoch visits every image once, in one of its views. It follows from (seed, step, batch size) alone.
+    that every epoch visits every image once, in one of its views. It follows from (seed, step, batch size) alone. Of
+    more than `MOST_SHUFFLED` images no order is kept in memory: `permute` tells where each place leads.
     """
 
     def __init__(
@@ -65,19 +71,29 @@ class StepOrder(Sampler[list[int]]):
         return len(self.steps)
 
     def __iter__(self) -> Iterator[list[int]]:
-        epochs: dict[int, NDArray[np.int64]] = {}
+        epochs: dict[int, Order] = {}
         for step in self.steps:
             places = step * self.batch_size + np.arange(self.part.start, self.part.stop)
             needed = range(places[0] // self.num_images, places[-1] // self.num_images + 1)
-            epochs = {epoch: epochs[epoch] if epoch in epochs else self._rows_of_epoch(epoch) for epoch in needed}
-            rows = [epochs[place // self.num_images][place % self.num_images] for place in places]
-            yield np.array(rows).tolist()
+            epochs = {epoch: epochs.get(epoch) or self._order_of(epoch) for epoch in needed}
+            of_epoch = places // self.num_images
+            rows = [epochs[epoch](places[of_epoch == epoch] % self.num_images) for epoch in needed]
+            yield np.concatenate(rows).tolist()
 
-    def _rows_of_epoch(self, epoch: int) -> NDArray[np.int64]:
-        """Return one row of each image, in the epoch's order."""
-        order = np.random.default_rng(derive_seed(self.seed, Stream.ORDER, epoch)).permutation(self.num_images)
-        view = np.random.default_rng(derive_seed(self.seed, Stream.VIEW, epoch)).integers(self.views, size=len(order))
-        return order * self.views + view
+    def _order_of(self, epoch: int) -> "Order":
+        """Return the epoch's order: places in it -> one row of each of these images."""
+        order_seed = derive_seed(self.seed, Stream.ORDER, epoch)
+        view_seed = derive_seed(self.seed, Stream.VIEW, epoch)
+        if self.num_images > MOST_SHUFFLED:
+
+            def rows_without_memory(places: NDArray[np.int64]) -> NDArray[np.int64]:
+                images = permute(places, self.num_images, order_seed)
+                return images * self.views + mix(images, view_seed).astype(np.int64) % self.views
+
+            return rows_without_memory
+        order = np.random.default_rng(order_seed).permutation(self.num_images)
+        view = np.random.default_rng(view_seed).integers(self.views, size=len(order))
+        return (order * self.views + view).__getitem__
 
 
 class SequenceOrder(Sampler[list[int]]):
@@ -136,6 +152,40 @@ class SequenceOrder(Sampler[list[int]]):
         images = self.by_class[self.begins[which] + chosen]
         rows: list[int] = (images * self.views + drawn.integers(self.views, size=len(images))).tolist()
         return rows
+
+
+FEISTEL_ROUNDS = 6
+
+
+def permute(places: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
+    """Return where a permutation of range(count), a function of `seed`, sends some places; all others cost nothing.
+
+    A Feistel network (Luby and Rackoff, 1988) permutes the least power of four that holds `count`; what leaves the
+    range goes through it again until it is back (cycle walking: Black and Rogaway, 2002).
+
+    Args:
+        places: (N,), each below `count`.
+        count: up to 2^62.
+        seed: of the permutation.
+    """
+    half_bits = np.uint64((max(count - 1, 1).bit_length() + 1) // 2)
+    mask = (np.uint64(1) << half_bits) - np.uint64(1)
+    found, outside = places.astype(np.uint64), np.ones(len(places), dtype=bool)
+    while outside.any():
+        left, right = found[outside] >> half_bits, found[outside] & mask
+        for number in range(FEISTEL_ROUNDS):
+            left, right = right, left ^ (mix(right, seed + number) & mask)
+        found[outside] = left << half_bits | right
+        outside = found >= count
+    return found.astype(np.int64)
+
+
+def mix(values: NDArray[Any], seed: int) -> NDArray[np.uint64]:
+    """Return 63 random-looking bits of each integer, a function of it and `seed`: the finalizer of SplitMix64."""
+    mixed = values.astype(np.uint64) + np.uint64((seed * 0x9E3779B97F4A7C15 + 1) % 2**64)
+    mixed = (mixed ^ mixed >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ mixed >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return (mixed ^ mixed >> np.uint64(31)) >> np.uint64(1)
 
 
 def split_among(batch_size: int, rank: int, world_size: int) -> range:

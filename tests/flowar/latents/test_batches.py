@@ -14,7 +14,7 @@ import pytest
 from flowar.base.errors import UserError
 from flowar.base.records import write_record
 from flowar.config.data import DataConfig
-from flowar.latents.batches import SequenceOrder, StepOrder, check_fits, check_same_vae, read_batches
+from flowar.latents.batches import SequenceOrder, StepOrder, check_fits, check_same_vae, permute, read_batches
 from flowar.latents.schema import read_passport
 from flowar.latents.shards import LatentShards
 from flowar.latents.vae import load_vae
@@ -51,6 +51,37 @@ def test_an_epoch_uses_one_view_of_each_image_and_the_next_may_use_another():
     uses = np.bincount(epochs.ravel(), minlength=50)
     assert uses.sum() == 400 and uses.min() > 0  # each of the 50 rows, about 8 times each
     assert [row // 5 for row in np.concatenate(order(views=5))] == np.concatenate(order()).tolist()
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 16, 17, 1_000, 4_097])
+def test_permute_is_a_permutation_that_depends_on_the_seed(count):
+    places = np.arange(count)
+    found = permute(places, count, seed=7)
+    assert np.array_equal(np.sort(found), places)
+    assert np.array_equal(permute(places[::-2], count, seed=7), found[::-2])  # each on its own
+    if count > 5:
+        assert not np.array_equal(found, permute(places, count, seed=8))
+
+
+def test_what_permute_makes_of_a_range_looks_random():
+    """Neighbours don't stay near, and every seed sends a place anywhere: as often as chance would have it."""
+    steps = np.diff(permute(np.arange(100_000), 100_000, seed=0))
+    assert 0.32 < np.abs(steps).mean() / 100_000 < 0.347  # a third
+    targets = np.bincount([permute(np.array([3]), 10, seed)[0] for seed in range(5_000)], minlength=10)
+    assert ((targets - 500) ** 2 / 500).sum() < 27.9  # chi-square of 9 degrees of freedom, one in a thousand
+
+
+def test_an_order_that_is_not_kept_in_memory_visits_each_image_once_too(monkeypatch):
+    monkeypatch.setattr("flowar.latents.batches.MOST_SHUFFLED", 9)
+    epochs = np.concatenate(order(views=5, steps=range(100))).reshape(40, 10)
+    for epoch in epochs:
+        assert sorted(epoch // 5) == list(range(10))
+    assert np.bincount(epochs.ravel(), minlength=50).min() > 0 and len({tuple(epoch) for epoch in epochs}) == 40
+    assert order(steps=range(3, 10)) == order()[3:] and order() != order(seed=1)
+    parts = [order(rank=rank, world_size=2) for rank in range(2)]
+    assert [a + b for a, b in zip(*parts, strict=True)] == order()
+    billion = order(10**9, views=2, batch_size=512, steps=range(10**6, 10**6 + 2))
+    assert max(map(max, billion)) < 2 * 10**9
 
 
 def test_the_order_is_a_function_of_seed_and_step():
