@@ -15,6 +15,7 @@ from pathlib import Path
 from submitit import JobEnvironment
 
 from flowar.base.errors import UserError
+from flowar.base.failures import MachineError
 from flowar.config.jobs import ClusterConfig
 
 FIRST_PORT, NUM_PORTS = 20_000, 12_000  # below the range from which systems give ports to clients
@@ -88,7 +89,8 @@ def check_resources(task: TaskEnvironment, cluster: ClusterConfig) -> None:
     """Check that this task may use what was asked for.
 
     Raises:
-        UserError: if it got fewer CPUs or GPUs; names the node.
+        UserError: if it got fewer CPUs, which is a matter of settings; names the node.
+        MachineError: if there are fewer GPUs, so that the job starts again without this node.
     """
     node = f"on node {scheduler_node_name()}"
     cpus = len(os.sched_getaffinity(0))
@@ -102,10 +104,10 @@ def check_resources(task: TaskEnvironment, cluster: ClusterConfig) -> None:
 
         gpus = torch.cuda.device_count()
         if gpus < cluster.gpus_per_node:
-            raise UserError(
+            raise MachineError(
                 f"gpus_per_node={cluster.gpus_per_node} was asked for, but torch sees {gpus} {node} "
                 f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}): every task must see all of them, so "
-                "leave --gpus-per-task out; to go on elsewhere, exclude the node"
+                "leave --gpus-per-task out"
             )
 
 
@@ -202,12 +204,20 @@ def last_lines(folder: Path, max_restarts: int) -> list[str]:
         f"cd {shlex.quote(str(folder))} || exit 1",
         """show() { scontrol show job "$id" | sed -n "s/.*$1=\\([A-Z0-9_]*\\).*/\\1/p"; }""",
         'is_newest() { now=$(show Restarts); [ -z "$now" ] || [ "$now" = "$n" ]; }',
+        "exclude() {",  # only a pending job's list can be changed: this one is, until this script ends
+        '  old=$(scontrol show job "$id" | sed -n "s/.*ExcNodeList=\\([^ ]*\\).*/\\1/p")',
+        '  new=$(sort -u "exclude_$id.$n" | paste -sd,)',
+        '  if [ -n "$old" ] && [ "$old" != "(null)" ]; then new=$old,$new; fi',
+        '  scontrol update JobId="$id" ExcNodeList="$new"',
+        "}",
         "requeue() {",
+        """  if [ -s "exclude_$id.$n" ]; then trap '' TERM; fi""",
         "  for try in $(seq 60); do",
         "    is_newest || exit 0",
         "    state=$(show JobState)",
         '    case "$state" in',
-        '      RUNNING|SUSPENDED|STOPPED|SIGNALING) scontrol requeue "$id" && exit 0 ;;',
+        "      RUNNING|SUSPENDED|STOPPED|SIGNALING)",
+        '        if scontrol requeue "$id"; then if [ -s "exclude_$id.$n" ]; then exclude; fi; exit 0; fi ;;',
         '      ?*) echo "not requeued: the job is $state"; exit 1 ;;',
         "    esac",
         "    sleep 5",
@@ -222,6 +232,7 @@ def last_lines(folder: Path, max_restarts: int) -> list[str]:
         "is_newest || exit 0",
         "if [ $rc -ne 0 ]; then sleep 2; ls -a > /dev/null; fi",  # NFS may show late what other nodes wrote
         'if [ -e "cancelled_$id" ]; then exit 1; fi',
+        'if [ -s "trouble_$id.$n" ]; then count "$(head -n 1 "trouble_$id.$n")"; fi',
         'if [ -s "again_$id.$n" ]; then count "stopped before its first step"; fi',
         'if [ -e "again_$id.$n" ]; then rm -f "failures_$id"; requeue; fi',
         'if [ -e "error_$id.$n" ]; then cat "error_$id.$n"; cp "error_$id.$n" "failed_$id"; exit 1; fi',

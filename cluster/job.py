@@ -7,7 +7,10 @@ A job has a folder (ID is Slurm's number, N how often Slurm has started the job 
     ID_RANK_log.out, .err     what each task printed, over all starts (submitit's names)
     attempts.jsonl            one line per start: when and where
     again_ID.N                the tasks stopped on purpose and go on in a new start; "counted" in it: nothing was gained
+    trouble_ID.N              storage or a machine failed: the job starts again, counted
+    exclude_ID.N              nodes that the new start avoids
     error_ID.N                our code said why it can't go on
+    progress_ID               the newest checkpoint's step when the job started; more steps clear failures_ID
     failures_ID               one line per end without gain, to stop after max_restarts of them
     cancelled_ID              `flowar cancel` asked for the end
     finished_ID, failed_ID    all is done; it is not started again, and why
@@ -19,7 +22,6 @@ import os
 import random
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -32,11 +34,14 @@ from typing import Any
 
 from cluster import environment
 from flowar.base.errors import EXIT_AGAIN, STOP_SIGNALS, UserError, exit_with
+from flowar.base.failures import Failure, failure_of
 from flowar.base.files import write_text
 from flowar.base.records import DamagedRecordError, read_record, write_record
+from flowar.base.run_folder import checkpoint_step, find_latest
 from flowar.cli import VERBS
 from flowar.config.jobs import ClusterConfig
 from flowar.config.load import did_you_mean, load_described, load_values
+from flowar.config.training import TrainConfig
 
 RECORD_FILE, JOB_CONFIG_FILE, ENVIRONMENT_FILE = "job.json", "config.yaml", "environment.json"
 ATTEMPTS_FILE = "attempts.jsonl"
@@ -122,6 +127,8 @@ class Task:
             self._change_folder()
             environment.check_resources(self.place, self.job.cluster)
             config = load_described(verb.schema, self.job.folder / JOB_CONFIG_FILE)
+            if self.place.rank == 0 and isinstance(config, TrainConfig):
+                self._note_progress(config.run_dir)
             verb.load()(config)
             if self.job.cluster.scheduler == "local" and self.place.rank == 0:
                 self.job.mark("finished", self.place.job_id).touch()  # on Slurm the batch script does, after all tasks
@@ -130,25 +137,33 @@ class Task:
                 raise
             if not self.is_stopping:  # the verb stopped by itself, and saved
                 self._mark("again").touch()
-        except UserError as error:
-            self._fail(f"flowar {self.job.verb}: {error}")
         except Exception as error:
-            from flowar.base.distributed import has_lost_ranks  # torch, which is there already
-
-            traceback.print_exc()
-            if has_lost_ranks(error) and self.job.verb != "doctor":
-                exit_with(1)  # no fault of ours: another task died
-            self._fail(f"{type(error).__name__}: {error}")
+            reason = f"flowar {self.job.verb}: {error}"
+            if not isinstance(error, UserError):
+                traceback.print_exc()
+                reason = f"{type(error).__name__}: {error}"
+            self._fail(reason, error)
 
     def _mark(self, kind: str) -> Path:
         """Return the file that says how this start ended: again or error."""
         return self.job.folder / f"{kind}_{self.place.job_id}.{self.place.restarts}"
 
-    def _fail(self, reason: str) -> None:
-        """Note why the job can't go on, and end."""
-        where = f"task {self.place.rank} on {socket.gethostname()}: {' '.join(reason.split())}"
-        is_local = self.job.cluster.scheduler == "local"
-        if not self.is_stopping:
+    def _fail(self, reason: str, error: Exception) -> None:
+        """Note why this start ends, and whether the job may go on in another one or elsewhere; end."""
+        from flowar.base.distributed import has_lost_ranks  # torch, which is there already
+
+        node = environment.scheduler_node_name()
+        where = f"task {self.place.rank} on {node}: {' '.join(reason.split())}"
+        is_local, kind = self.job.cluster.scheduler == "local", failure_of(error)
+        goes_on = not is_local and self.job.verb != "doctor"
+        if goes_on and kind == Failure.HARDWARE:
+            with self._mark("exclude").open("a") as file:
+                file.write(node + "\n")
+        if self.is_stopping:
+            pass  # noted already
+        elif goes_on and kind != Failure.FINAL:
+            write_text(self._mark("trouble"), f"{kind} failed, {where}\n")
+        elif self.job.verb == "doctor" or not has_lost_ranks(error):  # else no fault of ours: another task died
             write_text(self.job.mark("failed", self.place.job_id) if is_local else self._mark("error"), where + "\n")
         exit_with(where)
 
@@ -160,6 +175,15 @@ class Task:
         packages = {package.metadata["Name"]: package.version for package in distributions()}
         found = {"python": sys.version, "executable": sys.executable, "packages": dict(sorted(packages.items()))}
         write_text(self.job.folder / ENVIRONMENT_FILE, json.dumps(found, indent=2) + "\n")
+
+    def _note_progress(self, run_dir: str) -> None:
+        """Forget earlier failures if the run has a newer checkpoint than when the job started last."""
+        latest, file = find_latest(run_dir), self.job.mark("progress", self.place.job_id)
+        step = checkpoint_step(latest) if latest is not None else 0
+        before = file.read_text().strip() if file.exists() else ""
+        if before.isdecimal() and step > int(before):
+            self.job.mark("failures", self.place.job_id).unlink(missing_ok=True)
+        write_text(file, f"{step}\n")
 
     def _change_folder(self) -> None:
         """Go to where the job was submitted, from which relative paths count; containers start elsewhere."""

@@ -42,6 +42,7 @@ PIPELINE = ("prepare", "train", "sample", "evaluate")  # in this order
 PACKAGES = ("flowar", "cluster", "data_prep")
 
 CODE = "code"
+SRUN = ("--kill-on-bad-exit=1", "--wait=0", "--distribution=block:block")
 NEVER = 1_000_000  # submitit's own count of time-outs, which we don't use
 
 
@@ -256,7 +257,8 @@ def make_executor(job: PlannedJob, folder: Path, after: tuple[str, ...] = ()) ->
         cpus_per_task=cluster.cpus_per_task,
         signal_delay_s=cluster.stop_before_end_s,
         setup=[*first_lines(folder, passed), *setup],
-        srun_args=["--kill-on-bad-exit=1", f"--cpus-per-task={cluster.cpus_per_task}", *cluster.srun],
+        # Neighbouring ranks on one socket, beside their GPUs; and nobody is killed because another one has finished.
+        srun_args=[*SRUN, f"--cpus-per-task={cluster.cpus_per_task}", *cluster.srun],
         teardown=last_lines(folder, cluster.max_restarts),
         additional_parameters=more,
         **{key: value for key, value in optional.items() if value is not None},

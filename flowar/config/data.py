@@ -99,6 +99,7 @@ class DataConfig:
     path: str = free(MISSING)
     cache: str | None = free(None)  # folder for the shards of a remote path; None: flowar-USER below TMPDIR
     num_workers: int = free(2)  # processes that read ahead; 0 reads in the main one
+    patience_s: float = free(300)  # storage that fails or hangs is tried again for so long; a job is then started anew
     # Of models that train on sequences of images of one class (ARFlow): "uniform", every class equally often, as
     # released; "frequency", each in proportion to its number of images.
     class_draw: Literal["uniform", "frequency"] = "uniform"

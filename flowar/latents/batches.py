@@ -277,7 +277,7 @@ def read_batches(
         num_workers=workers,
         collate_fn=_as_it_is,
         prefetch_factor=BATCHES_AHEAD if workers else None,
-        timeout=WORKER_TIMEOUT_S if workers else 0,
+        timeout=WORKER_TIMEOUT_S + shards.patience_s if workers else 0,
         multiprocessing_context="fork" if workers else None,
         worker_init_fn=leave_stopping_to_main,
         pin_memory=pinned,

@@ -7,9 +7,12 @@ The index is compared with the passport, which has a hash of its own.
 Read next: cache.py for the copies of remote shards, batches.py for the order, schema.py for what a row is.
 """
 
+import itertools
 import json
 import os
 import shutil
+import sys
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -24,6 +27,7 @@ from rich.markup import escape
 from rich.progress import track
 
 from flowar.base.errors import UserError
+from flowar.base.failures import StorageError, is_passing
 from flowar.base.files import MIB, raise_open_files
 from flowar.config.data import DataConfig
 from flowar.latents.cache import fetch_passport, fetch_verified
@@ -42,6 +46,7 @@ from flowar.latents.schema import (
 
 SPARE_FILES = 200  # open files that are left to everything else
 FETCHED_AT_ONCE = 8
+LONGEST_PAUSE_S = 30  # between two tries to read
 
 
 @dataclass(frozen=True)
@@ -72,6 +77,7 @@ class LatentShards:
     def __init__(self, config: DataConfig, *, check_sizes: bool = True) -> None:
         self.path = config.path
         self.is_remote = "://" in config.path
+        self.patience_s = config.patience_s
         self.folder = fetch_passport(config) if self.is_remote else Path(config.path)
         self.passport: Passport = read_passport(self.folder)
         self.shards = _read_index(self.folder, self.path)
@@ -94,6 +100,7 @@ class LatentShards:
         """Return rows as a structured array with the fields label and moments; see data_prep/schema.py.
 
         Raises:
+            StorageError: if the storage gives none for `data.patience_s`, with the name of the shard.
             UserError: if a row can't be read or is damaged, with the name of the shard.
         """
         found = np.empty(len(rows), self.dtype)
@@ -102,16 +109,33 @@ class LatentShards:
         for place, (row, number) in enumerate(zip(rows, self._shards_of(rows), strict=True)):
             shard = self.shards[number]
             offset = shard.num_bytes - (shard.num_rows - (row - shard.first_row)) * size  # rows are a shard's last part
-            try:
-                read = os.preadv(self._open(number).fileno(), [memory[place * size : (place + 1) * size]], offset)
-            except OSError as error:
-                raise UserError(f"can't read {self.describe(shard)}: {error}") from error
+            read = self._read_patiently(number, memory[place * size : (place + 1) * size], offset)
             if read < size or not self.is_row(found[place], shard, row):
                 cure = f"delete {self.folder / shard.name}" if self.is_remote else "copy it again, or prepare it"
                 raise UserError(
                     f"row {row} in {self.describe(shard)} is damaged; `flowar check {self.path}` says what else; {cure}"
                 )
         return found
+
+    def _read_patiently(self, number: int, memory: memoryview, offset: int) -> int:
+        """Fill `memory` from a shard; where the storage fails for a while, try again. Return how many bytes came."""
+        shard, began = self.shards[number], time.monotonic()
+        for wait_s in itertools.chain(range(1, LONGEST_PAUSE_S), itertools.repeat(LONGEST_PAUSE_S)):
+            try:
+                return os.preadv(self._open(number).fileno(), [memory], offset)
+            except OSError as error:
+                waited = time.monotonic() - began
+                problem = f"can't read {self.describe(shard)}: {error}"
+                if not is_passing(error):
+                    raise UserError(problem) from error
+                if waited + wait_s > self.patience_s:
+                    raise StorageError(
+                        f"{problem}, for {waited:.0f} s (data.patience_s={self.patience_s:g})"
+                    ) from error
+                print(f"{problem}; trying again in {wait_s} s", file=sys.stderr, flush=True)
+                time.sleep(wait_s)
+                self._open.cache_clear()  # a file that was replaced meanwhile has to be opened again
+        raise AssertionError("unreachable")
 
     def read_labels(self) -> NDArray[np.int64]:
         """Return the class number of each image, (images,), as the shards have it; checksums are not looked at.

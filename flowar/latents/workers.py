@@ -7,17 +7,23 @@ from pathlib import Path
 from typing import TypeVar
 
 from flowar.base.errors import UserError
+from flowar.base.failures import StorageError
 from flowar.base.files import MIB
 
 Item = TypeVar("Item")
 
-WORKER_TIMEOUT_S = 60  # a reader that gives nothing for so long has died or hangs
+WORKER_TIMEOUT_S = 60  # a reader that gives nothing for so long, and for its patience before, has died or hangs
 BATCHES_AHEAD = 2  # per worker
 SHARED_MEMORY = Path("/dev/shm")  # where workers leave batches for the main process
 
 
 def from_workers(loader: Iterable[Item], source: str, setting: str) -> Iterator[Item]:
-    """Yield what a DataLoader gives; one whose workers are killed, or give nothing in time, is a UserError."""
+    """Yield what a DataLoader gives.
+
+    Raises:
+        StorageError: if its workers give nothing in time.
+        UserError: if one of them is killed.
+    """
     batches = iter(loader)
     while True:
         try:
@@ -25,7 +31,8 @@ def from_workers(loader: Iterable[Item], source: str, setting: str) -> Iterator[
         except StopIteration:
             return
         except RuntimeError as error:
-            raise UserError(
+            kind = StorageError if "timed out" in str(error) else UserError
+            raise kind(
                 f"nothing comes from {source}: {' '.join(str(error).split())}; is its storage alive, and is there "
                 f"memory enough? {setting}=0 reads without workers"
             ) from error

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from flowar.base.distributed import World, background_group, broadcast_object, has_lost_ranks, wait_for_all
 from flowar.base.errors import UserError
+from flowar.base.failures import Failure, StorageError, failure_of
 from flowar.base.files import publish_folder, write_text
 from flowar.base.run_folder import (
     AVERAGES,
@@ -149,7 +150,8 @@ class Checkpoints:
             return error  # not the disk's fault
         failures = getattr(error, "failures", {})
         problem = next((str(cause[0]) for cause in failures.values()), str(error))
-        return UserError(
+        kind = StorageError if failure_of(error) == Failure.STORAGE else UserError
+        return kind(
             f"can't save checkpoint {folder}: {problem}; older checkpoints are intact; free some space or fix the "
             "folder's permissions, then run the same command again"
         )

@@ -172,6 +172,44 @@ def test_a_job_that_is_disturbed_in_every_way_ends_with_the_bits_of_an_undisturb
     assert_same_weights(run_dir, undisturbed(by_cancel))
 
 
+SICK_AND_SLOW = """
+import errno, os, pathlib
+
+folder, read = pathlib.Path({folder!r}), os.preadv
+
+def preadv(*arguments):
+    sick, failed = folder / "sick", folder / "failed"
+    if not sick.exists():
+        sick.write_text(os.environ["SLURMD_NODENAME"])
+    if sick.read_text() == os.environ["SLURMD_NODENAME"]:
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+    if not failed.exists():
+        failed.touch()
+        raise OSError(errno.EIO, "Input/output error")
+    return read(*arguments)
+
+if os.environ.get("SLURM_PROCID") == "1":
+    os.preadv = preadv
+"""
+
+
+def test_a_sick_gpu_costs_a_node_and_storage_that_fails_once_nothing(slurm, shards, undisturbed, tmp_path, monkeypatch):
+    (tmp_path / "planted").mkdir()
+    (tmp_path / "planted" / "sitecustomize.py").write_text(SICK_AND_SLOW.format(folder=str(tmp_path)))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "planted"))  # sbatch passes it on
+    run_dir = tmp_path / "run"
+    job = slurm.submit("train", settings(shards, run_dir, FEW_STEPS), run_dir)
+    slurm.wait_until_finished(job)
+    sick = (tmp_path / "sick").read_text()
+    first, second = (json.loads(line)["hosts"] for line in (job.folder / ATTEMPTS_FILE).read_text().splitlines())
+    assert sick in first and sick not in second
+    failure = job.mark("failures", job.ids[0]).read_text()
+    assert f"hardware failed, task 1 on {sick}" in failure and "uncorrectable ECC error" in failure
+    assert "Input/output error; trying again in 1 s" in read_logs(job)
+    assert_every_step_once(run_dir, FEW_STEPS)
+    assert_same_losses(run_dir, undisturbed(FEW_STEPS, at_least=True))
+
+
 @MORE
 @pytest.mark.parametrize("name", ["TERM", "USR1"])
 def test_a_job_that_gets_another_stop_signal_loses_no_step(slurm, shards, undisturbed, tmp_path, name):

@@ -14,11 +14,11 @@ import pytest
 
 from cluster.commands import submit_command as submit
 from cluster.environment import TaskEnvironment, check_resources, export_for_torch, parse_duration
-from cluster.job import Job
+from cluster.job import Job, Task
 from cluster.status import cancel, find_jobs, logs, newest_job, status
 from cluster.submit import PlannedJob, check
 from flowar.base.errors import UserError
-from flowar.base.run_folder import find_latest
+from flowar.base.run_folder import Progress, find_latest
 from flowar.config.jobs import ClusterConfig
 from flowar.training.report import read_metrics
 from tests.cluster.conftest import WAIT_S
@@ -194,3 +194,21 @@ def test_relative_paths_of_a_resumed_job_count_from_where_it_was_submitted(shard
     check(PlannedJob("train", config, cluster, tmp_path / "run" / "jobs", again=before), alone=True)
     with pytest.raises(UserError, match="data.path=data"):
         check(PlannedJob("train", config, cluster, tmp_path / "run" / "jobs"), alone=True)
+
+
+def test_failures_count_only_while_the_run_gains_nothing(tmp_path):
+    """Eight starts that die, each after a new checkpoint, then two that gain nothing."""
+    job = Job("train", ClusterConfig(), tmp_path, cwd=str(tmp_path))
+    task = Task(job, TaskEnvironment("7", 0, 0, 1, ("n1",), 1))
+    run_dir, failures, counts = tmp_path / "run", job.mark("failures", "7"), []
+    for step in [0, 1, 2, 3, 4, 5, 6, 7, 8, 8, 8]:
+        folder = run_dir / "checkpoints" / f"step_{step}"
+        if step:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".metadata").touch()
+            (folder / "state.json").write_text(json.dumps(Progress(step=step).as_record()))
+        task._note_progress(str(run_dir))
+        with failures.open("a") as file:  # as the batch script does
+            file.write("died\n")
+        counts.append(len(failures.read_text().splitlines()))
+    assert counts == [1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 3]

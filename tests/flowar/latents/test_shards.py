@@ -1,10 +1,13 @@
+import errno
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 
 from flowar.base.errors import UserError
+from flowar.base.failures import StorageError
 from flowar.base.records import write_record
 from flowar.config.data import DataConfig
 from flowar.latents.shards import LatentShards
@@ -116,3 +119,26 @@ def test_missing_and_damaged_remote_shards_are_errors_with_their_name(bucket, co
 def test_an_unknown_kind_of_address_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"can't fetch ftp://somewhere/dataset.json: Unsupported remote path"):
         open_shards("ftp://somewhere", cache=str(tmp_path))
+
+
+def test_storage_that_fails_for_a_while_is_tried_again_and_for_too_long_is_named(shards, monkeypatch):
+    opened, left, waits, read = LatentShards(DataConfig(path=str(shards), patience_s=5.5)), [2], [], os.preadv
+
+    def fail_at_first(*arguments):
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return read(*arguments)
+
+    needed = opened.read([3])
+    monkeypatch.setattr("flowar.latents.shards.os.preadv", fail_at_first)
+    monkeypatch.setattr("flowar.latents.shards.time.sleep", waits.append)
+    assert opened.read([3]) == needed and waits == [1, 2]
+    left[0] = 100
+    with pytest.raises(StorageError, match=r"shard .*: .*Stale file handle, for 0 s .data.patience_s=5.5"):
+        opened.read([3])
+    assert waits == [1, 2, 1, 2, 3, 4, 5]
+    monkeypatch.setattr("flowar.latents.shards.os.preadv", lambda *_: (_ for _ in ()).throw(PermissionError(13, "no")))
+    with pytest.raises(UserError, match="can't read shard .*no") as refused:
+        opened.read([3])
+    assert not isinstance(refused.value, StorageError)
