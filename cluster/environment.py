@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 from submitit import JobEnvironment
 
 from flowar.base.errors import UserError
@@ -65,7 +66,25 @@ def export_for_torch() -> None:
         "MASTER_PORT": str(FIRST_PORT + (int(given.raw_job_id) + PORTS_APART * restarts) % NUM_PORTS),
         "FLOWAR_JOB": given.job_id,
         "FLOWAR_NODE": scheduler_node_name(),
+        "FLOWAR_NODES": ",".join(given.hostnames),
     }
+    if given.num_nodes > 1 and (interface := route_to(find_address(given.hostnames[0 if given.node else 1]))):
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(name, interface)
+
+
+def route_to(host: str) -> str:
+    """Return the network interface through which a host is reached; nothing if that is loopback, or not known.
+
+    gloo would take the one that has the address of this host's name, which may be loopback or a slow one.
+    """
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing
+        address = probe.getsockname()[0]
+        for name, addresses in psutil.net_if_addrs().items():
+            if any(known.address == address for known in addresses):
+                return "" if address.startswith("127.") else name
+    return ""
 
 
 def scheduler_node_name() -> str:
@@ -224,6 +243,11 @@ def last_lines(folder: Path, max_restarts: int) -> list[str]:
         "  done",
         '  echo "Slurm did not requeue the job" > "failed_$id"; exit 1',
         "}",
+        "watched() {",  # what NCCL's watchdogs have written, where one of them ended its process
+        '  if ls "nccl_$id.$n"_rank_* > /dev/null 2>&1; then',
+        '    echo "; who waited for whom: $PWD/nccl_$id.${n}_rank_*, read by torchfrtrace"',
+        "  fi",
+        "}",
         "count() {",
         '  echo "$(date -Is) start $n on $SLURM_JOB_NODELIST: $1" >> "failures_$id"',
         f'  if [ "$(wc -l < "failures_$id")" -le {max_restarts} ]; then requeue; fi',
@@ -237,5 +261,5 @@ def last_lines(folder: Path, max_restarts: int) -> list[str]:
         'if [ -e "again_$id.$n" ]; then rm -f "failures_$id"; requeue; fi',
         'if [ -e "error_$id.$n" ]; then cat "error_$id.$n"; cp "error_$id.$n" "failed_$id"; exit 1; fi',
         'if [ $rc -eq 0 ]; then touch "finished_$id"; exit 0; fi',
-        'count "exit code $rc"',
+        'count "exit code $rc$(watched)"',
     ]

@@ -10,6 +10,7 @@ A job has a folder (ID is Slurm's number, N how often Slurm has started the job 
     trouble_ID.N              storage or a machine failed: the job starts again, counted
     exclude_ID.N              nodes that the new start avoids
     error_ID.N                our code said why it can't go on
+    nccl_ID.N_rank_*          what each rank had asked of NCCL when one waited for too long
     progress_ID               the newest checkpoint's step when the job started; more steps clear failures_ID
     failures_ID               one line per end without gain, to stop after max_restarts of them
     cancelled_ID              `flowar cancel` asked for the end
@@ -45,6 +46,7 @@ from flowar.config.training import TrainConfig
 
 RECORD_FILE, JOB_CONFIG_FILE, ENVIRONMENT_FILE = "job.json", "config.yaml", "environment.json"
 ATTEMPTS_FILE = "attempts.jsonl"
+CALLS_KEPT = 2000  # of NCCL, for the trace that its watchdog writes
 GRACE_S = 20  # to end after a signal, where nothing is saved
 LAST_MOMENT_S = 30  # before the end of the job's time, when what hangs is ended
 LOOK_AGAIN_S, ASK_AGAIN_S = 600, 60  # time limits can be changed while a job runs; after no answer
@@ -119,6 +121,9 @@ class Task:
         self._handle_signals()
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # NCCL's watchdog
         environment.export_for_torch()
+        os.environ |= {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "TORCH_FR_BUFFER_SIZE": str(CALLS_KEPT)}
+        for name in ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"):  # the latter before torch 2.12
+            os.environ[name] = f"{self._mark('nccl')}_rank_"
         if self.place.rank == 0:
             self._describe_start()
         self._stop_before_the_end()

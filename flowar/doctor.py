@@ -15,6 +15,8 @@ import statistics
 import subprocess
 import time
 from collections import Counter
+from datetime import timedelta
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,6 @@ from flowar.base.distributed import (
     gather_objects,
     has_lost_ranks,
     leave_world,
-    limit_waiting,
     start_world,
     stop_world,
     sum_over_ranks,
@@ -50,7 +51,7 @@ RENAMES = 50
 EXCHANGES = 3  # measured per pair of nodes, after one that is not
 SMI_S = 30
 MAX_USED_GIB = 2.0  # on a GPU that should be free
-MAX_RENAME_MS = 100  # checkpoints and images appear by renaming
+MAX_FILE_MS = 100  # to make, rename or look at a file: checkpoints, images and claims appear by these
 SPEEDS = {  # higher is better; the unit, and what a slow node does
     "write_mib_per_s": "MiB/s written: checkpoints take longer",
     "tflops": "TFLOP/s of matrix products: every step waits for this node",
@@ -63,27 +64,31 @@ def main(config: DoctorConfig, dry_run: bool = False) -> None:
     device = pick_device(config.device)
     if dry_run:
         return
-    world = start_world(device, with_group=False)
-    limit_waiting(config.timeout_s)
-    progress = Path(config.run_dir) / f".rank_{world.rank:05d}"
+    rank, size = int(os.environ.get("RANK", "0")), world_size()
+    # A folder for each start: what an earlier one left says nothing of this one.
+    progress = Path(config.run_dir) / f".doctor_{os.environ.get('MASTER_PORT', '0')}" / f"rank_{rank:05d}"
     try:
+        note(progress, "waiting for the others to come")
+        world = start_world(device, with_group=False, timeout=timedelta(seconds=config.timeout_s))
         note(progress, "examining itself")
         mine = examine(config, world)
         wait_for_all()
+        mine["clock_s"] = time.time()
         note(progress, "measuring the network")
         mine["all_reduce_gb_per_s"] = measure_pairs(world, mine["node"], config.message_mib)
         everyone = gather_objects(mine)
         progress.unlink()
+        with contextlib.suppress(OSError):  # the last one removes it
+            progress.parent.rmdir()
         if world.is_main:
             report(everyone, config)
     except RuntimeError as error:
         leave_world()
         if not has_lost_ranks(error):
             raise
-        seen = sorted(file.read_text() for file in progress.parent.glob(".rank_*"))
         raise UserError(
-            f"rank {world.rank} waited for others for {config.timeout_s:g} s, or lost them; of {world.size} ranks: "
-            f"{'; '.join(seen)}; leave out the nodes that stand apart: cluster.exclude=..."
+            f"rank {rank} waited for others for {config.timeout_s:g} s, or lost them; of {size} ranks: "
+            f"{describe_ranks(progress.parent, size)}; leave out the nodes that stand apart: cluster.exclude=..."
         ) from error
     except BaseException:
         leave_world()
@@ -95,9 +100,23 @@ def note(file: Path, what: str) -> None:
     """Write down what this process is about to do, for whoever waits for it in vain."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, f"{file.name.removeprefix('.')} on {node_name()} is {what}")
+        write_text(file, f"{file.name} on {node_name()} is {what}")
     except OSError as error:
-        raise UserError(f"can't write to run_dir={file.parent}: {error.strerror or error}") from error
+        raise UserError(f"can't write to run_dir={file.parents[1]}: {error.strerror or error}") from error
+
+
+def describe_ranks(notes: Path, size: int) -> str:
+    """Return what each rank was about to do, as it noted, and which never came, by the nodes that they should be on."""
+    files = {int(file.name.partition("_")[2]): file for file in notes.glob("rank_*")}
+    said = [files[rank].read_text() for rank in sorted(files)]
+    nodes = os.environ.get("FLOWAR_NODES", "").split(",")
+    absent: dict[str, list[int]] = {}
+    for rank in sorted(set(range(size)) - set(files)):
+        absent.setdefault(nodes[rank * len(nodes) // size], []).append(rank)
+    for node, ranks in absent.items():
+        where = f" of {node}" if node else ""
+        said.append(f"ranks {', '.join(map(str, ranks))}{where} never came")
+    return "; ".join(said)
 
 
 def node_name() -> str:
@@ -117,6 +136,7 @@ def examine(config: DoctorConfig, world: World) -> dict[str, Any]:
         "shm_gib": shm,
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         **measure_files(Path(config.run_dir), config.write_mib, world.rank),
+        "far_gpu": far_gpu(world.device, os.sched_getaffinity(0)),
         "tflops": measure_tflops(world.device),
         "damaged": damaged_shards(config, world.rank),
     }
@@ -163,8 +183,28 @@ def gpus(device: torch.device) -> list[dict[str, Any]]:
     return found
 
 
+def far_gpu(device: torch.device, cpus: set[int], pci: Path = Path("/sys/bus/pci/devices")) -> str:
+    """Return which GPU this process uses from CPUs of another socket alone; nothing if it doesn't, or nobody knows.
+
+    Args:
+        device: of this process.
+        cpus: that it may run on.
+        pci: where Linux tells which CPUs are near a device.
+    """
+    if device.type != "cuda":
+        return ""
+    gpu: Any = torch.cuda.get_device_properties(device)
+    address = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
+    file = pci / address / "local_cpulist"
+    near = set()
+    for part in file.read_text().strip().split(",") if file.is_file() else ():
+        first, _, last = part.partition("-")
+        near |= set(range(int(first), int(last or first) + 1))
+    return "" if near & cpus or not near else address
+
+
 def measure_files(folder: Path, write_mib: int, rank: int) -> dict[str, float]:
-    """Return how fast a file in `folder` is written, to the disk, and how long a rename takes; median.
+    """Return how fast a file in `folder` is written, to the disk, and how long it takes to make, rename, stat one.
 
     Raises:
         UserError: if it can't be written.
@@ -181,19 +221,25 @@ def measure_files(folder: Path, write_mib: int, rank: int) -> dict[str, float]:
             output.flush()
             os.fsync(output.fileno())
         speed = write_mib / (time.perf_counter() - began)
-        times = []
+        times: dict[str, list[float]] = {"create_ms": [], "rename_ms": [], "stat_ms": []}
         for number in range(RENAMES):
-            other = folder / f"{name}.{number}"
-            began = time.perf_counter()
-            file.rename(other)
-            times.append(time.perf_counter() - began)
+            made, other = folder / f"{name}.made", folder / f"{name}.{number}"
+            for what, action in (
+                ("create_ms", made.touch),
+                ("rename_ms", partial(file.rename, other)),
+                ("stat_ms", other.stat),
+            ):
+                began = time.perf_counter()
+                action()
+                times[what].append(1000 * (time.perf_counter() - began))
+            made.unlink()
             file = other
     except OSError as error:
         raise UserError(f"can't write to run_dir={folder}: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):
             file.unlink(missing_ok=True)
-    return {"write_mib_per_s": speed, "rename_ms": 1000 * statistics.median(times)}
+    return {"write_mib_per_s": speed, **{what: statistics.median(of_it) for what, of_it in times.items()}}
 
 
 def damaged_shards(config: DoctorConfig, rank: int) -> list[str]:
@@ -280,13 +326,19 @@ def find_problems(everyone: list[dict[str, Any]], config: DoctorConfig) -> dict[
         for seen in everyone:
             if seen[key] is not None and seen[key] < config.min_share * middle:
                 add(seen, f"{seen[key]:.3g}, median {middle:.3g} {effect}")
+    middle_clock = statistics.median(seen["clock_s"] for seen in everyone)
     for seen in everyone:
         if seen["shm_gib"] < config.min_shm_gib:
             add(seen, f"{seen['shm_gib']:.2f} GiB free in /dev/shm, where readers hand over batches")
         if seen["open_files"] < config.min_open_files:
             add(seen, f"ulimit -n is {seen['open_files']}: readers and sockets may run out of files")
-        if seen["rename_ms"] > MAX_RENAME_MS:
-            add(seen, f"a rename takes {seen['rename_ms']:.0f} ms in {config.run_dir}")
+        for what in ("create", "rename", "stat"):
+            if seen[f"{what}_ms"] > MAX_FILE_MS:
+                add(seen, f"a {what} takes {seen[f'{what}_ms']:.0f} ms in {config.run_dir}")
+        if abs(skew := seen["clock_s"] - middle_clock) > config.max_clock_s:
+            add(seen, f"its clock is {abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}")
+        if seen["far_gpu"]:
+            add(seen, f"rank {seen['rank']} uses GPU {seen['far_gpu']} from another socket; see --distribution of srun")
         for name in seen["damaged"]:
             add(seen, f"reads shard {name} differently from what was written")
         tasks = sum(other["node"] == seen["node"] for other in everyone)
@@ -308,7 +360,7 @@ def report(everyone: list[dict[str, Any]], config: DoctorConfig) -> None:
     nodes: dict[str, list[dict[str, Any]]] = {}
     for seen in everyone:
         nodes.setdefault(seen["node"], []).append(seen)
-    columns = ("node", "tasks", "GPUs", "CPUs/task", "shm GiB", "files", "MiB/s", "rename ms", "TFLOP/s", "GB/s", "")
+    columns = ("node", "tasks", "GPUs", "CPUs/task", "shm GiB", "files", "MiB/s", "file ms", "TFLOP/s", "GB/s", "")
     table = Table(*columns, box=None)
     for node, of_node in nodes.items():
         first = of_node[0]
@@ -321,7 +373,7 @@ def report(everyone: list[dict[str, Any]], config: DoctorConfig) -> None:
             f"{first['shm_gib']:.1f}",
             f"{first['open_files']:,}",
             f"{min(one['write_mib_per_s'] for one in of_node):,.0f}",
-            f"{max(one['rename_ms'] for one in of_node):.2f}",
+            "/".join(f"{max(one[f'{what}_ms'] for one in of_node):.2g}" for what in ("create", "rename", "stat")),
             f"{min(one['tflops'] for one in of_node):.3g}",
             "" if speed is None else f"{speed:.3g}",
             "NOT FIT" if node in problems else "fit",
@@ -330,6 +382,8 @@ def report(everyone: list[dict[str, Any]], config: DoctorConfig) -> None:
     console = plain_console(width=None if plain_console().is_terminal else 140)
     console.print(", ".join(f"{name} {found}" for name, found in everyone[0]["versions"].items()))
     console.print(table)
+    interface = os.environ.get("GLOO_SOCKET_IFNAME", "the interface of the host's name")
+    console.print(f"file ms: to make, rename and look at a file; ranks talk over {interface}")
     for node, lines in problems.items():
         for line in lines:
             console.print(f"{node}: {line}", style="red")

@@ -54,7 +54,7 @@ def refuse_many_processes(verb: str) -> None:
         )
 
 
-def start_world(device: torch.device, *, with_group: bool) -> World:
+def start_world(device: torch.device, *, with_group: bool, timeout: timedelta = SETUP_TIMEOUT) -> World:
     """Return the world; start its process groups where there are several processes or `with_group` asks for it.
 
     Ranks wait long for each other, until `limit_waiting`.
@@ -62,6 +62,7 @@ def start_world(device: torch.device, *, with_group: bool) -> World:
     Args:
         device: of this process.
         with_group: also for one process.
+        timeout: how long they wait.
     """
     if world_size() == 1 and not with_group:
         return World(0, 1, device, None)
@@ -69,10 +70,10 @@ def start_world(device: torch.device, *, with_group: bool) -> World:
     os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # ranks connect when they first talk, not each with each
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend=backend, timeout=SETUP_TIMEOUT)
+        dist.init_process_group(backend=backend, timeout=timeout)
     else:
-        dist.init_process_group(backend=backend, timeout=SETUP_TIMEOUT, store=dist.HashStore(), rank=0, world_size=1)
-    return World(dist.get_rank(), dist.get_world_size(), device, _gloo_group(SETUP_TIMEOUT))
+        dist.init_process_group(backend=backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1)
+    return World(dist.get_rank(), dist.get_world_size(), device, _gloo_group(timeout))
 
 
 def _gloo_group(timeout: timedelta) -> dist.ProcessGroup:

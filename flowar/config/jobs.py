@@ -118,7 +118,8 @@ class DoctorConfig:
     min_share: float = 0.5  # of the median speed; what is slower is an outlier
     min_shm_gib: float = 1.0  # free in /dev/shm, for readers
     min_open_files: int = 4096
-    timeout_s: float = 60
+    max_clock_s: float = 5  # between the clocks of two nodes
+    timeout_s: float = 120  # for ranks that don't come, or don't answer
     device: str = "auto"
 
 

@@ -13,7 +13,14 @@ import psutil
 import pytest
 
 from cluster.commands import submit_command as submit
-from cluster.environment import TaskEnvironment, check_resources, export_for_torch, parse_duration
+from cluster.environment import (
+    TaskEnvironment,
+    check_resources,
+    export_for_torch,
+    first_lines,
+    last_lines,
+    parse_duration,
+)
 from cluster.job import Job, Task
 from cluster.status import cancel, find_jobs, logs, newest_job, status
 from cluster.submit import PlannedJob, check
@@ -212,3 +219,22 @@ def test_failures_count_only_while_the_run_gains_nothing(tmp_path):
             file.write("died\n")
         counts.append(len(failures.read_text().splitlines()))
     assert counts == [1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 3]
+
+
+def test_the_batch_script_leaves_out_sick_nodes_and_says_where_nccls_traces_are(tmp_path):
+    """With a scontrol that only notes how it was called."""
+    shown = "JobState=RUNNING Restarts=1 ExcNodeList=n9 EndTime=1"
+    fake = f'#!/bin/bash\necho "$@" >> calls\nif [ "$1" = show ]; then echo "{shown}"; fi\n'
+    (tmp_path / "scontrol").write_text(fake)
+    (tmp_path / "scontrol").chmod(0o755)
+    (tmp_path / "exclude_7.1").write_text("n2\nn1\nn2\n")
+    (tmp_path / "nccl_7.1_rank_3").touch()
+    script = "\n".join([*first_lines(tmp_path), "(exit 134)", *last_lines(tmp_path, 5)])
+    job = {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1", "SLURM_JOB_NODELIST": "n[1-2]"}
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    ended = subprocess.run(["bash", "-c", script], env={**os.environ, **job, "PATH": path}, cwd=tmp_path)
+    assert ended.returncode == 0
+    calls = [call for call in (tmp_path / "calls").read_text().splitlines() if not call.startswith("show")]
+    assert calls == ["requeue 7", "update JobId=7 ExcNodeList=n9,n1,n2"]
+    failure = (tmp_path / "failures_7").read_text()
+    assert f"exit code 134; who waited for whom: {tmp_path}/nccl_7.1_rank_*, read by torchfrtrace" in failure

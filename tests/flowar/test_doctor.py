@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import shutil
+import types
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch.distributed as dist
 from flowar.base.distributed import start_world, stop_world
 from flowar.base.errors import UserError
 from flowar.config.jobs import DoctorConfig
-from flowar.doctor import find_problems, main, measure_pairs, report
+from flowar.doctor import far_gpu, find_problems, main, measure_pairs, report
 from tests import processes
 from tests.conftest import flip_bit
 
@@ -28,7 +29,11 @@ def nodes():
         "shm_gib": 100.0,
         "open_files": 65536,
         "write_mib_per_s": 1000.0,
+        "create_ms": 1.0,
         "rename_ms": 1.0,
+        "stat_ms": 1.0,
+        "clock_s": 1e9,
+        "far_gpu": "",
         "tflops": 50.0,
         "all_reduce_gb_per_s": 40.0,
         "damaged": [],
@@ -58,6 +63,9 @@ def test_sound_nodes_are_fit(tmp_path, capsys):
         ({"open_files": 1024}, "ulimit -n is 1024"),
         ({"write_mib_per_s": 100.0}, "100, median 1e+03 MiB/s written"),
         ({"rename_ms": 500.0}, "a rename takes 500 ms"),
+        ({"create_ms": 500.0}, "a create takes 500 ms"),
+        ({"clock_s": 1e9 - 60}, "its clock is 60 s behind"),
+        ({"far_gpu": "0000:3b:00.0"}, "rank 5 uses GPU 0000:3b:00.0 from another socket"),
         ({"tflops": 20.0}, "20, median 50 TFLOP/s"),
         ({"all_reduce_gb_per_s": 5.0}, "5, median 40 GB/s of all-reduces"),
         ({"damaged": ["shard.00003.mds"]}, "reads shard shard.00003.mds differently"),
@@ -89,6 +97,31 @@ def test_a_folder_that_can_not_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="can't write to run_dir=.*file/run: "):
         main(config(tmp_path / "file" / "run"))
+
+
+@pytest.mark.parametrize(("cpus", "far"), [({0, 1}, ""), ({7, 8}, ""), ({4, 5}, "0000:3b:00.0")])
+def test_a_gpu_of_another_socket_is_found(tmp_path, monkeypatch, cpus, far):
+    where = types.SimpleNamespace(pci_domain_id=0, pci_bus_id=0x3B, pci_device_id=0)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: where)
+    (tmp_path / "0000:3b:00.0").mkdir()
+    (tmp_path / "0000:3b:00.0" / "local_cpulist").write_text("0-3,8\n")
+    assert far_gpu(torch.device("cuda", 0), cpus, tmp_path) == far
+
+
+def test_a_node_that_never_comes_is_named_before_the_long_time_that_ranks_wait_else(tmp_path, monkeypatch):
+    """Rank 0 of two nodes waits in the rendezvous, as what it raises after timeout_s says."""
+    port = processes.free_port()
+    given = {"RANK": "0", "WORLD_SIZE": "4", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for name, value in (given | {"FLOWAR_NODE": "n1", "FLOWAR_NODES": "n1,n2"}).items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / ".doctor_1").mkdir()
+    (tmp_path / ".doctor_1" / "rank_00003").write_text("of an earlier start")
+    expected = (
+        "rank 0 waited for others for 1 s, or lost them; of 4 ranks: rank_00000 on n1 is waiting for the others to "
+        "come; ranks 1 of n1 never came; ranks 2, 3 of n2 never came; leave out"
+    )
+    with pytest.raises(UserError, match=expected):
+        main(config(tmp_path, timeout_s=1))
 
 
 def measure_two_nodes(folder):
