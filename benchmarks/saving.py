@@ -1,6 +1,6 @@
 """What planning a save costs rank 0, of any number of ranks: torch's own planner with the plans of all of them.
 
-It runs in a thread, and takes the interpreter from the one that trains. Run `python -m benchmarks.planning`.
+It runs in a thread, and takes the interpreter from the one that trains. Run `python -m benchmarks.saving`.
 """
 
 import argparse
