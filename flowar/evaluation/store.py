@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import safetensors.torch
 import torch
 import xxhash
+from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
@@ -259,14 +261,28 @@ def extract(
 
     if not missing():
         return
-    with Leases(folder / CLAIMS_FOLDER, config.lease_s) as leases, ThreadPoolExecutor(READERS) as pool:
+    claims = Leases(folder / CLAIMS_FOLDER, config.lease_s)
+    with claims as leases, ThreadPoolExecutor(READERS) as pool, ThreadPoolExecutor(1) as ahead:
         for chunk in take_chunks(leases, missing, f"features of {images.root}", len(chunks)):
             own = chunks[chunk]
             batches = [own[first : first + config.batch_size] for first in range(0, len(own), config.batch_size)]
-            found = [extractor(torch.from_numpy(images.read_many(batch, pool.map))) for batch in batches]
+            read = read_ahead(lambda batch: images.read_many(batch, pool.map), batches, ahead)
+            found = [extractor(torch.from_numpy(pixels)) for pixels in read]
             layers = {name: torch.cat([part[name] for part in found]) for name in found[0]}
             write_shard(folder, record, [images.numbers[i] for i in own], [images.labels[i] for i in own], layers)
     shutil.rmtree(folder / CLAIMS_FOLDER, ignore_errors=True)
+
+
+def read_ahead(
+    read: Callable[[range], NDArray[np.uint8]], batches: list[range], ahead: ThreadPoolExecutor
+) -> Iterator[NDArray[np.uint8]]:
+    """Yield what is read of each batch; the next one is read while the caller works on one."""
+    waiting = [ahead.submit(read, batch) for batch in batches[:1]]
+    for batch in [*batches[1:], None]:
+        found = waiting.pop().result()
+        if batch is not None:
+            waiting.append(ahead.submit(read, batch))
+        yield found
 
 
 def take_chunks(leases: Leases, missing: Callable[[], list[int]], what: str, total: int) -> Iterator[int]:
