@@ -191,6 +191,8 @@ MODEL_VARIANTS: dict[str, ModelConfig] = {
         _flowar("flowar-h-paper", (30, 1536, 16),           (18, 1536, 24), "attn_mlp"),        # as in its table 8
         _flowar("flowar-demo",    ( 4,  128,  4),           ( 2,  128,  4), "attn_mlp",         # digits on a laptop
                  scales=(1, 2, 4), latent_channels=1, patch_size=2, num_classes=10, dropout=0.0, zero_init=True),
+        ARFlowConfig(variant="arflow-demo", depth=6, width=128, heads=2, images_per_sample=3,   # digits on a laptop
+                     latent_size=8, latent_channels=1, guided_channels=None, num_classes=10),
         #               patch, depth, width, heads; for 256 px, whose latents are 32 x 32
         *(_arflow("s",  patch, 12,  384,  6) for patch in (2, 4, 8)),  # 34.6 M, 34.7 M, 34.9 M
         *(_arflow("b",  patch, 12,  768, 12) for patch in (2, 4, 8)),  # 137.5 M, 137.6 M, 138.0 M
