@@ -169,7 +169,7 @@ def _demo_training(variant: str, **changes: Any) -> RecipeConfig:
     )
 
 
-_ARFLOW_DRAWN: dict[str, Any] = {"solver": "euler-maruyama", "guidance": 1.5, "guidance_interval": (0.0, 1.0)}
+_ARFLOW_DRAWN: dict[str, Any] = {"solver": "euler-maruyama", "guidance": 1.2, "guidance_interval": (0.0, 1.0)}
 DEMOS = {  # by the family of models
     "flowar": DemoConfig(),
     "arflow": DemoConfig(

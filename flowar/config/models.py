@@ -45,7 +45,7 @@ class ModelConfig(abc.ABC):
 
     @classmethod
     def start_from(cls, given: Mapping[str, Any]) -> "ModelConfig | None":
-        """Return the model that given settings start from: the named row, or the family's default; None: no wish.
+        """Return the model that given settings start from: the named row, or the named family's default; None: no wish.
 
         Raises:
             UserError: if there is no such variant or family; names the nearest one.
@@ -53,11 +53,11 @@ class ModelConfig(abc.ABC):
         variant, family = given.get("variant"), given.get("family")
         if variant not in (None, CUSTOM_VARIANT):
             return variant_config(str(variant))
-        if family is not None and str(family) not in MODEL_CONFIGS:
+        if family is None:
+            return None
+        if str(family) not in MODEL_CONFIGS:
             raise UserError(f"model.family={family} is unknown{did_you_mean(str(family), MODEL_CONFIGS)}")
-        if family is not None or cls is ModelConfig:
-            return MODEL_CONFIGS[str(family or ModelConfig.family)]()
-        return None
+        return MODEL_CONFIGS[str(family)]()
 
 
 @dataclass(frozen=True, kw_only=True)
