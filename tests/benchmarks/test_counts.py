@@ -53,9 +53,12 @@ def test_counts_carried_on_to_the_whole_model_are_those_of_the_whole_model(block
 
 
 def test_counts_of_arflow_carried_on_to_the_whole_model_are_those_of_the_whole_model():
-    config = ARFlowConfig(variant="custom", num_classes=5, latent_size=8, depth=4, width=32, heads=2)
+    """Also after 250 steps: a step costs the same however many there were."""
+    config = ARFlowConfig(variant="custom", num_classes=5, latent_size=8, depth=3, width=32, heads=2)
     assert counts.count_arflow_training(config) == counts.count_step(config)
-    assert counts.count_arflow_sampling(config, 7) == counts.count_arflow_batch(config, 7)
+    for depth, num_steps in ((3, 7), (1, 50), (1, 250)):
+        shape = dataclasses.replace(config, depth=depth)
+        assert counts.count_arflow_sampling(shape, num_steps) == counts.count_arflow_batch(shape, num_steps)
 
 
 def test_the_released_grid_has_as_many_steps_of_each_kind_as_are_counted():

@@ -12,7 +12,7 @@ import torch
 from flowar import train
 from flowar.base.errors import UserError
 from flowar.base.run_folder import find_latest, list_checkpoints
-from flowar.config.training import PreviewConfig
+from flowar.config.training import ParallelConfig, PreviewConfig
 from flowar.models.folders import load_model
 from flowar.training.report import read_metrics
 from tests.conftest import arflow_training
@@ -34,7 +34,8 @@ def test_it_learns_and_resumes_to_the_same_bits(shards, finished, tmp_path):
     for folder in list_checkpoints(tmp_path / "run")[3:]:
         shutil.rmtree(folder)
     assert find_latest(tmp_path / "run").name == "step_00000012"
-    train.main(arflow_training(shards, tmp_path / "run", keep_checkpoints=9, preview=PreviewConfig(every_steps=0)))
+    recomputed = ParallelConfig(checkpoint_every_blocks=1)
+    train.main(arflow_training(shards, tmp_path / "run", keep_checkpoints=9, parallel=recomputed))
     assert find_latest(tmp_path / "run").name == "step_00000030"
     for weights in ("raw", "decay_0.9"):
         found, expected = load_model(tmp_path / "run", weights).state_dict(), load_model(finished, weights).state_dict()
