@@ -234,10 +234,9 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help=f"compiled steps, {COMPILED_FILE.name}")
     parser.add_argument("--write", action="store_true", help="write them to their file")
     options = parser.parse_args()
-    file, names, of_model = COUNTS_FILE, MODELS, lines_of
-    if options.compiled:
-        file, names, of_model = COMPILED_FILE, COMPILED_MODELS, compiled_lines_of
-    text = "\n".join(all_lines(names, of_model)) + "\n"
+    file = COMPILED_FILE if options.compiled else COUNTS_FILE
+    lines = all_lines(COMPILED_MODELS, compiled_lines_of) if options.compiled else all_lines(MODELS, lines_of)
+    text = "\n".join(lines) + "\n"
     if options.write:
         file.write_text(text)
     print(text, end="")

@@ -140,8 +140,8 @@ class DemoConfig:
             raise UserError(f"num_samples={self.num_samples} must be at least 1")
         if self.train.model.family != self.model:
             raise UserError(
-                f"model={self.model}, but train.model.family={self.train.model.family}; give model={{flowar,arflow}} "
-                "alone, or a train.model.variant of that family"
+                f"model={self.model}, but train.model.family={self.train.model.family}; give "
+                f"model={self.train.model.family}, or a train.model.variant of {self.model}"
             )
 
     @classmethod

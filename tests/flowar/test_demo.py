@@ -85,7 +85,7 @@ def test_the_demo_models_are_small(family):
 
 
 def test_a_model_of_another_family_than_the_demos_is_refused():
-    with pytest.raises(UserError, match=r"model=flowar, but train.model.family=arflow; give model="):
+    with pytest.raises(UserError, match=r"model=flowar, but train.model.family=arflow; give model=arflow, or"):
         load_config(DemoConfig, None, ("train.model.variant=arflow-demo",))
     demo = load_config(DemoConfig, None, ("model=arflow", "train.model.depth=4", "draw.guidance=1"))
     assert demo.train.model == dataclasses.replace(DEMOS["arflow"].train.model, depth=4)
