@@ -9,13 +9,15 @@ import shutil
 import pytest
 import torch
 
-from flowar import train
+from flowar import replay, train
 from flowar.base.errors import UserError
 from flowar.base.run_folder import find_latest, list_checkpoints
-from flowar.config.training import ParallelConfig, PreviewConfig
+from flowar.config.data import DataConfig
+from flowar.config.training import ParallelConfig, PreviewConfig, ReplayConfig
 from flowar.models.folders import load_model
 from flowar.training.report import read_metrics
 from tests.conftest import arflow_training
+from tests.flowar.training.test_guard import poison
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +42,16 @@ def test_it_learns_and_resumes_to_the_same_bits(shards, finished, tmp_path):
     for weights in ("raw", "decay_0.9"):
         found, expected = load_model(tmp_path / "run", weights).state_dict(), load_model(finished, weights).state_dict()
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+def test_a_bad_step_is_kept_with_all_images_and_replayed(shards, tmp_path, capsys):
+    """A third of all images is bad, so that every step has one of them."""
+    path = poison(shards, tmp_path / "bad", list(range(8)))
+    config = arflow_training(shards, tmp_path / "run", data=DataConfig(path=str(path), num_workers=0), epochs=0.5)
+    train.main(config)
+    bundle = min((tmp_path / "run" / "anomalies").iterdir())
+    replay.main(ReplayConfig(bundle=str(bundle), micro_batch_size=2))
+    assert "loss: velocity" in capsys.readouterr().out
 
 
 def test_a_class_with_fewer_images_than_a_sequence_has_is_refused(shards, tmp_path):
