@@ -207,5 +207,5 @@ held-out digits as the training digits are.</p>
 <h2>Settings</h2>
 <pre>{escape(describe_config(config))}</pre>
 """
-    write_page(run_dir / REPORT_FILE, f"{variant} demo", body)
+    write_page(run_dir / REPORT_FILE, variant, body)
     return run_dir / REPORT_FILE
