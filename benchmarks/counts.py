@@ -6,7 +6,8 @@ python -m benchmarks.counts --compiled [--write]
                                        of a training step whose blocks are compiled (compiled.txt): minutes, needs g++
 
 Counted on tensors without memory, float32, batches of 8, through the public API: `training_loss` and its backward pass,
-in training mode; `sample_latents` with the released settings of FlowAR-L (25 steps, guidance 2.4 up to time 0.9).
+in training mode; `sample_latents` with the released settings of FlowAR-L (25 steps, guidance 2.4 up to time 0.9), of
+ARFlow with 250 steps of its stochastic sampler, guidance 1.5. A batch of ARFlow's training is 8 sequences of 5 images.
 
 - flops: of matrix products, a multiply-add is 2; per image. As torch's FlopCounterMode gives them.
 - operations: calls of aten operations that are no views; per step, per batch. Attention counts as its matrix products,
@@ -17,8 +18,9 @@ Compiled blocks are counted by inductor, on a CPU: kernels of one block of each 
 they read and write. The rest of the step is counted as above. Attention with dropout is one kernel on a GPU, but
 explicit products on a CPU, so it is counted without dropout.
 
-Each count grows by the same amount with every block, and with every step of the solver, guided or not. So it is taken
-at two sizes each and carried on to the whole model; a test compares that with counting everything.
+Each count grows by the same amount with every block, and with every step of the solver, guided or not (but ARFlow's
+first, which has no memory to read). So it is taken at two sizes each and carried on to the whole model; a test compares
+that with counting everything.
 """
 
 import argparse
@@ -36,16 +38,19 @@ from torch._inductor import compile_fx, metrics
 
 import flowar
 from flowar.bench import Tally
-from flowar.config.models import FlowARConfig, variant_config
+from flowar.config.models import ARFlowConfig, FlowARConfig, ModelConfig, variant_config
 from flowar.models.build import family_of
 
 API: Any = flowar  # its names are imported when first used, so their types are not known
 COUNTS_FILE = Path(__file__).with_name("counts.txt")
 COMPILED_FILE = Path(__file__).with_name("compiled.txt")
-MODELS = ("flowar-s", "flowar-l", "flowar-h")
+COMPILED_MODELS = ("flowar-s", "flowar-l", "flowar-h")
+MODELS = (*COMPILED_MODELS, "arflow-s/2", "arflow-xl/2")
 BATCH = 8
 NUM_STEPS, GUIDANCE, GUIDANCE_INTERVAL = 25, 2.4, (0.0, 0.9)  # the paper's settings of FlowAR-L
 UNGUIDED_TIME = 0.95  # above the interval
+ARFLOW_STEPS, ARFLOW_GUIDANCE = 250, 1.5
+LEAST_ARFLOW_STEPS = 3  # the first, one like all others, the last
 
 Counts = Counter[str]  # flops, operations, bytes; of a batch
 
@@ -62,22 +67,23 @@ def sized(config: FlowARConfig, ar_pairs: int, flow_blocks: int) -> FlowARConfig
     return dataclasses.replace(config, variant="custom", ar_depth=2 * ar_pairs, flow_depth=flow_blocks)
 
 
-def count_step(config: FlowARConfig) -> Counts:
+def count_step(config: ModelConfig) -> Counts:
     """Return the counts of one training step, forward and backward, without the optimizer."""
     with torch.device("meta"):
         model = API.create_model(config).train()
-        latents = torch.empty(BATCH, *config.latent_shape)
+        images = (config.images_per_sample,) if config.images_per_sample > 1 else ()
+        latents = torch.empty(BATCH, *images, *config.latent_shape)
         labels = torch.zeros(BATCH, dtype=torch.int64)
     with torch.device("meta"):  # for the draws
         return counted(lambda: API.training_loss(model, latents, labels).backward())
 
 
-def count_batch(config: FlowARConfig, time_grid: torch.Tensor) -> Counts:
+def count_batch(config: ModelConfig, time_grid: torch.Tensor, **settings: Any) -> Counts:
     """Return the counts of sampling one batch of latents."""
     with torch.device("meta"):
         model = API.create_model(config).eval()
         labels = torch.zeros(BATCH, dtype=torch.int64)
-    settings = {"guidance": GUIDANCE, "guidance_interval": GUIDANCE_INTERVAL}
+    settings = {"guidance": GUIDANCE, "guidance_interval": GUIDANCE_INTERVAL} | settings
     return counted(lambda: API.sample_latents(model, labels, time_grid=time_grid, **settings))
 
 
@@ -123,6 +129,36 @@ def count_sampling(config: FlowARConfig, unguided: int, guided: int) -> Counts:
     )
 
 
+def count_arflow_training(config: ARFlowConfig) -> Counts:
+    """Return the counts of a training step of the whole model."""
+    one, two = (count_step(dataclasses.replace(config, variant="custom", depth=depth)) for depth in (1, 2))
+    return carry_on(one, two, config.depth - 1)
+
+
+def count_arflow_batch(config: ARFlowConfig, num_steps: int) -> Counts:
+    """Return the counts of a batch of the released sampler, guided in all steps."""
+    grid = API.released_time_grid(num_steps, family=config.family)
+    return count_batch(config, grid, guidance=ARFLOW_GUIDANCE, guidance_interval=(0.0, 1.0))
+
+
+def count_arflow_sampling(config: ARFlowConfig, num_steps: int) -> Counts:
+    """Return the counts of a batch of the whole model."""
+
+    def at_depth(depth: int) -> Counts:
+        shape = dataclasses.replace(config, variant="custom", depth=depth)
+        few, more = (count_arflow_batch(shape, LEAST_ARFLOW_STEPS + steps) for steps in (0, 1))
+        return carry_on(few, more, num_steps - LEAST_ARFLOW_STEPS)
+
+    return carry_on(at_depth(1), at_depth(2), config.depth - 1)
+
+
+# By kind of model: the counts of a training step, and of a sampled batch.
+COUNTERS: dict[type[ModelConfig], tuple[Callable[[Any], Counts], Callable[[Any], Counts]]] = {
+    FlowARConfig: (count_training, lambda config: count_sampling(config, *released_steps())),
+    ARFlowConfig: (count_arflow_training, lambda config: count_arflow_sampling(config, ARFLOW_STEPS)),
+}
+
+
 def count_compiled_block(config: FlowARConfig, kind: str) -> Counts:
     """Return inductor's counts of one block, forward and backward: bytes of the whole batch, and kernels.
 
@@ -166,15 +202,18 @@ def compiled_lines_of(name: str) -> tuple[str, ...]:
 def lines_of(name: str) -> tuple[str, ...]:
     """Return the lines of counts.txt of one model."""
     config = variant_config(name)
-    assert isinstance(config, FlowARConfig)
-    found = {"training step": count_training(config), "sampled batch": count_sampling(config, *released_steps())}
+    count_step_of, count_batch_of = COUNTERS[type(config)]
+    found = {
+        "training step": (count_step_of(config), BATCH * config.images_per_sample),
+        "sampled batch": (count_batch_of(config), BATCH),
+    }
     return tuple(
-        f"{name:9} {what} {unit:20} {value:>19,}"
-        for what, counts in found.items()
+        f"{f'{name:9} {what} {unit}':44} {value:>19,}"
+        for what, (counts, images) in found.items()
         for unit, value in (
-            ("flops per image", counts["flops"] // BATCH),
+            ("flops per image", counts["flops"] // images),
             ("operations", counts["operations"]),
-            ("bytes per image", counts["bytes"] // BATCH),
+            ("bytes per image", counts["bytes"] // images),
         )
     )
 
@@ -184,9 +223,9 @@ def header() -> str:
     return f"# python -m benchmarks.counts --write; torch {torch.__version__.split('+')[0]}, batches of {BATCH}"
 
 
-def all_lines(of_model: Callable[[str], tuple[str, ...]] = lines_of) -> list[str]:
+def all_lines(names: tuple[str, ...], of_model: Callable[[str], tuple[str, ...]]) -> list[str]:
     """Return the lines of counts.txt, or of compiled.txt, as the code is."""
-    return [header(), *(line for name in MODELS for line in of_model(name))]
+    return [header(), *(line for name in names for line in of_model(name))]
 
 
 def main() -> None:
@@ -195,8 +234,9 @@ def main() -> None:
     parser.add_argument("--compiled", action="store_true", help=f"compiled steps, {COMPILED_FILE.name}")
     parser.add_argument("--write", action="store_true", help="write them to their file")
     options = parser.parse_args()
-    file, of_model = (COMPILED_FILE, compiled_lines_of) if options.compiled else (COUNTS_FILE, lines_of)
-    text = "\n".join(all_lines(of_model)) + "\n"
+    file = COMPILED_FILE if options.compiled else COUNTS_FILE
+    lines = all_lines(COMPILED_MODELS, compiled_lines_of) if options.compiled else all_lines(MODELS, lines_of)
+    text = "\n".join(lines) + "\n"
     if options.write:
         file.write_text(text)
     print(text, end="")

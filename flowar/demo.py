@@ -21,7 +21,7 @@ from flowar.config.drawing import SampleConfig
 from flowar.config.jobs import DemoConfig
 from flowar.config.load import describe_config, extend
 from flowar.config.measuring import EvaluateConfig
-from flowar.config.training import TrainConfig
+from flowar.config.training import RecipeConfig, TrainConfig
 from flowar.evaluation.digits import (
     IMAGE_SIZE,
     NUM_CLASSES,
@@ -76,7 +76,7 @@ def main(config: DemoConfig, dry_run: bool = False) -> None:
                 device=training.device,
             ),
         )
-    _say(3, "train FlowAR on the shards; kill it at any time; the same command resumes")
+    _say(3, f"train {training.model.variant} on the shards; kill it at any time; the same command resumes")
     run_verb("train", training)
     _say(4, "train the judge: a small classifier of the real digits")
     judge_file = run_dir / "classifier.safetensors"
@@ -138,7 +138,7 @@ def measure_demo(config: DemoConfig, judge_file: Path) -> dict[str, float]:
 
 
 def draw_pictures(run_dir: Path, training: TrainConfig, sampling: SampleConfig) -> None:
-    """Write contact_sheet.png (a row per class), real_digits.png, growth.png and loss_curve.png."""
+    """Write contact_sheet.png (a row per class), real_digits.png, loss_curve.png; growth.png if there are stages."""
     files = sorted((run_dir / "samples" / IMAGES_FOLDER).glob("*.png"))
     columns = min(DIGITS_PER_CLASS, len(files) // NUM_CLASSES)
     by_class = [file for label in range(NUM_CLASSES) for file in files[label::NUM_CLASSES][:columns]]
@@ -153,11 +153,17 @@ def draw_pictures(run_dir: Path, training: TrainConfig, sampling: SampleConfig) 
         enlarge=2,
     )
 
-    model, vae = load_model(training.run_dir), load_vae(training.vae.name, training.vae.weights)
-    classes = range(NUM_CLASSES)
-    growth = draw_growth(sampling, model, vae, classes, classes)
-    save_grid(growth, run_dir / "growth.png", columns=NUM_CLASSES, enlarge=2)
+    if len(stages_of(training)) > 1:
+        model, vae = load_model(training.run_dir), load_vae(training.vae.name, training.vae.weights)
+        classes = range(NUM_CLASSES)
+        growth = draw_growth(sampling, model, vae, classes, classes)
+        save_grid(growth, run_dir / "growth.png", columns=NUM_CLASSES, enlarge=2)
     save_loss_curve(read_metrics(training.run_dir), run_dir / "loss_curve.png")
+
+
+def stages_of(training: RecipeConfig) -> list[str]:
+    """Return the names of the stages in which the model draws an image."""
+    return [name for name, _, _ in family_of(training.model).token_rows(training.model)]
 
 
 def _say(part: int, what: str) -> None:
@@ -176,8 +182,12 @@ def write_demo_page(run_dir: Path, config: DemoConfig, numbers: dict[str, float]
             ("recall", "recall"),
         )
     )
-    stages = ", ".join(escape(name) for name, _, _ in family_of(config.train.model).token_rows(config.train.model))
-    body = f"""<h1>FlowAR on handwritten digits</h1>
+    stages, growth, variant = stages_of(config.train), "", escape(config.train.model.variant)
+    if len(stages) > 1:
+        growth = f"""<h2>One sample of each class, growing scale by scale</h2>
+<p class="note">From top to bottom: {escape(", ".join(stages))}; each brought to full size and decoded by the VAE.</p>
+{embed(run_dir / "growth.png")}"""
+    body = f"""<h1>{variant} on handwritten digits</h1>
 <p class="note">Trained from scratch on scikit-learn's digits; the
 last call of the demo took {numbers["minutes"]:.1f} minutes.</p>
 <h2>Numbers</h2>
@@ -191,13 +201,11 @@ held-out digits as the training digits are.</p>
 {embed(run_dir / "contact_sheet.png")}
 <h2>Real held-out digits, a row per class</h2>
 {embed(run_dir / "real_digits.png")}
-<h2>One sample of each class, growing scale by scale</h2>
-<p class="note">From top to bottom: {stages}; each brought to full size and decoded by the VAE.</p>
-{embed(run_dir / "growth.png")}
+{growth}
 <h2>Training loss</h2>
 {embed(run_dir / "loss_curve.png", "curve")}
 <h2>Settings</h2>
 <pre>{escape(describe_config(config))}</pre>
 """
-    write_page(run_dir / REPORT_FILE, "FlowAR demo", body)
+    write_page(run_dir / REPORT_FILE, variant, body)
     return run_dir / REPORT_FILE

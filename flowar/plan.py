@@ -204,7 +204,7 @@ def main(config: PlanConfig, dry_run: bool = False) -> None:
     activations, copies = activation_bytes(config)
     share = config.batch_size // num_ranks
     flops = count_training_flops(config.model) * (4 / 3 if config.parallel.checkpoint_every_blocks == 1 else 1)
-    compute_s = flops * share / (peak * 1e12 * config.assumed_mfu)
+    compute_s = flops * config.model.images_per_sample * share / (peak * 1e12 * config.assumed_mfu)
     steps = config.count_steps(num_images)
     console = Console()
     machines = f"{config.nodes} x {config.gpus_per_node} {config.gpu}"

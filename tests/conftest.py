@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from flowar.config.data import DataConfig, VAEConfig
-from flowar.config.models import FlowARConfig
+from flowar.config.models import ARFlowConfig, FlowARConfig
 from flowar.config.training import EMAConfig, OptimConfig, PreviewConfig, TrainConfig
 from flowar.latents.schema import read_passport
 
@@ -110,6 +110,23 @@ def training(shards: Path, run_dir: Path, **changes: object) -> TrainConfig:
         "peak_tflops": 1.0,  # else it would be measured at each start
     }
     return TrainConfig(run_dir=str(run_dir), **(settings | changes))
+
+
+def arflow_training(shards: Path, run_dir: Path, **changes: object) -> TrainConfig:
+    """Return a run of 30 steps as `training`, of an ARFlow, on sequences of 3 images.
+
+    Gradients are clipped by value, at what about every tenth exceeds: all engines have to do that alike.
+    """
+    passport = read_passport(shards)
+    model = ARFlowConfig(
+        variant="custom", latent_channels=passport.latent_channels, latent_size=passport.latent_size, num_classes=2,
+        patch_size=2, depth=2, width=32, heads=2, images_per_sample=3, guided_channels=None,
+    )  # fmt: skip
+    optim = OptimConfig(lr=1e-3, warmup_epochs=1, max_grad_norm=None, max_grad_value=1e-3)
+    return training(shards, run_dir, **({"model": model, "optim": optim} | changes))
+
+
+TRAININGS = {"flowar": training, "arflow": arflow_training}  # by family
 
 
 @pytest.fixture(scope="session")

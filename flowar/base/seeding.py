@@ -19,6 +19,7 @@ class Stream(IntEnum):
     DROPOUT = 6  # masks of one step on one rank
     STEP_NOISE = 7  # of stochastic solvers, for image i; in 0.1 it was VIEW's
     SEQUENCE = 8  # which images make one sample of one step, where a sample is a sequence of images
+    LABEL = 9  # the class of image i, where classes are drawn
 
 
 def derive_seed(seed: int, stream: Stream, *place: int) -> int:

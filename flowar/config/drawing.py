@@ -78,6 +78,7 @@ class SamplingConfig(DrawConfig):
     vae: VAEConfig | None = None
     num_images: int = free(64)  # classes in turn: image i shows class i modulo num_classes; a set can grow, not shrink
     classes: tuple[int, ...] | None = None  # only these, in turn
+    random_labels: bool = False  # or the class of each image is one of these, drawn; as ARFlow's authors do for FIDs
     label_file: str | None = None  # or image i shows the class in line i of this file, which starts anew at its end
     unconditional: bool = False  # or of no class
     compile: bool = False  # the blocks, by torch.compile: a minute or two at the start; changes last bits
@@ -97,6 +98,8 @@ class SamplingConfig(DrawConfig):
         chosen = [name for name in ("classes", "label_file", "unconditional") if getattr(self, name)]
         if len(chosen) > 1:
             raise UserError(f"{' and '.join(chosen)} are both given; give one of them")
+        if self.random_labels and (self.label_file is not None or self.unconditional):
+            raise UserError("random_labels=true draws classes, but label_file or unconditional says them; give one")
         if self.unconditional and self.guidance > 1:
             raise UserError(f"guidance={self.guidance} needs classes; set guidance=1 with unconditional=true")
         if self.decode_batch_size is not None and self.decode_batch_size < 1:

@@ -1,6 +1,7 @@
 """Settings of jobs on a cluster, of chains of them, of the doctor and of the demo."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -123,28 +124,13 @@ class DoctorConfig:
     device: str = "auto"
 
 
-def _demo_training() -> RecipeConfig:
-    """Return the demo's training: digits, 32 px, small enough for two CPU cores and a few minutes."""
-    return RecipeConfig(
-        model=MODEL_VARIANTS["flowar-demo"],
-        vae=VAEConfig(name="demo"),
-        optim=OptimConfig(lr=3e-3, min_lr=1e-4, warmup_epochs=5),
-        epochs=56,
-        batch_size=64,
-        ema=EMAConfig(decays=(0.995,)),
-        precision="fp32",
-        log_every_steps=20,
-        save_every_steps=200,
-        preview=PreviewConfig(every_steps=400, num_images=40, num_steps=16, guidance=1.1),
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
     """Handwritten digits from scratch to a report, in minutes."""
 
+    model: Literal["flowar", "arflow"] = "flowar"  # the family; train and draw start from what suits it: DEMOS
     run_dir: str = "runs/demo"
-    train: RecipeConfig = field(default_factory=_demo_training)
+    train: RecipeConfig = field(default_factory=lambda: _demo_training("flowar-demo"))
     num_samples: int = 1440  # as many as training images, so that both Frechet distances have the same bias
     draw: DrawConfig = field(
         default_factory=lambda: DrawConfig(num_steps=40, guidance=1.1, guidance_interval=(0.0, 0.7))
@@ -153,3 +139,50 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if self.num_samples < 1:
             raise UserError(f"num_samples={self.num_samples} must be at least 1")
+        if self.train.model.family != self.model:
+            raise UserError(
+                f"model={self.model}, but train.model.family={self.train.model.family}; give "
+                f"model={self.train.model.family}, or a train.model.variant of {self.model}"
+            )
+
+    @classmethod
+    def start_from(cls, given: Mapping[str, Any]) -> "DemoConfig | None":
+        """Return the settings that the given ones start from: those of the family that is named; None: no wish."""
+        return DEMOS.get(str(given.get("model")))
+
+
+def _demo_training(variant: str, **changes: Any) -> RecipeConfig:
+    """Return the demo's training: digits, 32 px, small enough for two CPU cores and a few minutes."""
+    settings: dict[str, Any] = {
+        "optim": OptimConfig(lr=3e-3, min_lr=1e-4, warmup_epochs=5),
+        "epochs": 56,
+        "batch_size": 64,
+        "preview": PreviewConfig(every_steps=400, num_images=40, num_steps=16, guidance=1.1),
+    }
+    return RecipeConfig(
+        model=MODEL_VARIANTS[variant],
+        vae=VAEConfig(name="demo"),
+        ema=EMAConfig(decays=(0.995,)),
+        precision="fp32",
+        log_every_steps=20,
+        save_every_steps=200,
+        **(settings | changes),
+    )
+
+
+_ARFLOW_DRAWN: dict[str, Any] = {"solver": "euler-maruyama", "guidance": 1.2, "guidance_interval": (0.0, 1.0)}
+DEMOS = {  # by the family of models
+    "flowar": DemoConfig(),
+    "arflow": DemoConfig(
+        model="arflow",
+        run_dir="runs/demo_arflow",
+        train=_demo_training(
+            "arflow-demo",
+            optim=OptimConfig(lr=2e-3, min_lr=1e-4, warmup_epochs=2),
+            epochs=26,  # of three images a sample
+            batch_size=32,
+            preview=PreviewConfig(every_steps=400, num_images=40, num_steps=16, **_ARFLOW_DRAWN),
+        ),
+        draw=DrawConfig(num_steps=40, **_ARFLOW_DRAWN),
+    ),
+}

@@ -45,7 +45,7 @@ class ModelConfig(abc.ABC):
 
     @classmethod
     def start_from(cls, given: Mapping[str, Any]) -> "ModelConfig | None":
-        """Return the model that given settings start from: the named row, or the family's default; None: no wish.
+        """Return the model that given settings start from: the named row, or the named family's default; None: no wish.
 
         Raises:
             UserError: if there is no such variant or family; names the nearest one.
@@ -53,11 +53,11 @@ class ModelConfig(abc.ABC):
         variant, family = given.get("variant"), given.get("family")
         if variant not in (None, CUSTOM_VARIANT):
             return variant_config(str(variant))
-        if family is not None and str(family) not in MODEL_CONFIGS:
+        if family is None:
+            return None
+        if str(family) not in MODEL_CONFIGS:
             raise UserError(f"model.family={family} is unknown{did_you_mean(str(family), MODEL_CONFIGS)}")
-        if family is not None or cls is ModelConfig:
-            return MODEL_CONFIGS[str(family or ModelConfig.family)]()
-        return None
+        return MODEL_CONFIGS[str(family)]()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +191,8 @@ MODEL_VARIANTS: dict[str, ModelConfig] = {
         _flowar("flowar-h-paper", (30, 1536, 16),           (18, 1536, 24), "attn_mlp"),        # as in its table 8
         _flowar("flowar-demo",    ( 4,  128,  4),           ( 2,  128,  4), "attn_mlp",         # digits on a laptop
                  scales=(1, 2, 4), latent_channels=1, patch_size=2, num_classes=10, dropout=0.0, zero_init=True),
+        ARFlowConfig(variant="arflow-demo", depth=6, width=128, heads=2, images_per_sample=3,   # digits on a laptop
+                     latent_size=8, latent_channels=1, guided_channels=None, num_classes=10),
         #               patch, depth, width, heads; for 256 px, whose latents are 32 x 32
         *(_arflow("s",  patch, 12,  384,  6) for patch in (2, 4, 8)),  # 34.6 M, 34.7 M, 34.9 M
         *(_arflow("b",  patch, 12,  768, 12) for patch in (2, 4, 8)),  # 137.5 M, 137.6 M, 138.0 M

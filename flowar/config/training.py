@@ -25,12 +25,14 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.02  # on matrices and tables; none on biases and norm weights
     decay_flow: bool = True  # on the flow Transformer too; the authors meant not to, but do: a name didn't match
-    max_grad_norm: float = free(3.0)
+    max_grad_norm: float | None = free(3.0)  # gradients of a larger norm are scaled down to this; None: none are
+    max_grad_value: float | None = free(None)  # after that each value is clipped to +- this; None: none is
 
     def __post_init__(self) -> None:
-        for name in ("lr", "min_lr", "max_grad_norm"):
-            if getattr(self, name) <= 0:
-                raise UserError(f"optim.{name}={getattr(self, name)} must be above 0")
+        for name in ("lr", "min_lr", "max_grad_norm", "max_grad_value"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UserError(f"optim.{name}={value} must be above 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flowar.base.errors import UserError
 from flowar.config.load import did_you_mean, load_values
-from flowar.config.models import ModelConfig, variant_config
+from flowar.config.models import CUSTOM_VARIANT, ModelConfig, variant_config
 from flowar.models.arflow import family as arflow_family
 from flowar.models.family import Family, Model
 from flowar.models.flowar import family as flowar_family
@@ -60,6 +60,8 @@ def config_from_dict(settings: Any, source: str = "the model's config") -> Model
             f"{source} holds a {type(settings).__name__}, but settings of a model are needed, for example "
             '{"variant": "flowar-l"}; write it again with `flowar export` or `flowar convert`'
         )
+    if settings.get("variant") in (None, CUSTOM_VARIANT):
+        settings = {"family": ModelConfig.family} | settings
     try:
         return load_values(ModelConfig, settings)  # type: ignore[type-abstract]  # it makes a family's
     except UserError as error:

@@ -35,16 +35,22 @@ def save_gallery(config: SamplingConfig, model: Model, vae: VAE, classes: Sequen
     """
     folder.mkdir(parents=True, exist_ok=True)
     shown = list(dict.fromkeys(classes))[:SHEET_CLASSES]
-    firsts = [classes.index(label) for label in shown]  # the first image of each class
+    numbers = [first_numbers(classes, label, SHEET_EACH) for label in shown]
+    firsts = [own[0] for own in numbers]
     rows = [
-        draw_images(config, model, vae, [label] * SHEET_EACH, [first + len(classes) * i for i in range(SHEET_EACH)])
-        for label, first in zip(shown, firsts, strict=True)
+        draw_images(config, model, vae, [label] * SHEET_EACH, own) for label, own in zip(shown, numbers, strict=True)
     ]
     enlarge = max(1, SMALLEST_SHOWN // rows[0].shape[-1])
     save_grid(torch.cat(rows), folder / "contact_sheet.png", columns=SHEET_EACH, enlarge=enlarge)
     growth = draw_growth(config, model, vae, shown, firsts)
     save_grid(growth, folder / "growth.png", columns=len(shown), enlarge=enlarge)
     save_guidance(config, model, vae, shown[:GUIDED_CLASSES], firsts[:GUIDED_CLASSES], folder / "guidance.png")
+
+
+def first_numbers(classes: Sequence[int], label: int, count: int) -> list[int]:
+    """Return the numbers of the first images of a class, where images show `classes` in turn, which start anew."""
+    places = [place for place, shown in enumerate(classes) if shown == label]
+    return [places[i % len(places)] + len(classes) * (i // len(places)) for i in range(count)]
 
 
 def draw_images(

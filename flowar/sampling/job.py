@@ -15,7 +15,7 @@ from flowar.base.hashes import hash_weights
 from flowar.base.leases import WAIT_S, Leases
 from flowar.base.records import create_record, write_record
 from flowar.base.run_folder import CHECKPOINTS, CONFIG_FILE, is_checkpoint
-from flowar.base.seeding import Stream
+from flowar.base.seeding import Stream, derive_seed
 from flowar.config.data import VAEConfig
 from flowar.config.drawing import SampleConfig
 from flowar.config.load import load_described
@@ -38,6 +38,7 @@ from flowar.sampling.folder import (
 )
 from flowar.sampling.weights import Weights, find_weights
 
+ABSENT_IN_0_1 = {"compile": False, "random_labels": False}  # settings that its samples.json does not name
 LABELS_KEY = "labels_xxh64"  # in samples.json: a hash of what label_file holds; not known of samples of version 0.1
 
 
@@ -88,7 +89,7 @@ def choose_vae(given: VAEConfig | None, folder: Path) -> VAEConfig:
 
 
 def choose_classes(config: SampleConfig, model: ModelConfig) -> tuple[int, ...]:
-    """Return the classes that the images show in turn.
+    """Return the classes that the images show in turn; with random_labels as many as there are images.
 
     Raises:
         UserError: if the label file can't be read, or one is not a class of the model.
@@ -103,11 +104,14 @@ def choose_classes(config: SampleConfig, model: ModelConfig) -> tuple[int, ...]:
         except (OSError, ValueError) as error:
             raise UserError(f"{source} must hold one class number per line: {error}") from error
     if classes is None:
-        return tuple(range(model.num_classes))
+        classes = tuple(range(model.num_classes))
     wrong = [label for label in classes if not 0 <= label < model.num_classes]
     if wrong or not classes:
         found = f"holds {wrong[0]}" if wrong else "is empty"
         raise UserError(f"{source} {found}; classes lie in 0 to {model.num_classes - 1}, as the model has them")
+    if config.random_labels:  # each a function of (seed, number), so that a set can grow
+        drawn = (derive_seed(config.seed, Stream.LABEL, number) for number in range(config.num_images))
+        return tuple(classes[seed % len(classes)] for seed in drawn)
     return classes
 
 
@@ -189,7 +193,7 @@ def check_same_samples(out_dir: Path, record: dict[str, Any]) -> None:
     refuse_unrecorded(out_dir)
     if not (out_dir / SAMPLES_FILE).exists():
         return
-    before, now = {"compile": False} | read_samples(out_dir), settings_of_images(record)  # 0.1 compiled nothing
+    before, now = ABSENT_IN_0_1 | read_samples(out_dir), settings_of_images(record)
     compared = [key for key in now if key in before or key != LABELS_KEY]
     changed = [f"{key} was {before.get(key)}, now {now[key]}" for key in compared if before.get(key) != now[key]]
     if changed:

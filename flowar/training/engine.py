@@ -59,7 +59,7 @@ class Engine(GradientEngine, Protocol):
         """Return this rank's share of the gradients' squared norm, float64: the sum over ranks is all of it."""
 
     def clip(self, norm: Tensor) -> None:
-        """Scale the gradients, whose norm on all ranks together is this scalar of the device, to what is allowed."""
+        """Clip the gradients, whose norm on all ranks together is this scalar of the device, to what is allowed."""
 
     def step(self, lr: float, grad_norm: float) -> None:
         """Move the weights along the clipped gradients.

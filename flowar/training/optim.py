@@ -40,6 +40,12 @@ def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
         return [tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach() for tensor in tensors]
 
 
+def clip_values(gradients: list[Tensor], largest: float) -> None:
+    """Clip each value of the gradients to at most `largest` on either side, in place."""
+    torch._foreach_clamp_min_(gradients, -largest)
+    torch._foreach_clamp_max_(gradients, largest)
+
+
 class _Group(NamedTuple):
     """Parameters with the same weight decay."""
 
@@ -84,10 +90,13 @@ class LocalAdamW:
         return norm
 
     @torch.no_grad()
-    def clip(self, norm: Tensor, max_norm: float) -> None:
-        """Scale the gradients, whose norm is `norm` on all ranks together, down to `max_norm`; on the device."""
-        factor = torch.clamp(max_norm / (norm + CLIP_EPS), max=1.0)
-        torch._foreach_mul_(self._gradients, factor)
+    def clip(self, norm: Tensor, config: OptimConfig) -> None:
+        """Scale the gradients, whose norm is `norm` on all ranks together, and clip their values; on the device."""
+        if config.max_grad_norm is not None:
+            factor = torch.clamp(config.max_grad_norm / (norm + CLIP_EPS), max=1.0)
+            torch._foreach_mul_(self._gradients, factor)
+        if config.max_grad_value is not None:
+            clip_values(self._gradients, config.max_grad_value)
 
     @torch.no_grad()
     def step(self, lr: float) -> None:

@@ -34,7 +34,7 @@ class TorchEngine:
 
     def __init__(self, settings: EngineSettings, model: Model, world: World) -> None:
         self.name = engine_name(settings.parallel.engine, world.size)
-        self.max_grad_norm = settings.optim.max_grad_norm
+        self.optim = settings.optim
         self.world = world
         self.model = model
         self.forward: nn.Module = model
@@ -85,8 +85,8 @@ class TorchEngine:
         return self.optimizer.take_gradients().double().square() / self._num_copies
 
     def clip(self, norm: Tensor) -> None:
-        """Scale the gradients, whose norm on all ranks together is this scalar of the device, to what is allowed."""
-        self.optimizer.clip(norm, self.max_grad_norm)
+        """Clip the gradients, whose norm on all ranks together is this scalar of the device, to what is allowed."""
+        self.optimizer.clip(norm, self.optim)
 
     def step(self, lr: float, grad_norm: float) -> None:
         """Move the weights along the clipped gradients."""

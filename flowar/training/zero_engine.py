@@ -18,7 +18,7 @@ from flowar.models.build import family_of
 from flowar.models.family import Model
 from flowar.models.folders import load_state
 from flowar.training.engine import EngineSettings, prepare_blocks
-from flowar.training.optim import ADAM_MOMENTS, make_optimizer, set_learning_rate
+from flowar.training.optim import ADAM_MOMENTS, clip_values, make_optimizer, set_learning_rate
 from flowar.training.shares import fill_from_main, read_shared, share_out, take_tensors
 
 
@@ -42,7 +42,7 @@ class ZeROEngine:
         options: dict[str, Any] = {
             "train_micro_batch_size_per_gpu": settings.micro_batch_size,
             "gradient_accumulation_steps": settings.num_parts,
-            "gradient_clipping": settings.optim.max_grad_norm,
+            "gradient_clipping": settings.optim.max_grad_norm or 0.0,
             "zero_optimization": {
                 "stage": self.stage,
                 "overlap_comm": True,  # DeepSpeed's default for stage 3 alone
@@ -55,9 +55,12 @@ class ZeROEngine:
         if settings.parallel.zero_offload:
             options["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
             options["zero_force_ds_cpu_optimizer"] = False
+        adamw, largest = make_optimizer(model, family, settings.optim), settings.optim.max_grad_value
+        if largest is not None:  # DeepSpeed clips the norm alone, before AdamW's step on its part of the gradients
+            adamw.register_step_pre_hook(functools.partial(_clip_values, largest))
         self.forward, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
-            optimizer=make_optimizer(model, family, settings.optim),
+            optimizer=adamw,
             config=options,
             dist_init_required=False,
         )
@@ -98,7 +101,7 @@ class ZeROEngine:
         return norm.square() / self.world.size  # it is summed over all ranks already
 
     def clip(self, norm: Tensor) -> None:
-        """Leave it to `step`, where DeepSpeed clips."""
+        """Leave it to `step`, where DeepSpeed clips the norm, and then AdamW's hook the values."""
 
     def step(self, lr: float, grad_norm: float) -> None:
         set_learning_rate(self.optimizer, lr)
@@ -225,3 +228,9 @@ class ZeROEngine:
 
 
 BUCKET_SIZE = 200_000_000  # values: 0.8 GB; DeepSpeed's default takes 2 GB
+
+
+def _clip_values(largest: float, optimizer: torch.optim.Optimizer, *_: object) -> None:
+    """Clip the values of the gradients that an optimizer is about to use."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    clip_values([parameter.grad for parameter in parameters if parameter.grad is not None], largest)

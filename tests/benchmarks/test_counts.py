@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import flowar
 from benchmarks import counts
 from flowar.bench import Tally
-from flowar.config.models import variant_config
+from flowar.config.models import ARFlowConfig, variant_config
 from flowar.models.build import family_of
 from flowar.models.family import weigh
 from flowar.models.flowar import baseline
@@ -39,7 +39,7 @@ def test_nothing_costs_more_or_less_than_recorded(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [pytest.param(name, marks=MORE) for name in counts.MODELS])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=MORE) for name in counts.COMPILED_MODELS])
 def test_compiled_blocks_move_no_more_than_recorded(name):
     recorded = [line for line in counts.COMPILED_FILE.read_text().splitlines() if line.startswith(name)]
     assert recorded == list(counts.compiled_lines_of(name)), "run python -m benchmarks.counts --compiled --write"
@@ -50,6 +50,15 @@ def test_counts_carried_on_to_the_whole_model_are_those_of_the_whole_model(block
     config = tiny_config(ar_depth=6, flow_depth=3, flow_block=block, dropout=0.1)
     assert counts.count_training(config) == counts.count_step(config)
     assert counts.count_sampling(config, 3, 4) == counts.count_batch(config, counts.grid_of(3, 4))
+
+
+def test_counts_of_arflow_carried_on_to_the_whole_model_are_those_of_the_whole_model():
+    """Also after 250 steps: a step costs the same however many there were."""
+    config = ARFlowConfig(variant="custom", num_classes=5, latent_size=8, depth=3, width=32, heads=2)
+    assert counts.count_arflow_training(config) == counts.count_step(config)
+    for depth, num_steps in ((3, 7), (1, 50), (1, 250)):
+        shape = dataclasses.replace(config, depth=depth)
+        assert counts.count_arflow_sampling(shape, num_steps) == counts.count_arflow_batch(shape, num_steps)
 
 
 def test_the_released_grid_has_as_many_steps_of_each_kind_as_are_counted():

@@ -18,7 +18,7 @@ from flowar.base.errors import UserError
 from flowar.base.leases import Leases
 from flowar.config.data import PrepareConfig, VAEConfig
 from flowar.config.jobs import DoctorConfig
-from flowar.config.training import OptimConfig, ParallelConfig
+from flowar.config.training import ParallelConfig
 from flowar.training.report import read_metrics
 from tests.cluster.conftest import (
     WAIT_S,
@@ -29,7 +29,7 @@ from tests.cluster.conftest import (
     run,
     steps_printed,
 )
-from tests.conftest import MORE, training
+from tests.conftest import MORE, TRAININGS
 from tests.flowar.ranks import run_ranks
 from tests.flowar.training.test_engines import LOSS_TOLERANCE
 
@@ -40,18 +40,19 @@ STOP_BEFORE_END_S, STILL_STARTING_S = 100, 105  # of the two minutes of a job th
 STOPPED, RESUMED = r"stopped by SIG\w+ after step ([\d,]+), saved", r"resuming from \S*step_(\d+)"
 
 
-def settings(shards, run_dir, steps=ENDLESS, **changes):
+def settings(shards, run_dir, steps=ENDLESS, family="flowar", **changes):
     """A run whose steps don't depend on how many there are: its learning rate stays as it is after the warm-up."""
+    usual = TRAININGS[family](shards, run_dir)
     fixed = {
-        "model": dataclasses.replace(training(shards, run_dir).model, dropout=0.0),
-        "optim": OptimConfig(lr=1e-4, min_lr=1e-4, warmup_epochs=1),
+        "model": dataclasses.replace(usual.model, dropout=0.0) if family == "flowar" else usual.model,
+        "optim": dataclasses.replace(usual.optim, lr=1e-4, min_lr=1e-4),
         "epochs": steps / 2,
         "batch_size": 12,
         "log_every_steps": 1,
         "save_every_steps": 5,
         "parallel": ParallelConfig(timeout_s=WAIT_S),
     }
-    return training(shards, run_dir, **(fixed | changes))
+    return dataclasses.replace(usual, **(fixed | changes))
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +60,13 @@ def undisturbed(shards, tmp_path_factory):
     """Given steps, the run of so many on two processes without Slurm; one of more will do where `at_least` says so."""
     runs = {}
 
-    def run_undisturbed(steps, at_least=False):
-        fitting = [count for count in runs if count == steps or (at_least and count > steps)]
+    def run_undisturbed(steps, at_least=False, family="flowar"):
+        fitting = [count for count, kind in runs if kind == family and (count == steps or (at_least and count > steps))]
         if not fitting:
             run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-            run_ranks(settings(shards, run_dir, steps), 2, run_dir.parent / "log")
-            runs[steps] = run_dir
-        return runs[min(fitting, default=steps)]
+            run_ranks(settings(shards, run_dir, steps, family), 2, run_dir.parent / "log")
+            runs[steps, family] = run_dir
+        return runs[min(fitting, default=steps), family]
 
     return run_undisturbed
 
@@ -254,15 +255,16 @@ def test_three_nodes_then_two(slurm, shards, undisturbed, tmp_path, capsys, monk
     logs([str(run_dir), "--rank", "1"])
 
 
-def test_two_tasks_on_each_of_two_nodes_train_with_deepspeed(slurm, shards, undisturbed, tmp_path, capsys):
+@pytest.mark.parametrize("family", ["arflow", pytest.param("flowar", marks=MORE)])
+def test_two_tasks_on_each_of_two_nodes_train_with_deepspeed(slurm, shards, undisturbed, tmp_path, capsys, family):
     """What runs is the copy of the code; status shows the end."""
     run_dir = tmp_path / "run"
     zero = ParallelConfig(engine="deepspeed", timeout_s=WAIT_S)
-    config = settings(shards, run_dir, FEW_STEPS, parallel=zero)
+    config = settings(shards, run_dir, FEW_STEPS, family, parallel=zero)
     job = slurm.submit("train", config, run_dir, "cluster.tasks_per_node=2")
     slurm.wait_until_finished(job)
     assert_every_step_once(run_dir, FEW_STEPS)
-    assert_same_losses(run_dir, undisturbed(FEW_STEPS, at_least=True))
+    assert_same_losses(run_dir, undisturbed(FEW_STEPS, at_least=True, family=family))
     (attempt,) = (json.loads(line) for line in (job.folder / ATTEMPTS_FILE).read_text().splitlines())
     assert attempt["code"] == str(job.folder / "code") and attempt["hosts"] == ["n1", "n2"]
     assert "torch" in json.loads((job.folder / "environment.json").read_text())["packages"]

@@ -1,27 +1,40 @@
+import dataclasses
 import json
 import re
+import shutil
 
 import pytest
-import torch
 from PIL import Image
 
 from flowar import cli
+from flowar.base.errors import UserError
+from flowar.config.jobs import DEMOS, DemoConfig
+from flowar.config.load import load_config
+from flowar.demo import main
+from flowar.models.costs import count_parameters
+from tests.conftest import MORE
 from tests.processes import join, start
 
 SHORT = ["train.epochs=1", "num_samples=40", "draw.num_steps=4", "train.preview.num_steps=2"]
 
 
-def demo(run_dir, log):
+def demo(run_dir, log, *words):
     """Return what the demo prints."""
-    join([start(cli.main, ["demo", f"run_dir={run_dir}", *SHORT], log=log)], log)
+    join([start(cli.main, ["demo", f"run_dir={run_dir}", *SHORT, *words], log=log)], log)
     return log.read_text()
 
 
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """A demo of one epoch: its folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("short")
+    return folder / "demo", demo(folder / "demo", folder / "log")
+
+
 @pytest.mark.slow
-def test_the_demo_ends_in_a_report_and_runs_again_in_place(tmp_path):
-    """One epoch: the way, not the quality. The full demo is measured by hand (README)."""
-    printed = demo(tmp_path / "demo", tmp_path / "log")
-    run_dir = tmp_path / "demo"
+def test_the_demo_ends_in_a_report_and_runs_again_in_place(short, tmp_path):
+    """The way, not the quality."""
+    run_dir, printed = short
     report = run_dir / "report.html"
     assert f"open {report}" in printed
     page = report.read_text()
@@ -40,10 +53,40 @@ def test_the_demo_ends_in_a_report_and_runs_again_in_place(tmp_path):
     assert all(file.read_bytes() == content for file, content in weights.items())
 
 
-def test_the_demo_model_is_small():
-    from flowar.config.models import MODEL_VARIANTS
-    from flowar.models.flowar.model import FlowAR
+@pytest.mark.slow
+def test_arflow_goes_the_same_way(short, tmp_path):
+    """On the data and the judge of the other demo: what is there is not made again."""
+    run_dir = tmp_path / "demo"
+    for name in ("data", "images"):
+        shutil.copytree(short[0] / name, run_dir / name)
+    shutil.copy(short[0] / "classifier.safetensors", run_dir)
+    printed = demo(run_dir, tmp_path / "log", "model=arflow", "train.epochs=0.2")
+    assert "train arflow-demo on the shards" in printed and f"open {run_dir / 'report.html'}" in printed
+    page = (run_dir / "report.html").read_text()
+    assert "<h1>arflow-demo on handwritten digits</h1>" in page
+    assert len(re.findall(r'src="data:image/png', page)) == 3 and not (run_dir / "growth.png").exists()
+    assert json.loads((run_dir / "numbers.json").read_text())["fid_samples"] > 0
 
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in FlowAR(MODEL_VARIANTS["flowar-demo"]).parameters())
-    assert 1e6 <= parameters <= 3e6
+
+@MORE
+@pytest.mark.slow
+@pytest.mark.parametrize("family", DEMOS)
+def test_the_whole_demo_learns_the_digits(family, tmp_path):
+    config = dataclasses.replace(DEMOS[family], run_dir=str(tmp_path / "demo"))
+    main(config)
+    numbers = json.loads((tmp_path / "demo" / "numbers.json").read_text())
+    assert numbers["class_accuracy"] >= 0.95
+    assert numbers["fid_samples"] < 4 * numbers["fid_training"]
+
+
+@pytest.mark.parametrize("family", DEMOS)
+def test_the_demo_models_are_small(family):
+    assert 1e6 <= count_parameters(DEMOS[family].train.model)["total"] <= 3e6
+
+
+def test_a_model_of_another_family_than_the_demos_is_refused():
+    with pytest.raises(UserError, match=r"model=flowar, but train.model.family=arflow; give model=arflow, or"):
+        load_config(DemoConfig, None, ("train.model.variant=arflow-demo",))
+    demo = load_config(DemoConfig, None, ("model=arflow", "train.model.depth=4", "draw.guidance=1"))
+    assert demo.train.model == dataclasses.replace(DEMOS["arflow"].train.model, depth=4)
+    assert demo.draw == dataclasses.replace(DEMOS["arflow"].draw, guidance=1)

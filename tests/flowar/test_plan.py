@@ -3,8 +3,9 @@ import torch
 
 from flowar import plan
 from flowar.base.errors import UserError
-from flowar.config.models import variant_config
+from flowar.config.models import ARFlowConfig, variant_config
 from flowar.config.training import EMAConfig, ParallelConfig, PlanConfig, PlannedDataConfig
+from flowar.models.costs import count_training_flops
 from tests.conftest import MORE, tiny_config
 from tests.processes import fork_context, join, start_ranks
 
@@ -100,6 +101,18 @@ def test_the_table_names_every_engine_and_says_what_is_assumed(capsys):
     found = capsys.readouterr().out
     assert all(engine in found for engine in plan.ENGINES)
     assert "Assumed: 40% of" in found and "No GPU was measured" in found and "Suggested: ddp" in found
+
+
+def test_the_images_of_a_sample_are_all_computed(capsys):
+    model = ARFlowConfig(variant="custom", depth=2, width=64, heads=2, images_per_sample=5)
+    batch_size, peak = 1024, 0.01
+    plan.main(
+        tiny_plan(
+            model=model, batch_size=batch_size, memory_gib=500, peak_tflops=peak, assumed_mfu=0.5, gpus_per_node=1
+        )
+    )
+    seconds = count_training_flops(model) * 5 * batch_size / (peak * 1e12 * 0.5)
+    assert seconds > 10 and f" steps of {seconds:.2f} s" in capsys.readouterr().out
 
 
 def test_what_can_not_be_planned_is_one_clear_error():

@@ -1,3 +1,4 @@
+import functools
 import json
 import shutil
 
@@ -19,18 +20,29 @@ from flowar.training.engine import EngineSettings
 from flowar.training.report import read_metrics
 from flowar.training.setup import make_engine, split_batch
 from flowar.training.step import StepSettings, accumulate, agree, draw_training_inputs
-from tests.conftest import KILLS_ASKED, tiny_config, training, upload
+from tests.conftest import KILLS_ASKED, TRAININGS, tiny_config, training, upload
 from tests.processes import draw_deaths, run_with_deaths
 
 NUM_KILLS = KILLS_ASKED or 4
 
 
 @pytest.fixture(scope="module")
-def finished(shards, tmp_path_factory):
+def undisturbed(shards, tmp_path_factory):
+    """-> the undisturbed run of a family."""
+
+    @functools.cache
+    def run(family):
+        run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
+        main(TRAININGS[family](shards, run_dir))
+        return run_dir
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def finished(undisturbed):
     """An undisturbed run."""
-    run_dir = tmp_path_factory.mktemp("runs") / "undisturbed"
-    main(training(shards, run_dir))
-    return run_dir
+    return undisturbed("flowar")
 
 
 def final_state(run_dir):
@@ -91,13 +103,14 @@ def test_readers_previews_and_wandb_do_not_change_the_weights(shards, finished, 
 
 
 @pytest.mark.slow
-def test_sigkill_at_random_moments_ends_in_the_same_weights_bit_for_bit(shards, finished, tmp_path):
+@pytest.mark.parametrize("family", TRAININGS)
+def test_sigkill_at_random_moments_ends_in_the_same_weights_bit_for_bit(shards, undisturbed, tmp_path, family):
     """Of about 1,000 uses of files, 32 a step: nearly all of them in a save or in what it replaces."""
     run_dir = tmp_path / "run"
     deaths = draw_deaths(NUM_KILLS, 800 // NUM_KILLS, run_dir)
-    config = training(shards, run_dir, save_every_steps=1)
+    config = TRAININGS[family](shards, run_dir, save_every_steps=1)
     run_with_deaths(main, config, num_workers=1, deaths=deaths, log=tmp_path / "log")
-    assert_same_run_but_for_the_log(run_dir, finished)
+    assert_same_run_but_for_the_log(run_dir, undisturbed(family))
     assert not list((run_dir / "checkpoints").glob(".*"))
 
 

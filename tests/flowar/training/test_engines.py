@@ -13,7 +13,7 @@ from flowar.config.training import EMAConfig, ParallelConfig
 from flowar.models.folders import load_model
 from flowar.training.report import read_metrics
 from flowar.training.shares import share_out
-from tests.conftest import ALL, KILLS_ASKED, MORE, training
+from tests.conftest import ALL, KILLS_ASKED, MORE, TRAININGS
 from tests.flowar.ranks import run_ranks, start_ranks
 from tests.processes import PATIENCE_S, Death, draw_deaths, join, stop, wait_until
 
@@ -31,10 +31,10 @@ EPOCHS = 25 if ALL else 7  # of two steps
 LOSS_TOLERANCE, WEIGHT_TOLERANCE = 2e-5, 2e-5
 
 
-def settings(shards, run_dir, engine, **changes):
-    model = dataclasses.replace(training(shards, run_dir).model, dropout=0.0)
+def settings(shards, run_dir, engine, family="flowar", **changes):
+    model = TRAININGS[family](shards, run_dir).model
     fixed = {
-        "model": model,
+        "model": dataclasses.replace(model, dropout=0.0) if family == "flowar" else model,
         "epochs": EPOCHS,
         "batch_size": 12,
         "micro_batch_size": 3,
@@ -43,28 +43,26 @@ def settings(shards, run_dir, engine, **changes):
         "ema": EMAConfig(decays=(0.9, 0.99), stds=(0.1,)),
         "parallel": ENGINES.get(engine, ParallelConfig()),
     }
-    return training(shards, run_dir, **(fixed | changes))
+    return TRAININGS[family](shards, run_dir, **(fixed | changes))
 
 
 @pytest.fixture(scope="module")
-def alone(shards, tmp_path_factory):
-    """The run on one process."""
-    run_dir = tmp_path_factory.mktemp("alone") / "run"
-    run_ranks(settings(shards, run_dir, "single"), 1, run_dir.parent / "log")
-    return run_dir
-
-
-@pytest.fixture(scope="module")
-def on_two_ranks(shards, tmp_path_factory):
-    """-> the undisturbed run of an engine on two ranks."""
+def undisturbed(shards, tmp_path_factory):
+    """-> the undisturbed run of an engine and a family, on two ranks or alone."""
 
     @functools.cache
-    def run(engine):
+    def run(engine, family="flowar"):
         run_dir = tmp_path_factory.mktemp(engine) / "run"
-        run_ranks(settings(shards, run_dir, engine), 2, run_dir.parent / "log")
+        run_ranks(settings(shards, run_dir, engine, family), 1 if engine == "single" else 2, run_dir.parent / "log")
         return run_dir
 
     return run
+
+
+@pytest.fixture(scope="module")
+def alone(undisturbed):
+    """The run on one process."""
+    return undisturbed("single")
 
 
 def assert_same_run(run_dir, needed):
@@ -82,11 +80,14 @@ def assert_same_run(run_dir, needed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ENGINES)
-def test_all_engines_train_the_same_model(alone, on_two_ranks, engine):
-    run_dir = on_two_ranks(engine)
+@pytest.mark.parametrize(
+    ("family", "engine"),
+    [*(("flowar", engine) for engine in ENGINES), *(pytest.param("arflow", engine, marks=MORE) for engine in ENGINES)],
+)
+def test_all_engines_train_the_same_model(undisturbed, family, engine):
+    run_dir = undisturbed(engine, family)
     assert len(read_metrics(run_dir)) == 2 * EPOCHS
-    assert_same_run(run_dir, alone)
+    assert_same_run(run_dir, undisturbed("single", family))
     pieces = FileSystemReader(find_latest(run_dir)).read_metadata().state_dict_metadata.values()
     assert all(len(tensor.chunks) == 1 for tensor in pieces)  # not one for each rank: planning would stall hundreds
     if engine.startswith("zero"):
@@ -125,24 +126,25 @@ def test_weights_sent_as_bfloat16_are_those_that_autocast_computes_with(shards, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "chain",
+    ("family", "chain"),
     [
-        ("fsdp", "zero3", "single"),
-        ("zero2", "ddp", "zero1"),
-        pytest.param(("zero3", "single", "fsdp"), marks=MORE),
+        ("flowar", ("fsdp", "zero3", "single")),
+        ("flowar", ("zero2", "ddp", "zero1")),
+        ("arflow", ("fsdp", "zero2", "single")),
+        pytest.param("flowar", ("zero3", "single", "fsdp"), marks=MORE),
     ],
 )
-def test_a_run_goes_on_with_another_engine_and_another_number_of_ranks(shards, alone, tmp_path, chain):
+def test_a_run_goes_on_with_another_engine_and_another_number_of_ranks(shards, undisturbed, tmp_path, family, chain):
     """Stopped by a signal in the middle of an epoch, twice; batches of 12 on 4, 2 and 3 ranks, or on one."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
     for place, engine in enumerate(chain):
-        config = settings(shards, run_dir, engine, save_every_steps=1000, micro_batch_size=None)
+        config = settings(shards, run_dir, engine, family, save_every_steps=1000, micro_batch_size=None)
         stopped = place < 2
         asked = Death(at=4, below=str(run_dir / "metrics.jsonl"), signal=(signal.SIGTERM, signal.SIGUSR2)[place % 2])
         world_size = 1 if engine == "single" else (4, 2, 3)[place]
         ranks = start_ranks(config, world_size, log, last_ones=asked if stopped else None)
         join(ranks, log, code=EXIT_AGAIN if stopped else 0)
-    assert_same_run(run_dir, alone)
+    assert_same_run(run_dir, undisturbed("single", family))
 
 
 def wait_for_step(run_dir, step, ranks, log):
@@ -151,11 +153,20 @@ def wait_for_step(run_dir, step, ranks, log):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["fsdp", pytest.param("zero2", marks=MORE), pytest.param("zero3", marks=MORE)])
-def test_sigkill_at_random_moments_ends_in_the_same_bits(shards, on_two_ranks, tmp_path, engine):
+@pytest.mark.parametrize(
+    ("family", "engine"),
+    [
+        ("flowar", "fsdp"),
+        pytest.param("flowar", "zero2", marks=MORE),
+        pytest.param("flowar", "zero3", marks=MORE),
+        pytest.param("arflow", "fsdp", marks=MORE),
+        pytest.param("arflow", "zero2", marks=MORE),
+    ],
+)
+def test_sigkill_at_random_moments_ends_in_the_same_bits(shards, undisturbed, tmp_path, family, engine):
     """Every step is saved; every other kill is in a save. FLOWAR_TEST_KILLS=20 for more."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    config = settings(shards, run_dir, engine, save_every_steps=1)
+    config = settings(shards, run_dir, engine, family, save_every_steps=1)
     uses_of_a_save = 24  # and more
     anywhere = draw_deaths(NUM_KILLS, 2 * EPOCHS * uses_of_a_save // NUM_KILLS, run_dir)
     saving = draw_deaths(NUM_KILLS, uses_of_a_save - 3, run_dir / "checkpoints" / ".step_", least=5, seed=1)
@@ -167,11 +178,11 @@ def test_sigkill_at_random_moments_ends_in_the_same_bits(shards, on_two_ranks, t
         assert ranks[0].exitcode == -signal.SIGKILL, log.read_text()[-3000:]
         assert number % 2 == 0 or is_saving(run_dir)
     run_ranks(config, 2, log)
-    undisturbed = on_two_ranks(engine)
+    needed = undisturbed(engine, family)
     for weights in ("raw", "decay_0.9", "std_0.1"):
-        found, expected = load_model(run_dir, weights).state_dict(), load_model(undisturbed, weights).state_dict()
+        found, expected = load_model(run_dir, weights).state_dict(), load_model(needed, weights).state_dict()
         assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
-    assert list_checkpoints(run_dir)[-1].name == list_checkpoints(undisturbed)[-1].name
+    assert list_checkpoints(run_dir)[-1].name == list_checkpoints(needed)[-1].name
 
 
 def is_saving(run_dir):

@@ -107,8 +107,9 @@ def test_settings_of_fsdp_send_what_they_say():
     assert sent == pytest.approx(gathered / 2, rel=0.15)  # the rest: norms, and what is around the blocks
 
 
-def test_optimizer_on_local_tensors_has_the_bits_of_torchs():
-    settings = OptimConfig(max_grad_norm=0.5)
+@pytest.mark.parametrize(("max_norm", "max_value"), [(0.5, None), (None, 0.3), (60.0, 0.3), (None, None)])
+def test_optimizer_on_local_tensors_has_the_bits_of_torchs(max_norm, max_value):
+    settings = OptimConfig(max_grad_norm=max_norm, max_grad_value=max_value)
     models = [create_model(tiny_config()) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     theirs, ours = (make_optimizer(model, family_of(model.config), settings) for model in models)
@@ -119,9 +120,11 @@ def test_optimizer_on_local_tensors_has_the_bits_of_torchs():
         for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
             one.grad = torch.randn_like(one)
             other.grad = one.grad.clone()
-        norm = torch.nn.utils.clip_grad_norm_(models[0].parameters(), settings.max_grad_norm)
-        assert torch.equal(ours.take_gradients(), norm)
-        ours.clip(norm, settings.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(models[0].parameters(), max_norm or float("inf"))
+        assert torch.equal(ours.take_gradients(), norm) and norm > (max_norm or 0)
+        if max_value is not None:
+            torch.nn.utils.clip_grad_value_(models[0].parameters(), max_value)
+        ours.clip(norm, settings)
         theirs.step()
         ours.step(1e-3)
         assert all(map(torch.equal, models[0].parameters(), models[1].parameters()))

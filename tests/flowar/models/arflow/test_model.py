@@ -1,6 +1,7 @@
 """ARFlow's network and what is asked of its family, on a tiny model: facts that hold whatever the weights."""
 
 import dataclasses
+import functools
 import json
 
 import pytest
@@ -9,14 +10,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import flowar
 from flowar.base.errors import UserError
+from flowar.bench import peak_of
 from flowar.config.drawing import DrawConfig
 from flowar.config.models import MODEL_VARIANTS, ARFlowConfig
 from flowar.config.training import RecipeConfig
 from flowar.latents.batches import Batch
 from flowar.models.arflow import family
-from flowar.models.build import config_from_dict, create_model, family_of, released_time_grid
+from flowar.models.build import compile_blocks, config_from_dict, create_model, family_of, released_time_grid
 from flowar.models.costs import count_parameters, count_training_flops
 from flowar.models.folders import load_model, save_model
+from flowar.models.solvers import uniform_time_grid
 from flowar.training.step import StepSettings, draw_training_inputs, drawn_bytes
 from tests.conftest import randomise
 
@@ -102,6 +105,34 @@ def test_a_step_costs_the_same_however_many_there_were(model, sequence):
     assert (flops[0] / 2, flops[1] / 2) == family.count_step_flops(model.config)  # of a batch of 2
     how = DrawConfig(num_steps=6, guidance=1.5, solver="euler-maruyama")
     assert family.sampling_flops(model.config, how) == sum(flops)  # both halves of one image
+
+
+def test_sampling_in_any_number_of_steps_needs_as_much_memory():
+    model, labels = randomise(create_model(ARFlowConfig(**TINY))), torch.tensor([0, 1])
+    peaks = []
+    for num_steps in (50, 250):
+        grid = released_time_grid(num_steps, family="arflow")
+        draw = functools.partial(flowar.sample_latents, model, labels, time_grid=grid, guidance=1.5)
+        peaks.append(peak_of(draw, torch.device("cpu")))
+    assert peaks[0] == peaks[1] > 0
+
+
+def test_compiled_blocks_draw_the_same_without_a_break_in_graphs_that_later_batches_share(monkeypatch):
+    model, labels = randomise(create_model(ARFlowConfig(**TINY))), torch.tensor([0, 1])
+    noise = torch.randn(2, *model.config.latent_shape)
+    settings = {"time_grid": uniform_time_grid(3), "guidance": 2.0, "solver": "euler", "noise": noise}
+    eager = flowar.sample_latents(model, labels, **settings)
+    torch.compiler.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager", fullgraph=True))
+    compile_blocks(model)
+    torch._dynamo.utils.counters.clear()
+    compiled = flowar.sample_latents(model, labels, **settings)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # with a memory, and without one
+    again = flowar.sample_latents(model, labels, **settings)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    torch.testing.assert_close(compiled, eager, rtol=1e-4, atol=1e-5)
+    assert torch.equal(again, compiled)
 
 
 @pytest.mark.parametrize(("solver", "guidance"), [("euler-maruyama", 1.5), ("euler", 1.0), ("heun", 1.5)])
