@@ -16,10 +16,13 @@ from flowar.base.errors import UserError, exit_with
 from flowar.config.benching import BenchConfig
 from flowar.config.data import CheckConfig, PrepareConfig
 from flowar.config.drawing import InfoConfig, SampleConfig
+from flowar.config.explain import Explained, describe_settings, explain
 from flowar.config.jobs import DemoConfig, DoctorConfig
 from flowar.config.load import Schema, describe_config, did_you_mean, load_config, setting_names
 from flowar.config.measuring import EvaluateConfig, ReferenceConfig, SweepConfig
 from flowar.config.training import AverageConfig, ConvertConfig, ExportConfig, PlanConfig, ReplayConfig, TrainConfig
+
+MORE_HELP = "More: `flowar VERB --help`, and `flowar help SETTING`, for example `flowar help optim.lr`"
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,10 @@ def main(arguments: list[str] | None = None) -> None:
     summaries = {name: verb.summary for name, verb in VERBS.items()} | {k: v[-1] for k, v in JOB_VERBS.items()}
     listing = "\n".join(f"  {name:16}{summary}" for name, summary in summaries.items())
     if not words or words[0] in ("-h", "--help"):
-        print(f"usage: flowar VERB [CONFIG.yaml] [key=value ...] [--dry-run]\n\n{listing}\n\nMore: flowar VERB --help")
+        print(f"usage: flowar VERB [CONFIG.yaml] [key=value ...] [--dry-run]\n\n{listing}\n\n{MORE_HELP}")
+        return
+    if words[0] == "help":
+        print(explain_setting(words[1]) if len(words) == 2 else MORE_HELP)
         return
     if words[:2] == ["evaluate", "make-reference"]:
         words = words[1:]
@@ -166,11 +172,13 @@ def run_verb(name: str, config: object) -> None:
 
 
 def _run(name: str, verb: Verb, words: list[str]) -> None:
+    needs_help = not {"-h", "--help"}.isdisjoint(words)  # else reading comments would cost every start a moment
+    settings = describe_settings(explain(verb.schema)) if needs_help else ""
     parser = argparse.ArgumentParser(
         prog=f"flowar {name}",
         description=verb.summary,
         usage=f"flowar {name} {' '.join(f'[{p.upper()}]' for p in verb.positionals)} [CONFIG.yaml] [key=value ...]",
-        epilog=f"example:\n  {verb.example}\n\nsettings and their defaults:\n\n{_settings(verb.schema)}",
+        epilog=f"example:\n  {verb.example}\n\nsettings and their defaults:\n{settings}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -180,11 +188,24 @@ def _run(name: str, verb: Verb, words: list[str]) -> None:
     if "preview" in _names_of_flags(verb.schema):
         parser.add_argument("--preview", action="store_true", help="only pictures of what would be drawn; preview=true")
     options = parse_options(parser, words, verb.schema)
-    settings = [*options.words, "preview=true"] if getattr(options, "preview", False) else options.words
-    config = parse_words(verb.schema, settings, verb.positionals)
+    given = [*options.words, "preview=true"] if getattr(options, "preview", False) else options.words
+    config = parse_words(verb.schema, given, verb.positionals)
     verb.load()(config, dry_run=options.dry_run)
     if options.dry_run:  # after all checks: an error stands alone
         print(describe_config(config))
+
+
+def explain_setting(name: str) -> str:
+    """Return what a setting is, in all verbs that have one of this name: a whole key, or its last part."""
+    found: dict[Explained, list[str]] = {}
+    for verb_name, verb in VERBS.items():
+        for setting in explain(verb.schema):
+            if setting.kind and (setting.key == name or setting.key.rpartition(".")[2] == name):
+                found.setdefault(setting, []).append(verb_name)
+    if not found:
+        keys = {setting.key for verb in VERBS.values() for setting in explain(verb.schema)}
+        return f"{name} is not a setting{did_you_mean(name, sorted(keys))}"
+    return "\n".join(f"{describe_settings([setting])}\n      of {', '.join(verbs)}" for setting, verbs in found.items())
 
 
 def parse_options(
@@ -248,8 +269,3 @@ def parse_words(schema: type[Schema], words: Sequence[str], positionals: Sequenc
         raise UserError(f"{bare[-1]!r} is neither a .yaml file nor a setting; settings are written key=value")
     filled = [f"{key}={word}" for key, word in zip(positionals, bare, strict=False)]
     return load_config(schema, file, (*filled, *settings))
-
-
-def _settings(schema: type[Any]) -> str:
-    lines = describe_config(schema).splitlines()
-    return "\n".join(f"  {line}".replace("???", "(required)") for line in lines)

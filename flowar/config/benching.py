@@ -13,16 +13,16 @@ class BenchConfig(DrawConfig):
     """What is measured; how images are drawn counts for what=sample."""
 
     what: Literal["train", "sample", "attention"] = "train"  # gradients of a batch; its latents; one attention layer
-    model: ModelConfig = field(default_factory=FlowARConfig)
+    model: ModelConfig = field(default_factory=FlowARConfig)  # a name such as flowar-l, or single settings
     depth: int | None = None  # only so many blocks in each of its Transformers; None: all
     baseline: bool = True  # measure the plain baseline beside it, where the model's family has one
-    batch_size: int = 8
+    batch_size: int = 8  # images of a step or batch
     compile: bool = False  # the blocks, by torch.compile; the baseline runs as it is
     attention: Literal["sdpa", "flash"] = "sdpa"  # not of the baseline
     rounds: int = 5  # each runs both, one after the other
     counts: bool = True  # operations, bytes and FLOPs too, counted without the device: a minute for a large model
     profile: bool = False  # which operations take the time
-    device: str = "auto"
+    device: str = "auto"  # auto: the GPU where there is one, else cpu; or cuda, cuda:1, cpu
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -35,7 +35,7 @@ class PrepareConfig:
 
     images: str = MISSING  # folder with a sub-folder per class, folder or pattern of *.tar or *.parquet
     out_dir: str = free(MISSING)  # the dataset to write
-    vae: VAEConfig = field(default_factory=VAEConfig)
+    vae: VAEConfig = field(default_factory=VAEConfig)  # that encodes them
     image_size: int = 256  # side of the views, pixels
     crop: Crop = "center"  # FlowAR: random; MAR: center
     flip: bool = True  # center: store the mirror image too; random: mirror every other view; ten_crop: always
@@ -43,16 +43,16 @@ class PrepareConfig:
     resize: int | None = None  # short side before the crop; None: random 9/8 and ten_crop 1.1 of image_size
     seed: int = 0  # of random crops
     image_column: str = free("image")  # parquet only; the hash of the listing tells what came of these two
-    label_column: str = free("label")
+    label_column: str = free("label")  # parquet only: the column of class numbers
     skip_unreadable: bool = False  # leave damaged images out, with a list, instead of stopping
     moments_dtype: Literal["float16", "float32"] = "float16"  # the rounding error is measured and recorded
     batch_size: int = 32  # views encoded at once
     chunk_images: int = 1024  # the piece of work that one worker claims
-    shard_size_mib: int = 256
+    shard_size_mib: int = 256  # of one file of rows
     precision: Literal["fp32", "tf32"] = "fp32"  # of the VAE on a GPU
     num_workers: int = free(2)  # processes that decode images; 0 decodes in the main one
     lease_s: float = free(60)  # a worker without a sign of life for this long is taken for dead
-    device: str = free("auto")
+    device: str = free("auto")  # auto: the GPU where there is one, else cpu; or cuda, cuda:1, cpu
 
     def __post_init__(self) -> None:
         for name in ("image_size", "views", "batch_size", "chunk_images", "shard_size_mib"):
@@ -82,13 +82,13 @@ class CheckConfig:
     cache: str | None = None  # as data.cache
     images: str | None = None  # the source, to encode a sample of it again; None: where the passport says it was
     image_column: str = "image"  # of a parquet source
-    label_column: str = "label"
+    label_column: str = "label"  # parquet only: the column of class numbers
     vae: VAEConfig | None = None  # None: the one that the passport names
     num_images: int = 64  # images encoded again and shown; 0 only checks the files
     picture: str | None = None  # contact sheet; None: PATH.check.png
     seed: int = 0  # which images
     max_error: float = 0.05  # accepted between stored and new means, in std of the latents
-    device: str = "auto"
+    device: str = "auto"  # auto: the GPU where there is one, else cpu; or cuda, cuda:1, cpu
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,12 +31,13 @@ class DrawConfig:
     # In a YAML or on a command line: stands for several of the settings below; those given beside it or after it win.
     # It is resolved while it is read, so that these settings alone say what an image is
     preset: Literal["quality", "balanced", "fast"] | None = free(None)
-    num_steps: int = 25
+    num_steps: int = 25  # of the solver, at each scale
     last_scale_steps: int | None = None  # of the finest scale, linear from num_steps at the coarsest (DiSA); None: same
-    time_grid: Literal["released", "uniform", "shifted"] = "released"
+    time_grid: Literal["released", "uniform", "shifted"] = "released"  # where the steps are
     shift: float = 1.0  # of time_grid=shifted: above 1 more steps near the noise
-    solver: Literal["euler", "heun", "midpoint", "adams-bashforth", "euler-maruyama"] = "euler"  # released: euler
-    guidance: float = 2.4  # paper: S 4.3, L 2.4, H 2.4
+    # of the flow's equation; released: euler
+    solver: Literal["euler", "heun", "midpoint", "adams-bashforth", "euler-maruyama"] = "euler"
+    guidance: float = 2.4  # 1: none; above, further from no class; paper: S 4.3, L 2.4, H 2.4
     guidance_schedule: Literal["linear", "constant"] = "linear"  # over scales; released: from 1 to guidance
     guidance_interval: tuple[float, float] = (0.0, 0.9)  # paper: S and L 0.9, H 0.7 (with 50 steps)
     # on a GPU; changes the last bits of an image, bf16 more; the authors draw in fp16
@@ -82,14 +83,14 @@ class SamplingConfig(DrawConfig):
     label_file: str | None = None  # or image i shows the class in line i of this file, which starts anew at its end
     unconditional: bool = False  # or of no class
     compile: bool = False  # the blocks, by torch.compile: a minute or two at the start; changes last bits
-    seed: int = 0
+    seed: int = 0  # of all noise: image i is a function of (seed, i)
     features_only: bool = free(False)  # keep no image, but what `flowar evaluate` needs of it
     extractor: ExtractorConfig = free(factory=ExtractorConfig)  # of features_only
-    batch_size: int = free(64)
+    batch_size: int = free(64)  # images drawn at once by one process
     decode_batch_size: int | None = free(None)  # images that the VAE decodes at once; None: batch_size
     chunk_batches: int = free(2)  # that one worker claims at once
     lease_s: float = free(60)  # a worker without a sign of life for this long is taken for dead
-    device: str = free("auto")
+    device: str = free("auto")  # auto: the GPU where there is one, else cpu; or cuda, cuda:1, cpu
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -132,4 +133,5 @@ class SampleConfig(SamplingConfig):
 class InfoConfig(DrawConfig):
     """What a model costs: parameters, tokens, FLOPs; of an image drawn like this."""
 
+    # a name such as flowar-l or arflow-xl/2, or single settings
     model: ModelConfig = field(default_factory=FlowARConfig)

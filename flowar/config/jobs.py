@@ -118,10 +118,10 @@ class DoctorConfig:
     message_mib: int = 64  # of the all-reduce between two nodes
     min_share: float = 0.5  # of the median speed; what is slower is an outlier
     min_shm_gib: float = 1.0  # free in /dev/shm, for readers
-    min_open_files: int = 4096
+    min_open_files: int = 4096  # that a process may have (ulimit -n), for readers and sockets
     max_clock_s: float = 5  # between the clocks of two nodes
     timeout_s: float = 120  # for ranks that don't come, or don't answer
-    device: str = "auto"
+    device: str = "auto"  # auto: the GPU where there is one, else cpu; or cuda, cuda:1, cpu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +129,10 @@ class DemoConfig:
     """Handwritten digits from scratch to a report, in minutes."""
 
     model: Literal["flowar", "arflow"] = "flowar"  # the family; train and draw start from what suits it: DEMOS
-    run_dir: str = "runs/demo"
-    train: RecipeConfig = field(default_factory=lambda: _demo_training("flowar-demo"))
+    run_dir: str = "runs/demo"  # where all of it is written
+    train: RecipeConfig = field(default_factory=lambda: _demo_training("flowar-demo"))  # how it is trained
     num_samples: int = 1440  # as many as training images, so that both Frechet distances have the same bias
+    # how its samples are drawn
     draw: DrawConfig = field(
         default_factory=lambda: DrawConfig(num_steps=40, guidance=1.1, guidance_interval=(0.0, 0.7))
     )

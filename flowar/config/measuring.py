@@ -15,10 +15,10 @@ from flowar.config.load import free
 class FeatureWorkConfig:
     """How processes share the work of computing features."""
 
-    batch_size: int = free(64)
+    batch_size: int = free(64)  # images that go through the network at once
     chunk_images: int = free(500)  # the piece of work that one process claims
     lease_s: float = free(60)  # a process without a sign of life for this long is taken for dead
-    device: str = free("auto")
+    device: str = free("auto")  # auto: the GPU where there is one, else cpu; or cuda, cuda:1, cpu
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.chunk_images < 1 or self.lease_s <= 0:
@@ -64,18 +64,18 @@ class SweepConfig(FeatureWorkConfig):
 
     model: str = MISSING  # as of sample
     reference: str = MISSING  # as of evaluate
-    out_dir: str = free(MISSING)
+    out_dir: str = free(MISSING)  # samples, scores, table, picture and recipe
     # What is not swept: vae, classes, seed, solver, time grid, batch sizes, start of the guidance interval
     sample: SamplingConfig = field(default_factory=SamplingConfig)
-    guidance: tuple[float, ...] = (1.5, 2.0, 2.4, 3.0, 4.0)
+    guidance: tuple[float, ...] = (1.5, 2.0, 2.4, 3.0, 4.0)  # scales to compare
     interval_ends: tuple[float, ...] = (0.7, 0.9, 1.0)  # upper ends of the guidance interval
-    num_steps: tuple[int, ...] = (25,)
+    num_steps: tuple[int, ...] = (25,)  # steps to compare
     last_step_shares: tuple[float, ...] = (1.0,)  # steps of the finest scale over num_steps (DiSA anneals: below 1)
     weights: tuple[str, ...] = ("ema",)  # of a run_dir
     ema_stds: tuple[float, ...] = ()  # and averages of these lengths, as `flowar ema` makes them
     num_images: tuple[int, ...] = (5_000, 10_000, 50_000)  # in each round
     keep: float = 0.25  # share of the settings that go on to the next round
-    extractor: ExtractorConfig = field(default_factory=ExtractorConfig)
+    extractor: ExtractorConfig = field(default_factory=ExtractorConfig)  # the network whose features are compared
     interval_groups: int = 20  # as of evaluate
 
     def __post_init__(self) -> None:
@@ -106,8 +106,8 @@ class ReferenceConfig(FeatureWorkConfig):
     """Real images -> statistics and features that samples are compared with."""
 
     images: str = MISSING  # folder of images (searched deeply), .npz with arr_0 (and mu, sigma), *.tar, MDS
-    out_dir: str = MISSING
-    extractor: ExtractorConfig = field(default_factory=ExtractorConfig)
+    out_dir: str = MISSING  # the reference to write
+    extractor: ExtractorConfig = field(default_factory=ExtractorConfig)  # the network whose features it keeps
     keep_images: int = 10_000  # whose features are kept for precision, recall, KID, neighbours and classes; 0: all
 
     def __post_init__(self) -> None:

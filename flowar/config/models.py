@@ -20,8 +20,8 @@ class ModelConfig(abc.ABC):
 
     family: str = "flowar"  # the kind of model: a row of MODEL_CONFIGS; its code is flowar/models/FAMILY
     variant: str = "flowar-l"  # the row of MODEL_VARIANTS that the other settings start from, or "custom"
-    latent_channels: int = 16
-    num_classes: int = 1000
+    latent_channels: int = 16  # of the VAE
+    num_classes: int = 1000  # of the dataset; one more stands for no class
 
     @property
     @abc.abstractmethod
@@ -66,11 +66,11 @@ class FlowARConfig(ModelConfig):
 
     scales: tuple[int, ...] = (1, 2, 4, 8, 16)  # side lengths of the token maps, coarse to fine
     patch_size: int = 1  # 1 for VAEs of stride 16, 2 for stride 8
-    ar_depth: int = 16
-    ar_width: int = 1024
-    ar_heads: int = 16
-    flow_depth: int = 12
-    flow_width: int = 1024
+    ar_depth: int = 16  # blocks of the autoregressive Transformer
+    ar_width: int = 1024  # of its tokens
+    ar_heads: int = 16  # of its attention; they divide ar_width
+    flow_depth: int = 12  # blocks of the flow Transformer
+    flow_width: int = 1024  # of its tokens
     flow_heads: int = 16  # released: heads of 64 channels
     flow_block: FlowBlockName = "attn_cross_mlp"  # the paper: attn_mlp
     dropout: float = 0.1  # in the AR Transformer while training; none in the flow Transformer

@@ -19,10 +19,10 @@ MAX_EMA_STD = 0.28  # 0.2887 = 1 / sqrt(12) is the plain mean of all steps
 class OptimConfig:
     """AdamW and its schedule; the defaults are the authors' recipe."""
 
-    lr: float = free(4e-4)  # authors: 5e-5 x batch_size / 256
+    lr: float = free(4e-4)  # peak, after the warm-up; authors: 5e-5 x batch_size / 256
     min_lr: float = free(1e-5)  # where the cosine ends
     warmup_epochs: float = 100  # linear from 0
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW: decay of its averages of gradients and of their squares
     weight_decay: float = 0.02  # on matrices and tables; none on biases and norm weights
     decay_flow: bool = True  # on the flow Transformer too; the authors meant not to, but do: a name didn't match
     max_grad_norm: float | None = free(3.0)  # gradients of a larger norm are scaled down to this; None: none are
@@ -41,8 +41,8 @@ class PreviewConfig(DrawConfig):
 
     prefix: ClassVar[str] = "preview."
 
-    every_steps: int = 5000
-    num_images: int = 64
+    every_steps: int = 5000  # between two grids; 0: none
+    num_images: int = 64  # of a grid
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,10 +54,10 @@ class PreviewConfig(DrawConfig):
 class WandbConfig:
     """Weights & Biases; metrics.jsonl is written in any case."""
 
-    mode: Literal["disabled", "online", "offline"] = "disabled"
-    project: str = "flowar"
-    entity: str | None = None
-    name: str | None = None
+    mode: Literal["disabled", "online", "offline"] = "disabled"  # offline keeps files that `wandb sync` uploads later
+    project: str = "flowar"  # under which runs are listed
+    entity: str | None = None  # user or team; None: yours
+    name: str | None = None  # of the run; None: the name of run_dir
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,34 +133,32 @@ class EMAConfig:
 class RecipeConfig:
     """How a model is trained, wherever; the defaults are the authors' recipe for ImageNet at 256 px."""
 
-    model: ModelConfig = field(default_factory=FlowARConfig)
+    model: ModelConfig = field(default_factory=FlowARConfig)  # what is trained; model=flowar-l or single settings
     vae: VAEConfig = field(default_factory=VAEConfig)  # must be the one that made the shards
-    optim: OptimConfig = field(default_factory=OptimConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)  # AdamW and its schedule
     epochs: float = free(400)  # a larger number trains a finished run on, along the longer schedule
     batch_size: int = 2048  # global
-    micro_batch_size: int | None = free(
-        None
-    )  # samples of one process at once, whose gradients add up; None: all of them
+    # samples of one process at once, whose gradients add up; None: all of its part of the batch
+    micro_batch_size: int | None = free(None)
     label_dropout: float = 0.1  # share of labels replaced by "no class", for guidance
-    ema: EMAConfig = field(default_factory=EMAConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)  # averages of the weights
     # authors: tf32; bf16 keeps weights, norms and loss in float32
     precision: Literal["fp32", "tf32", "bf16"] = free("tf32")
     attention: Literal["sdpa", "flash"] = free("sdpa")  # flash: the flash-attn package, on CUDA, with precision=bf16
-    seed: int = 0
-    log_every_steps: int = free(50)
-    save_every_steps: int = free(1000)
+    seed: int = 0  # of fresh weights and of all that is drawn
+    log_every_steps: int = free(50)  # between two lines of metrics.jsonl
+    save_every_steps: int = free(1000)  # between two checkpoints
     keep_checkpoints: int = free(2)  # the newest ones
     keep_every_steps: int = free(0)  # and, for good, those at multiples of this; 0: none
-    parallel: ParallelConfig = free(factory=ParallelConfig)
-    guard: GuardConfig = free(factory=GuardConfig)
-    preview: PreviewConfig = free(factory=PreviewConfig)
-    wandb: WandbConfig = free(factory=WandbConfig)
+    parallel: ParallelConfig = free(factory=ParallelConfig)  # how processes share the work
+    guard: GuardConfig = free(factory=GuardConfig)  # what happens to steps that go wrong
+    preview: PreviewConfig = free(factory=PreviewConfig)  # sample grids on the way
+    wandb: WandbConfig = free(factory=WandbConfig)  # Weights & Biases
     tensorboard: bool = free(False)  # event files in RUN_DIR/tensorboard
     profile_steps: tuple[int, int] | None = free(None)  # first and last step of a trace of rank 0, RUN_DIR/profile
-    peak_tflops: float | None = free(
-        None
-    )  # of one process's device, for the MFU; None: known GPUs, or measured on a CPU
-    device: str = free("auto")
+    # of one process's device, for the MFU; None: known GPUs', or measured on a CPU
+    peak_tflops: float | None = free(None)
+    device: str = free("auto")  # auto: the GPU where there is one, else cpu; or cuda, cuda:1, cpu
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "log_every_steps", "save_every_steps", "keep_checkpoints"):
@@ -187,16 +185,16 @@ class TrainConfig(RecipeConfig):
     """One training run."""
 
     run_dir: str = free(MISSING)  # everything the run writes; running again with the same one resumes
-    data: DataConfig = field(default_factory=DataConfig)
+    data: DataConfig = field(default_factory=DataConfig)  # what is trained on
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedDataConfig:
     """A dataset that may not be there yet."""
 
-    path: str | None = None
-    cache: str | None = None
-    num_workers: int = 2
+    path: str | None = None  # a prepared dataset, which tells num_images; None: num_images says
+    cache: str | None = None  # folder for the shards of a remote path
+    num_workers: int = 2  # processes that read ahead
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,9 +202,9 @@ class PlanConfig(RecipeConfig):
     """A training run's settings, and machines to imagine it on."""
 
     run_dir: str | None = None  # so that the YAML of a run can be given as it stands
-    data: PlannedDataConfig = field(default_factory=PlannedDataConfig)
-    nodes: int = 1
-    gpus_per_node: int = 8
+    data: PlannedDataConfig = field(default_factory=PlannedDataConfig)  # what would be trained on
+    nodes: int = 1  # of the cluster
+    gpus_per_node: int = 8  # of each node
     gpu: str = "H100"  # a name in the table of flowar/base/devices.py
     memory_gib: float = 80  # of one GPU
     num_images: int | None = None  # of the dataset; None: as data.path says if it is there, else ImageNet's
@@ -228,7 +226,7 @@ class ReplayConfig:
 
     bundle: str = MISSING  # a folder of RUN_DIR/anomalies
     micro_batch_size: int | None = None  # samples at once; None: as in training
-    device: str = "auto"
+    device: str = "auto"  # auto: the GPU where there is one, else cpu; or cuda, cuda:1, cpu
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,7 +234,7 @@ class ExportConfig:
     """Weights of a training run -> model.safetensors and config.json."""
 
     model: str = MISSING  # run_dir (its newest checkpoint) or one checkpoint
-    out_dir: str = MISSING
+    out_dir: str = MISSING  # the model folder to write
     weights: str = "ema"  # ema (the first average), raw, or an average such as decay_0.9999
 
 
@@ -245,7 +243,7 @@ class AverageConfig:
     """A power-function average of any length, put together from those that a run kept (EDM2)."""
 
     run_dir: str = MISSING  # of a run with ema.stds and ema.keep_every_steps
-    out_dir: str = MISSING
+    out_dir: str = MISSING  # the model folder to write
     std: float = MISSING  # relative std of the averaging profile, for example 0.08
     step: int | None = None  # at which it ends; None: the last one that was kept
 
@@ -259,5 +257,5 @@ class ConvertConfig:
     """The authors' checkpoint -> model.safetensors and config.json."""
 
     checkpoint: str = MISSING  # FlowAR-S.pth, FlowAR-L.pth, FlowAR-H.pth, an ARFlow, or what their trainers save
-    out_dir: str = MISSING
+    out_dir: str = MISSING  # the model folder to write
     ar_heads: int | None = None  # of FlowAR's AR Transformer; None: read from the checkpoint
