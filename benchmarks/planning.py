@@ -34,7 +34,9 @@ from flowar.planning.trace import trace_sampling
 
 MEASURED_FILE = Path(__file__).with_name("measured.json")
 RECIPES = {name: Path(__file__).parents[1] / "configs" / "train" / f"flowar_{name}.yaml" for name in ("l", "h")}
-BOOKKEEPING_THEN_S = 0.02  # of the host between two steps in the code that was measured: not fitted, from benchmarks/host
+BOOKKEEPING_THEN_S = (
+    0.02  # of the host between two steps in the code that was measured: not fitted, from benchmarks/host
+)
 GPUS = (8, 16, 32, 64, 128, 256, 512)
 H100 = find_machine("H100", 8, PlanConfig().rail_gb_per_s)
 
@@ -75,7 +77,9 @@ def say_measured() -> None:
     print("| FlowAR-L, one H100 | images/s, plan | measured | ratio | GiB, plan | measured | ratio |")
     print("|---|---|---|---|---|---|---|")
     for name, planned, measured, gib, measured_gib in compared():
-        memory = " | | " if gib is None or measured_gib is None else f"{gib:.1f} | {measured_gib} | {gib / measured_gib:.2f}"
+        memory = (
+            " | | " if gib is None or measured_gib is None else f"{gib:.1f} | {measured_gib} | {gib / measured_gib:.2f}"
+        )
         print(f"| {name} | {planned:.4g} | {measured} | {planned / measured:.2f} | {memory} |")
 
 
@@ -99,12 +103,10 @@ def fit() -> None:
 
 def spread(name: str, gpus: int, *, weak: bool) -> Setting:
     """Return a shipped recipe on so many GPUs: its batch, or as many samples on each as on 64."""
-    config = load_config(PlanConfig, [str(RECIPES[name])])
-    batch = config.batch_size * gpus // 64 if weak else config.batch_size
-    config = dataclasses.replace(config, batch_size=batch, micro_batch_size=None)
-    setting = Setting.of(config, gpus, 8)
-    wanted = load_config(PlanConfig, [str(RECIPES[name])]).micro_batch_size or setting.micro
-    return dataclasses.replace(setting, micro=min(wanted, largest_micro(setting, H100)))
+    recipe = load_config(PlanConfig, RECIPES[name])
+    batch = recipe.batch_size * gpus // 64 if weak else recipe.batch_size
+    setting = Setting.of(dataclasses.replace(recipe, batch_size=batch, micro_batch_size=None), gpus, 8)
+    return dataclasses.replace(setting, micro=min(recipe.micro_batch_size or setting.micro, setting.micro))
 
 
 def scale() -> dict[tuple[str, bool], list[float]]:
@@ -133,7 +135,9 @@ def say_scaling(picture: Path | None) -> None:
     figure, axes = plt.subplots(figsize=(7, 4))
     for (name, weak), rates in found.items():
         kind = "weak" if weak else "strong, batch 2,048"
-        axes.plot(GPUS, rates, "o--" if weak else "o-", color={"l": "C0", "h": "C1"}[name], label=f"{name.upper()}, {kind}")
+        axes.plot(
+            GPUS, rates, "o--" if weak else "o-", color={"l": "C0", "h": "C1"}[name], label=f"{name.upper()}, {kind}"
+        )
     axes.set(xscale="log", yscale="log", xlabel="H100 GPUs, 8 in a node", ylabel="images/s, predicted")
     axes.set_xticks(GPUS, [str(gpus) for gpus in GPUS])
     axes.minorticks_off()
@@ -162,10 +166,8 @@ def say_predictions() -> None:
             trace = trace_sampling(variant_config("flowar-l"), how, 64, compiled)
             took = busy(trace.forward, H100, how.precision)
             kind = "compiled" if compiled else "eager"
-            print(
-                f"| flowar-l, sampling ({what}), bf16, {kind}, batch 64 | {64 / took.total_s:.1f} | {took.device_s:.2f} "
-                f"| {took.launch_s:.2f} |"
-            )
+            name = f"flowar-l, sampling ({what}), bf16, {kind}, batch 64"
+            print(f"| {name} | {64 / took.total_s:.1f} | {took.device_s:.2f} | {took.launch_s:.2f} |")
 
 
 def main() -> None:

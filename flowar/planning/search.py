@@ -10,6 +10,7 @@ from flowar.planning.engines import Layout
 from flowar.planning.machines import Machine
 from flowar.planning.steps import Setting, StepTime, fits, largest_micro, time_step
 
+WAYS_TO_COMPUTE = ((0, True), (0, False), (1, True), (1, False))  # recomputed blocks, every n-th; compiled
 MICROS = 3  # of a way, the largest micro batches that fit
 
 
@@ -43,22 +44,24 @@ def search(setting: Setting, machine: Machine, nodes: int) -> tuple[list[Found],
         nodes: how many.
     """
     found, refused = [], []
-    for shared in ways_to_share(setting.layout.ranks, nodes, setting.precision):
-        least = None
-        for every, compiled in ((0, True), (0, False), (1, True)):
+    layout, share = setting.layout, setting.batch_size // setting.layout.ranks
+    for shared in ways_to_share(layout.ranks, nodes, setting.precision):
+        ways = []
+        for every, compiled in WAYS_TO_COMPUTE:
+            if compiled and shared.get("fsdp_bf16"):
+                continue  # the hooks of the norms, which are gathered apart, cut the blocks' graphs
             parallel = ParallelConfig(**shared, checkpoint_every_blocks=every, compile=compiled)  # type: ignore[arg-type]
-            layout = Layout(parallel, setting.layout.ranks, setting.layout.gpus_per_node)
-            tried = replace(setting, layout=layout)
-            largest = largest_micro(tried, machine)
-            least = replace(tried, micro=1) if least is None or every else least
-            share = setting.batch_size // setting.layout.ranks
-            micros = [n for n in range(largest, 0, -1) if share % n == 0][:MICROS] if largest else []
-            for micro in micros:
-                fitting = replace(tried, micro=micro)
-                found.append(Found(fitting, time_step(fitting, machine)))
-        assert least is not None
-        if not fits(least, machine):
-            refused.append(f"{way_of(least)} takes {least.memory.total / GIB:.0f} GiB at a micro batch of 1")
+            ways.append(replace(setting, micro=1, layout=replace(layout, parallel=parallel)))
+        fitting = [
+            replace(way, micro=micro)
+            for way in ways
+            if (largest := largest_micro(way, machine))
+            for micro in [n for n in range(largest, 0, -1) if share % n == 0][:MICROS]
+        ]
+        found += [Found(way, time_step(way, machine)) for way in fitting]
+        if not fitting:
+            least = min(ways, key=lambda way: way.memory.total)
+            refused.append(f"{way_of(least)} takes {least.memory.total / GIB:.0f} GiB")
     return sorted(found, key=lambda each: each.step.total), refused
 
 
@@ -87,8 +90,7 @@ def halved(setting: Setting, machine: Machine) -> Setting | None:
         return None
     spread = Layout(replace(parallel, replicas=replicas), layout.ranks // 2, layout.gpus_per_node)
     half = replace(setting, layout=spread)
-    if setting.batch_size % (setting.micro * spread.ranks) or not fits(half, machine):
-        half = replace(half, micro=largest_micro(half, machine) or 1)
+    half = replace(half, micro=largest_micro(half, machine) or 1)
     return half if fits(half, machine) else None
 
 

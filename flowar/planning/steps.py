@@ -65,9 +65,9 @@ class Setting:
         return memory_of(self.layout, sizes_of(self.model), self.averages, self.parts, max(0, peak))
 
 
-def fits(setting: Setting, machine: Machine) -> bool:
-    """Return whether a step has room on a GPU, and some to spare."""
-    return setting.memory.total <= machine.memory * (1 - SPARE_SHARE)
+def fits(setting: Setting, machine: Machine, spare: float = SPARE_SHARE) -> bool:
+    """Return whether a step has room on a GPU, with this share of its memory to spare."""
+    return setting.memory.total <= machine.memory * (1 - spare)
 
 
 @dataclass(frozen=True)

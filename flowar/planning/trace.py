@@ -12,9 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo.backends.common import aot_autograd
-from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule
 from torch.utils.flop_counter import flop_registry
@@ -98,6 +95,11 @@ class Compiler:
     """A backend of torch.compile that compiles nothing: what a graph would take is noted when it runs."""
 
     def __init__(self) -> None:
+        # Imported here, as each takes its time and plans without compilation need none of them.
+        from torch._dynamo.backends.common import aot_autograd
+        from torch._functorch.partitioners import min_cut_rematerialization_partition
+        from torch._inductor.decomposition import select_decomp_table
+
         self.recorder: Recorder | None = None
         self.backend = aot_autograd(
             fw_compiler=self.compile,
@@ -141,12 +143,11 @@ def trace_step(model: ModelConfig, precision: str, checkpoint_every_blocks: int,
 def _trace_part(shape: ModelConfig, precision: str, every: int, compiled: bool, size: int) -> Trace:
     family = family_of(shape)
     draws = family.draw(shape, torch.Generator())
-    compiler, weights = Compiler(), tuple(family.loss_terms(shape).values())
-    torch._dynamo.reset()
+    weights, compiler = tuple(family.loss_terms(shape).values()), Compiler() if compiled else None
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = family.create(shape)
         blocks = family.blocks(model)
-        if compiled:
+        if compiler:
             compiler.prepare(blocks)
         prepare_blocks(blocks, ParallelConfig(checkpoint_every_blocks=every))
         for parameter in model.parameters():
@@ -159,14 +160,17 @@ def _trace_part(shape: ModelConfig, precision: str, every: int, compiled: bool, 
             with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
                 return weigh(family.losses(model, shape, latents, labels, given), weights)
 
-        if compiled:
+        if compiler:
             forward().backward()
-        recorder = compiler.recorder = Recorder()
+        recorder = Recorder()
+        if compiler:
+            compiler.recorder = recorder
         with recorder:
             loss = forward()
             parted = len(recorder.operations)
             loss.backward()
-    torch._dynamo.reset()
+    if compiler:
+        torch._dynamo.reset()
     return Trace(recorder.operations[:parted], recorder.operations[parted:], recorder.peak)
 
 
@@ -177,8 +181,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 def trace_sampling(shape: ModelConfig, how: DrawConfig, batch_size: int, compiled: bool) -> Trace:
     """Return what drawing the latents of one batch consists of, in the precision of `how`."""
     family = family_of(shape)
-    compiler = Compiler()
-    torch._dynamo.reset()
+    compiler = Compiler() if compiled else None
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = family.create(shape)
         noise = torch.empty(batch_size, *family.noise_shape(shape))
@@ -189,13 +192,14 @@ def trace_sampling(shape: ModelConfig, how: DrawConfig, batch_size: int, compile
         with torch.no_grad(), torch.autocast("cpu", half, enabled=half is not None):
             family.generate(model, labels, noise, how, lambda sizes: noise.new_empty(batch_size, *sizes))
 
-    limits = torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=10000)
-    with limits:
-        if compiled:
-            compiler.prepare(family.blocks(model))
+    recorder = Recorder()
+    if compiler:
+        compiler.prepare(family.blocks(model))
+        with torch._dynamo.config.patch(recompile_limit=1000, accumulated_recompile_limit=10_000):
             draw()
-        recorder = compiler.recorder = Recorder()
-        with recorder:
-            draw()
-    torch._dynamo.reset()
+        compiler.recorder = recorder
+    with recorder:
+        draw()
+    if compiler:
+        torch._dynamo.reset()
     return Trace(recorder.operations, [], recorder.peak)
