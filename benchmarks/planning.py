@@ -29,7 +29,7 @@ from flowar.planning import machines
 from flowar.planning.engines import Layout, memory_of, sizes_of
 from flowar.planning.machines import Machine, busy, find_machine, launch_seconds, operation_seconds
 from flowar.planning.operations import Operation
-from flowar.planning.steps import AVERAGE_BYTES, UPDATE_BYTES, Setting, images_per_s, largest_micro, time_step
+from flowar.planning.steps import AVERAGE_BYTES, UPDATE_BYTES, PlannedStep, images_per_s, largest_micro, time_step
 from flowar.planning.trace import trace_sampling
 
 MEASURED_FILE = Path(__file__).with_name("measured.json")
@@ -51,8 +51,9 @@ def phase_seconds(phase: list[list[Any]], machine: Machine, precision: str) -> f
     """Return how long operations take between which the host waits for nothing; rows are those of measured.json."""
     names = {"m": "matmul", "a": "attention", "o": "other"}
     rows = [(Operation(names[kind], *rest), count) for kind, *rest, count in phase]  # type: ignore[arg-type]
-    on_device = sum(count * operation_seconds(operation, machine, precision) for operation, count in rows)
-    return max(on_device, sum(count * launch_seconds(operation) for operation, count in rows))
+    on_device: float = sum(count * operation_seconds(operation, machine, precision) for operation, count in rows)
+    on_host: float = sum(count * launch_seconds(operation) for operation, count in rows)
+    return max(on_device, on_host)
 
 
 def compared() -> Iterator[tuple[str, float, float, float | None, float | None]]:
@@ -101,11 +102,11 @@ def fit() -> None:
     print(", ".join(f"{name} {value:.3f}" for name, value in zip(names, best.x, strict=True)))
 
 
-def spread(name: str, gpus: int, *, weak: bool) -> Setting:
+def spread(name: str, gpus: int, *, weak: bool) -> PlannedStep:
     """Return a shipped recipe on so many GPUs: its batch, or as many samples on each as on 64."""
     recipe = load_config(PlanConfig, RECIPES[name])
     batch = recipe.batch_size * gpus // 64 if weak else recipe.batch_size
-    setting = Setting.of(dataclasses.replace(recipe, batch_size=batch, micro_batch_size=None), gpus, 8)
+    setting = PlannedStep.of(dataclasses.replace(recipe, batch_size=batch, micro_batch_size=None), gpus, 8)
     return dataclasses.replace(setting, micro=min(recipe.micro_batch_size or setting.micro, setting.micro))
 
 
@@ -154,17 +155,17 @@ def say_predictions() -> None:
     for name in ("flowar-s", "flowar-l", "flowar-h"):
         for compiled in (False, True):
             layout = Layout(ParallelConfig(engine="single", compile=compiled), 1, 1)
-            setting = Setting(variant_config(name), "bf16", 64, 64, 1, layout)
+            setting = PlannedStep(variant_config(name), "bf16", 64, 64, 1, layout)
             setting = dataclasses.replace(setting, micro=largest_micro(setting, H100))
             step = time_step(setting, H100)
             how = f"{'compiled' if compiled else 'eager'}, micro batch {setting.micro}"
             rate = images_per_s(setting, step)
             print(f"| {name}, training, bf16, {how} | {rate:.0f} | {step.device_s:.3f} | {step.launch_s:.3f} |")
     released = DrawConfig(precision="bf16")
-    for what, how in (("released", released), ("fast", dataclasses.replace(released, **PRESETS["fast"]))):
+    for what, draw in (("released", released), ("fast", dataclasses.replace(released, **PRESETS["fast"]))):
         for compiled in (False, True):
-            trace = trace_sampling(variant_config("flowar-l"), how, 64, compiled)
-            took = busy(trace.forward, H100, how.precision)
+            trace = trace_sampling(variant_config("flowar-l"), draw, 64, compiled)
+            took = busy(trace.forward, H100, draw.precision)
             kind = "compiled" if compiled else "eager"
             name = f"flowar-l, sampling ({what}), bf16, {kind}, batch 64"
             print(f"| {name} | {64 / took.total_s:.1f} | {took.device_s:.2f} | {took.launch_s:.2f} |")

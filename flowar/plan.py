@@ -17,7 +17,7 @@ from flowar.planning.engines import collectives_of, sizes_of
 from flowar.planning.machines import Machine, find_machine
 from flowar.planning.runs import DAY_S, Troubles, expect
 from flowar.planning.search import halved, search, way_of, ways_to_fit, with_engine
-from flowar.planning.steps import SPARE_SHARE, Setting, fits, images_per_s, largest_micro, time_step, utilization
+from flowar.planning.steps import SPARE_SHARE, PlannedStep, fits, images_per_s, largest_micro, time_step, utilization
 
 IMAGENET_IMAGES = 1_281_167  # of its training set
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
@@ -56,13 +56,13 @@ def machine_of(config: PlanConfig) -> Machine:
     )
 
 
-def column_of(setting: Setting, machine: Machine, wanted_micro: int | None, num_steps: int) -> dict[str, str]:
+def column_of(setting: PlannedStep, machine: Machine, wanted_micro: int | None, num_steps: int) -> dict[str, str]:
     """Return the cells of one engine."""
     micro = wanted_micro or largest_micro(setting, machine)
     setting = dataclasses.replace(setting, micro=micro or 1)
     memory = setting.memory
     cells = {name: f"{value / GIB:.2f}" for name, value in vars(memory).items()}
-    cells |= {"all of it": f"{memory.total / GIB:.1f}", "micro batch": str(micro) if micro else "none"}
+    cells |= {"all of it": f"{memory.total / GIB:.1f}", "micro batch": f"{setting.micro}"}
     if not fits(setting, machine):
         return cells | {"micro batch": f"{setting.micro}: no room"}
     step = time_step(setting, machine)
@@ -80,7 +80,7 @@ def column_of(setting: Setting, machine: Machine, wanted_micro: int | None, num_
     }
 
 
-def say_run(config: PlanConfig, setting: Setting, machine: Machine, num_steps: int) -> None:
+def say_run(config: PlanConfig, setting: PlannedStep, machine: Machine, num_steps: int) -> None:
     """Print what is to be expected of the run as it is set."""
     memory, layout, room = setting.memory.total / GIB, setting.layout, machine.memory / GIB
     print(f"As set, {way_of(setting)} ({layout.engine}): {memory:.1f} of {room:.0f} GiB on each GPU.")
@@ -107,7 +107,7 @@ def say_run(config: PlanConfig, setting: Setting, machine: Machine, num_steps: i
         print(f"{config.nodes} nodes are {gain:.2f} times as fast as {config.nodes // 2}{verdict}.")
 
 
-def show_search(setting: Setting, machine: Machine, nodes: int, console: Console) -> None:
+def show_search(setting: PlannedStep, machine: Machine, nodes: int, console: Console) -> None:
     """Print the quickest ways to train, and why others have no room."""
     found, refused = search(setting, machine, nodes)
     table = Table("step, s", "images/s", "MFU", "GiB", "parallel. and micro batch", title="The quickest of what fits")
@@ -130,7 +130,7 @@ def main(config: PlanConfig, dry_run: bool = False) -> None:
     machine = machine_of(config)
     num_ranks = config.nodes * config.gpus_per_node
     num_images, source = count_images(config)
-    setting = Setting.of(config, num_ranks, config.gpus_per_node)
+    setting = PlannedStep.of(config, num_ranks, config.gpus_per_node)
     num_steps = config.count_steps(num_images)
     micro = None if config.micro_batch_size is None else setting.micro
     columns = {}

@@ -8,7 +8,7 @@ from flowar.base.files import GIB
 from flowar.config.training import RecipeConfig
 from flowar.planning.machines import Machine
 from flowar.planning.search import ways_to_fit
-from flowar.planning.steps import Setting, fits
+from flowar.planning.steps import PlannedStep, fits
 
 
 def device_memory(device: torch.device) -> int | None:
@@ -36,7 +36,7 @@ def check_room(config: RecipeConfig, world: World) -> None:
 
 def find_problem(config: RecipeConfig, ranks: int, memory: int) -> str | None:
     """Return why a run on so many GPUs has no room, and what to do; or None if it has."""
-    setting = Setting.of(config, ranks, ranks)
+    setting = PlannedStep.of(config, ranks, ranks)
     machine = Machine("", memory, {}, 0, 0, 0, ranks)  # only its memory counts
     if fits(setting, machine, spare=0):
         return None

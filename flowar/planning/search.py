@@ -8,7 +8,7 @@ from flowar.base.files import GIB
 from flowar.config.training import ParallelConfig
 from flowar.planning.engines import Layout
 from flowar.planning.machines import Machine
-from flowar.planning.steps import Setting, StepTime, fits, largest_micro, time_step
+from flowar.planning.steps import PlannedStep, StepTime, fits, largest_micro, time_step
 
 WAYS_TO_COMPUTE = ((0, True), (0, False), (1, True), (1, False))  # recomputed blocks, every n-th; compiled
 MICROS = 3  # of a way, the largest micro batches that fit
@@ -17,7 +17,7 @@ MICROS = 3  # of a way, the largest micro batches that fit
 class Found(NamedTuple):
     """One way to train, and its time."""
 
-    setting: Setting
+    setting: PlannedStep
     step: StepTime
 
 
@@ -35,7 +35,7 @@ def ways_to_share(ranks: int, nodes: int, precision: str) -> Iterator[dict[str, 
         yield {"engine": "deepspeed", "zero_stage": stage}
 
 
-def search(setting: Setting, machine: Machine, nodes: int) -> tuple[list[Found], list[str]]:
+def search(setting: PlannedStep, machine: Machine, nodes: int) -> tuple[list[Found], list[str]]:
     """Return the ways that fit, the quickest first, and for each way that doesn't, what it would need.
 
     Args:
@@ -65,7 +65,7 @@ def search(setting: Setting, machine: Machine, nodes: int) -> tuple[list[Found],
     return sorted(found, key=lambda each: each.step.total), refused
 
 
-def way_of(setting: Setting) -> str:
+def way_of(setting: PlannedStep) -> str:
     """Return in settings how a model is spread and recomputed, as `flowar train` takes them."""
     default, parallel = ParallelConfig(), setting.parallel
     names = [name for name in vars(default) if getattr(parallel, name) != getattr(default, name)]
@@ -80,7 +80,7 @@ def with_engine(parallel: ParallelConfig, name: str) -> ParallelConfig:
     return replace(parallel, engine=name)  # type: ignore[arg-type]
 
 
-def halved(setting: Setting, machine: Machine) -> Setting | None:
+def halved(setting: PlannedStep, machine: Machine) -> PlannedStep | None:
     """Return the same run on half as many nodes, or None if there is none that fits."""
     layout, parallel = setting.layout, setting.parallel
     if layout.ranks % (2 * layout.gpus_per_node):
@@ -94,7 +94,7 @@ def halved(setting: Setting, machine: Machine) -> Setting | None:
     return half if fits(half, machine) else None
 
 
-def ways_to_fit(setting: Setting, machine: Machine) -> list[str]:
+def ways_to_fit(setting: PlannedStep, machine: Machine) -> list[str]:
     """Return settings with which a step that has no room would have it, the gentlest first."""
     found = []
     if micro := largest_micro(setting, machine):

@@ -23,7 +23,7 @@ UPDATE_BYTES, AVERAGE_BYTES = 4 + 8 + 28, 12
 
 
 @dataclass(frozen=True)
-class Setting:
+class PlannedStep:
     """What is imagined: a training step of a model, spread over GPUs."""
 
     model: ModelConfig
@@ -34,12 +34,12 @@ class Setting:
     layout: Layout
 
     @staticmethod
-    def of(config: RecipeConfig, ranks: int, gpus_per_node: int) -> "Setting":
+    def of(config: RecipeConfig, ranks: int, gpus_per_node: int) -> "PlannedStep":
         """Return that of a run on so many ranks; its micro batch is the one that the run would take."""
         micro = split_batch(config.batch_size, config.micro_batch_size, ranks)
         layout = Layout(config.parallel, ranks, min(ranks, gpus_per_node))
         averages = len(average_names(config.ema))
-        return Setting(config.model, config.precision, config.batch_size, micro, averages, layout)
+        return PlannedStep(config.model, config.precision, config.batch_size, micro, averages, layout)
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -65,7 +65,7 @@ class Setting:
         return memory_of(self.layout, sizes_of(self.model), self.averages, self.parts, max(0, peak))
 
 
-def fits(setting: Setting, machine: Machine, spare: float = SPARE_SHARE) -> bool:
+def fits(setting: PlannedStep, machine: Machine, spare: float = SPARE_SHARE) -> bool:
     """Return whether a step has room on a GPU, with this share of its memory to spare."""
     return setting.memory.total <= machine.memory * (1 - spare)
 
@@ -87,7 +87,7 @@ class StepTime:
         return self.forward_s + self.backward_s + self.update_s
 
 
-def time_step(setting: Setting, machine: Machine) -> StepTime:
+def time_step(setting: PlannedStep, machine: Machine) -> StepTime:
     """Return how long a step takes.
 
     Computation and communication run beside each other, each pass as long as the longer of the two; the first gather of
@@ -111,7 +111,7 @@ def time_step(setting: Setting, machine: Machine) -> StepTime:
     return StepTime(passes["forward"], passes["backward"], update, device, launch, sum(map(sum, sent.values())))
 
 
-def update_seconds(setting: Setting, machine: Machine) -> float:
+def update_seconds(setting: PlannedStep, machine: Machine) -> float:
     """Return how long clipping, AdamW and averages take, and the one sum over all ranks before them."""
     layout, sizes = setting.layout, sizes_of(setting.model)
     is_shared = layout.engine not in ("single", "ddp")
@@ -121,18 +121,18 @@ def update_seconds(setting: Setting, machine: Machine) -> float:
     return agreeing + READ_S + max(moved / machine.bytes_per_s, BOOKKEEPING_S * len(sizes.tensors))
 
 
-def images_per_s(setting: Setting, step: StepTime) -> float:
+def images_per_s(setting: PlannedStep, step: StepTime) -> float:
     """Return how many images all GPUs together train on in a second."""
     return setting.batch_size * setting.model.images_per_sample / step.total
 
 
-def utilization(setting: Setting, step: StepTime, machine: Machine) -> float:
+def utilization(setting: PlannedStep, step: StepTime, machine: Machine) -> float:
     """Return the MFU: useful FLOPs over what the GPUs could do."""
     rate = images_per_s(setting, step) * count_training_flops(setting.model)
     return rate / (setting.layout.ranks * machine.matmul[setting.precision])
 
 
-def largest_micro(setting: Setting, machine: Machine) -> int:
+def largest_micro(setting: PlannedStep, machine: Machine) -> int:
     """Return the largest micro batch that fits, a divisor of a rank's share of the batch; 0: none."""
     share = setting.batch_size // setting.layout.ranks
     sizes = (n for n in range(share, 0, -1) if share % n == 0)

@@ -20,7 +20,7 @@ from flowar.planning.machines import collective_seconds, find_machine
 from flowar.planning.room import device_memory
 from flowar.planning.runs import Troubles, expect
 from flowar.planning.search import search, way_of
-from flowar.planning.steps import Setting, largest_micro, time_step
+from flowar.planning.steps import PlannedStep, largest_micro, time_step
 from flowar.planning.trace import trace_step
 from tests.conftest import MORE, tiny_config, training
 from tests.processes import fork_context, join, start_ranks
@@ -86,14 +86,20 @@ def test_the_largest_model_on_64_ranks_is_shared_out_evenly():
 
 @pytest.mark.parametrize(
     ("settings", "parts"),
-    [({}, 2), ({"fsdp_reshard": False}, 1), ({"fsdp_bf16": True}, 2), ({"fsdp_sync_once": True}, 2)],
+    [
+        ({}, 2),
+        ({"fsdp_reshard": False}, 1),
+        ({"fsdp_bf16": True}, 2),
+        ({"fsdp_sync_once": True}, 2),
+        ({"replicas": 8}, 1),
+    ],
 )
 def test_planned_collectives_are_those_of_fsdp(settings, parts):
     model = dataclasses.replace(narrow(variant_config("flowar-h")), ar_depth=4, flow_depth=3)
     parallel = ParallelConfig(engine="fsdp", **settings)
     planned = collectives_of(Layout(parallel, 64, 8), sizes_of(model), parts)
     found = count_collectives(parallel, model, parts=parts)
-    names = {"all_gather": "allgather", "reduce_scatter": "reduce_scatter"}
+    names = {"all_gather": "allgather", "reduce_scatter": "reduce_scatter", "all_reduce": "allreduce float32"}
     for kind, word in names.items():
         calls, size = (sum(found[key][place] for key in found if key.startswith(word)) for place in (0, 1))
         ours = [each.size for each in planned if each.kind == kind]
@@ -170,7 +176,7 @@ def test_failures_and_saves_cost_what_young_and_daly_say():
 
 def test_a_search_gives_the_quickest_first_and_says_what_has_no_room(uncompiled):
     config = tiny_plan(nodes=2)
-    setting = Setting.of(config, 4, 2)
+    setting = PlannedStep.of(config, 4, 2)
     found, refused = search(setting, H100, 2)
     assert not refused and [way.step.total for way in found] == sorted(way.step.total for way in found)
     assert {way.setting.layout.engine for way in found} == {"ddp", "fsdp", "zero1", "zero2", "zero3"}
@@ -188,7 +194,7 @@ def test_training_refuses_before_anything_is_there_what_has_no_room(
 ):
     config = training(shards, tmp_path / "run", epochs=1, micro_batch_size=8)
     config = dataclasses.replace(config, parallel=ParallelConfig(check_memory=not is_tried_all_the_same))
-    need = Setting.of(config, 1, 1).memory.total
+    need = PlannedStep.of(config, 1, 1).memory.total
     monkeypatch.setattr(room, "device_memory", lambda device: need - 1)
     if is_tried_all_the_same:
         train.main(config)
@@ -206,7 +212,7 @@ def test_training_refuses_before_anything_is_there_what_has_no_room(
 @pytest.mark.parametrize("name", ["l", "h"])
 def test_the_shipped_recipes_are_for_64_gpus_and_fit(name):
     config = load_config(PlanConfig, planning.RECIPES[name])
-    setting = Setting.of(config, 64, 8)
+    setting = PlannedStep.of(config, 64, 8)
     assert (setting.micro, setting.parts, setting.precision, setting.parallel.compile) == (32, 1, "bf16", True)
     header = planning.RECIPES[name].read_text()
     assert setting.layout.engine == {"l": "ddp", "h": "fsdp"}[name] and "search=true" in header
