@@ -59,7 +59,7 @@ def phase_seconds(phase: list[list[Any]], machine: Machine, precision: str) -> f
 def compared() -> Iterator[tuple[str, float, float, float | None, float | None]]:
     """Yield what was measured: its name, images/s planned and measured, GiB planned and measured."""
     sizes = sizes_of(variant_config("flowar-l"))
-    updating = sizes.total * (UPDATE_BYTES + AVERAGE_BYTES) / H100.bytes_per_s
+    updating = sizes.total * (UPDATE_BYTES + AVERAGE_BYTES) / (H100.bytes_per_s * machines.LARGE_COPY_SHARE)
     for run in measured_runs():
         for found in run["measured"]:
             seconds = sum(phase_seconds(phase, H100, found["precision"]) for phase in run["phases"])

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 DAY_S = 86400
 STAGING_BYTES_PER_S = 2e9  # from a GPU to the memory of its host, which is not pinned; assumed
+LEAST_SAVE_S = 0.5  # of any save, on the host; assumed
 CHECKPOINT_COPIES = 3  # weights and AdamW's two moments; averages come on top
 
 
@@ -47,7 +48,8 @@ def expect(working_s: float, weights: int, averages: int, writers: int, troubles
         troubles: what happens.
     """
     size = 4 * weights * (CHECKPOINT_COPIES + averages)
-    save_s, written_s = size / writers / STAGING_BYTES_PER_S, size / troubles.save_bytes_per_s
+    save_s = max(LEAST_SAVE_S, size / writers / STAGING_BYTES_PER_S)
+    written_s = size / troubles.save_bytes_per_s
     between_s = DAY_S * troubles.node_mtbf_days / troubles.nodes
     interval = max(math.sqrt(2 * save_s * between_s), written_s)
     saving = save_s / interval

@@ -7,7 +7,7 @@ from flowar.config.models import ModelConfig
 from flowar.config.training import ParallelConfig, RecipeConfig
 from flowar.models.costs import count_training_flops
 from flowar.planning.engines import Layout, Memory, collectives_of, memory_of, seconds_of, sizes_of
-from flowar.planning.machines import Machine, busy, collective_seconds
+from flowar.planning.machines import LARGE_COPY_SHARE, Machine, busy, collective_seconds
 from flowar.planning.trace import StepTrace, trace_step
 from flowar.training.averages import average_names
 from flowar.training.setup import split_batch
@@ -18,6 +18,7 @@ COLLECTIVE_LAUNCH_S = 1e-4  # of the host for each, with FSDP2's hooks; assumed
 BOOKKEEPING_S = 14e-6  # of the host for each weight between two steps: benchmarks/host.py, 8.3 ms for FlowAR-H
 READ_S = 1e-4  # the host waits for losses and norm, and the GPU for the host
 SMALL = 256  # bytes of losses and norm
+SENDING_ONCE = ("ddp", "zero1")  # reduce the gradients of all parts in the last one's backward pass
 # Bytes for each number of this GPU: norm, clipping, AdamW; and for each that an average follows.
 UPDATE_BYTES, AVERAGE_BYTES = 4 + 8 + 28, 12
 
@@ -61,7 +62,7 @@ class PlannedStep:
         """What it takes of each GPU."""
         peak = self.trace.peak(self.micro)
         if self.layout.engine == "fsdp" and self.parallel.fsdp_bf16:  # blocks are gathered so, not cast and kept
-            peak -= min(self.trace.peak(0), 2 * sum(sizes_of(self.model).blocks))
+            peak -= min(max(0, self.trace.peak(0)), 2 * sum(sizes_of(self.model).blocks))
         return memory_of(self.layout, sizes_of(self.model), self.averages, self.parts, max(0, peak))
 
 
@@ -90,8 +91,9 @@ class StepTime:
 def time_step(setting: PlannedStep, machine: Machine) -> StepTime:
     """Return how long a step takes.
 
-    Computation and communication run beside each other, each pass as long as the longer of the two; the first gather of
-    a forward pass and the last reduction of a backward pass have nothing beside them.
+    Computation and communication run beside each other, each pass as long as the longer of the two (engines that send
+    once: the last part's); the first gather of a forward pass and the last reduction of a backward pass have nothing
+    beside them.
     """
     layout, sizes = setting.layout, sizes_of(setting.model)
     sent: dict[str, list[float]] = defaultdict(list)
@@ -103,9 +105,10 @@ def time_step(setting: PlannedStep, machine: Machine) -> StepTime:
         work, messages = busy(operations, machine, setting.precision), sent[name]
         on_host = setting.parts * work.launch_s + len(messages) * COLLECTIVE_LAUNCH_S
         computing = max(setting.parts * work.total_s, on_host)
-        slowed = computing + SLOWED_SHARE * min(computing, sum(messages))
+        beside = computing / setting.parts if name == "backward" and layout.engine in SENDING_ONCE else computing
+        slowed = beside + SLOWED_SHARE * min(beside, sum(messages))
         alone = (messages[0] if name == "forward" else messages[-1]) if messages else 0.0
-        passes[name] = max(slowed, sum(messages)) + alone
+        passes[name] = computing - beside + max(slowed, sum(messages)) + alone
         device, launch = device + setting.parts * work.device_s, launch + on_host
     update = update_seconds(setting, machine) + sum(sent["update"])
     return StepTime(passes["forward"], passes["backward"], update, device, launch, sum(map(sum, sent.values())))
@@ -116,9 +119,10 @@ def update_seconds(setting: PlannedStep, machine: Machine) -> float:
     layout, sizes = setting.layout, sizes_of(setting.model)
     is_shared = layout.engine not in ("single", "ddp")
     own = sizes.total // (layout.ranks // layout.replicas) if is_shared else sizes.total
-    moved = UPDATE_BYTES * own + AVERAGE_BYTES * setting.averages * sizes.total / layout.ranks
+    followed = own if layout.engine == "fsdp" else sizes.total // layout.ranks
+    moved = UPDATE_BYTES * own + AVERAGE_BYTES * setting.averages * followed
     agreeing = collective_seconds("all_reduce", SMALL, layout.ranks, layout.per_node, machine, layout.per_node)
-    return agreeing + READ_S + max(moved / machine.bytes_per_s, BOOKKEEPING_S * len(sizes.tensors))
+    return agreeing + READ_S + max(moved / (machine.bytes_per_s * LARGE_COPY_SHARE), BOOKKEEPING_S * len(sizes.tensors))
 
 
 def images_per_s(setting: PlannedStep, step: StepTime) -> float:
