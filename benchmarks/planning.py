@@ -3,7 +3,7 @@
 python -m benchmarks.planning measured               plan beside measured: seconds
 python -m benchmarks.planning fit                    the four constants again, from the measured speeds
 python -m benchmarks.planning scaling [--picture F]  strong and weak scaling, 8 to 512 GPUs: minutes
-python -m benchmarks.planning predictions            speeds of one H100 that nobody measured: minutes
+python -m benchmarks.planning predictions            speeds of one H100 that nobody measured: ten minutes
 
 measured.json holds the operations of the code that was measured, counted as planning/trace.py does; later code does
 less, so that its speed is a prediction.
