@@ -12,8 +12,9 @@ from flowar import plan, train
 from flowar.base.distributed import World
 from flowar.base.errors import UserError
 from flowar.config.load import load_config
-from flowar.config.models import variant_config
+from flowar.config.models import ARFlowConfig, variant_config
 from flowar.config.training import EMAConfig, ParallelConfig, PlanConfig, PlannedDataConfig
+from flowar.models.costs import count_training_flops
 from flowar.planning import room, steps
 from flowar.planning.engines import Layout, collectives_of, memory_of, seconds_of, sizes_of
 from flowar.planning.machines import collective_seconds, find_machine
@@ -134,6 +135,13 @@ def test_memory_grows_with_the_batch_and_shrinks_with_recomputation_and_bfloat16
     assert again.peak(9) - again.peak(8) < 0.6 * sample
     flops = [sum(each.flops for each in part.forward + part.backward) for part in (whole.at(16), again.at(16))]
     assert 1.2 * flops[0] < flops[1] < 1.4 * flops[0]
+
+
+def test_the_images_of_a_sample_are_all_computed():
+    model = ARFlowConfig(variant="custom", depth=2, width=64, heads=2, images_per_sample=5)
+    part = trace_step(model, "fp32", 0, False).at(16)
+    flops = sum(operation.flops for operation in part.forward + part.backward)
+    assert flops == pytest.approx(count_training_flops(model) * 5 * 16, rel=0.1)  # a kernel of attention does more
 
 
 @pytest.mark.slow
