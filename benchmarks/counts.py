@@ -37,9 +37,9 @@ import torch
 from torch._inductor import compile_fx, metrics
 
 import flowar
-from flowar.bench import Tally
 from flowar.config.models import ARFlowConfig, FlowARConfig, ModelConfig, variant_config
 from flowar.models.build import family_of
+from flowar.models.tally import Tally
 
 API: Any = flowar  # its names are imported when first used, so their types are not known
 COUNTS_FILE = Path(__file__).with_name("counts.txt")

@@ -46,6 +46,7 @@ from flowar.config.models import FlowARConfig, variant_config
 from flowar.config.training import OptimConfig, ParallelConfig, PreviewConfig, TrainConfig
 from flowar.latents.vae import MAR_CONFIG, VAE
 from flowar.models.build import create_model, family_of
+from flowar.models.tally import Tally
 
 TIMEOUT_S = 480
 TINY_MODEL = FlowARConfig(
@@ -227,7 +228,7 @@ def waits_of(work: Callable[[], object], device: torch.device) -> Result:
         if device.type == "cuda":
             torch.cuda.set_sync_debug_mode("warn")
             stack.callback(torch.cuda.set_sync_debug_mode, "default")
-        tally = stack.enter_context(bench.Tally())
+        tally = stack.enter_context(Tally())
         work()
     places = Counter(f"{w.filename}:{w.lineno}" for w in caught if "called a synchronizing" in str(w.message))
     return {"reads": tally.reads, "synchronizing": dict(places)}

@@ -64,7 +64,7 @@ VERBS = {
     ),
     "plan": Verb(
         "flowar.plan:main", PlanConfig, "memory, communication and time of a run, before renting anything",
-        "flowar plan configs/train/flowar_h.yaml nodes=8 gpu=H100",
+        "flowar plan configs/train/flowar_h.yaml nodes=8 search=true",
     ),
     "replay": Verb(
         "flowar.replay:main", ReplayConfig, "repeat a step that training skipped, on one process",

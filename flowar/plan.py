@@ -1,170 +1,32 @@
-"""`flowar plan`: memory, communication and time of a training run, before anything is rented.
+"""`flowar plan`: memory, time and days of a training run, before anything is rented. Simulated, and said so.
 
-Bytes of weights, gradients, optimizer and averages are those of the real sharding code, run on tensors without memory
-in a process group without processes. Activations are what autograd keeps of one sample, counted on fake tensors. Rates
-are assumed, and said so. Read next: parallel.py.
+What is computed is traced on tensors without memory, what is sent follows from the engines, and rates from data sheets,
+of which one H100 said what share is reached. Read next: planning/steps.py.
 """
 
-from dataclasses import dataclass
+import dataclasses
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from flowar.base.devices import PEAK_TFLOPS, table_tflops
-from flowar.base.errors import UserError
 from flowar.base.files import GIB
-from flowar.config.training import ParallelConfig, PlanConfig
+from flowar.config.training import PlanConfig
 from flowar.latents.schema import read_passport
-from flowar.models.build import family_of
-from flowar.models.costs import count_training_flops
-from flowar.models.family import weigh
-from flowar.training.averages import average_names
-from flowar.training.engine import prepare_blocks
-from flowar.training.setup import split_batch
-from flowar.training.torch_engine import make_mesh, shard_model
-from flowar.training.zero_engine import BUCKET_SIZE as ZERO_BUCKET
+from flowar.planning.engines import collectives_of, sizes_of
+from flowar.planning.machines import Machine, find_machine
+from flowar.planning.runs import DAY_S, Troubles, expect
+from flowar.planning.search import halved, search, way_of, ways_to_fit, with_engine
+from flowar.planning.steps import SPARE_SHARE, PlannedStep, fits, images_per_s, largest_micro, time_step, utilization
 
-FLOAT32 = 4  # bytes
-SPARE_SHARE = 0.1  # of a GPU's memory: allocator, NCCL, cuBLAS
 IMAGENET_IMAGES = 1_281_167  # of its training set
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
-
-
+BEST = 8  # of a search
+PAYING = 1.5  # times as fast must twice the GPUs be
 ROWS = (
-    "weights", "gradients", "optimizer", "averages", "gathered", "copies", "a sample", "largest micro batch",
-    "sent in a step", "step, seconds", "run, days",
+    "weights", "gradients", "optimizer", "averages", "gathered", "activations", "all of it", "micro batch",
+    "collectives", "GB sent", "sending, s", "GPU, s", "host, s", "step, s", "images/s", "MFU", "days",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one GPU."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    averages: int
-    gathered: int  # whole weights and gradients of what is being computed
-
-    @property
-    def fixed(self) -> int:
-        """What doesn't depend on the batch."""
-        return self.weights + self.gradients + self.optimizer + self.averages + self.gathered
-
-
-def count_weights(config: PlanConfig) -> tuple[int, int]:
-    """Return the number of weights, and that of the largest block."""
-    family = family_of(config.model)
-    with torch.device("meta"):
-        model = family.create(config.model)
-    return count(model), max(count(block) for block in family.blocks(model))
-
-
-def count(module: torch.nn.Module) -> int:
-    """Return the number of weights of a module, on this rank where they are shared out."""
-    return sum(getattr(p, "_local_tensor", p).numel() for p in module.parameters())
-
-
-def shard_size(config: PlanConfig, num_ranks: int) -> int:
-    """Return how many weights rank 0 has under FSDP2: the real sharding, with a process group that has no processes."""
-    if dist.is_initialized():
-        raise UserError("`flowar plan` imagines its processes; start it once, without a launcher")
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=num_ranks)
-    try:
-        mesh = make_mesh("cpu", num_ranks, config.parallel.replicas)
-        family = family_of(config.model)
-        with torch.device("meta"):
-            model = family.create(config.model)
-        shard_model(model, family.blocks(model), mesh, config.parallel)
-        return count(model)
-    finally:
-        dist.destroy_process_group()
-
-
-def memory_of(engine: str, config: PlanConfig, num_ranks: int) -> Memory:
-    """Return the bytes on one GPU that don't depend on the batch."""
-    total, block = count_weights(config)
-    part = shard_size(config, num_ranks) if engine == "fsdp" else -(-total // num_ranks)
-    averages = len(average_names(config.ema))
-    weights, gradients, optimizer = {
-        "ddp": (total, total, 2 * total),
-        "fsdp": (part, part, 2 * part),
-        "zero1": (total + part, total, 2 * part),  # the flat float32 copy of its part that DeepSpeed keeps
-        "zero2": (total + part, part, 2 * part),
-        "zero3": (2 * part, part, 2 * part),
-    }[engine]
-    gathered = gathered_numbers(engine, config.parallel, total, block)
-    followed = averages * (part if engine == "fsdp" else -(-total // num_ranks))
-    return Memory(*(FLOAT32 * numbers for numbers in (weights, gradients, optimizer, followed, gathered)))
-
-
-def gathered_numbers(engine: str, parallel: ParallelConfig, total: int, block: int) -> int:
-    """Return how many float32 numbers, or as much as them, a GPU holds of others' weights and gradients at a time."""
-    if engine == "ddp":
-        return 0
-    if engine in ("zero1", "zero2"):
-        return 2 * min(ZERO_BUCKET, total)  # one is filled while the other one is sent
-    if engine == "zero3":
-        return 3 * block  # this block, the next one, this one's gradients
-    weights = (2 + parallel.fsdp_prefetch) * block if parallel.fsdp_reshard else total
-    gradients = total if parallel.fsdp_sync_once else block
-    return (weights // 2 if parallel.fsdp_bf16 else weights) + gradients
-
-
-def activation_bytes(config: PlanConfig) -> tuple[int, int]:
-    """Return what autograd keeps for the backward pass, weights aside: of each sample, and whatever the batch.
-
-    The latter are the bfloat16 copies of the weights that autocast makes.
-    """
-    one, two = (kept_bytes(config, size) for size in (1, 2))
-    return two - one, one - (two - one)
-
-
-def kept_bytes(config: PlanConfig, batch_size: int) -> int:
-    """Return what autograd keeps of a forward pass, weights aside, as precision and recomputation say."""
-    shape, family = config.model, family_of(config.model)
-    draws = family.draw(shape, torch.Generator())
-    kept: dict[int, int] = {}
-    with FakeTensorMode():
-        model = family.create(shape)  # without dropout: on a CPU attention with it keeps much more
-        prepare_blocks(family.blocks(model), config.parallel)
-        own = {id(p.untyped_storage()) for p in model.parameters()}
-
-        def keep(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if id(storage) not in own:
-                kept[id(storage)] = storage.nbytes()
-            holders.append(tensor)  # or its storage's id could be given to another one
-            return tensor
-
-        holders: list[torch.Tensor] = []
-        latents = torch.empty(batch_size * shape.images_per_sample, *shape.latent_shape)
-        labels = torch.zeros(batch_size, dtype=torch.int64)
-        empty = {name: torch.empty(batch_size, *tensor.shape) for name, tensor in draws.items()}
-        enabled = config.precision == "bf16"
-        with (
-            torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
-            torch.autocast("cpu", torch.bfloat16, enabled=enabled),
-        ):
-            losses = family.losses(model, shape, latents, labels, empty)
-            weigh(losses, family.loss_terms(shape).values())
-    return sum(kept.values())
-
-
-def sent_bytes(engine: str, config: PlanConfig, num_ranks: int, parts: int) -> int:
-    """Return the bytes that one GPU sends in a step: a gather, a scatter, half an all-reduce send (N - 1) / N."""
-    total, _ = count_weights(config)
-    # ZeRO 1 and 2 all-reduce buckets that belong to several ranks, and gather the weights once.
-    passes: float = {"ddp": 2, "fsdp": 0, "zero1": 3, "zero2": 1 + 2 * parts, "zero3": 3 * parts}[engine]
-    if engine == "fsdp":
-        gathers = parts * (2 if config.parallel.fsdp_reshard else 1) * (0.5 if config.parallel.fsdp_bf16 else 1)
-        passes = gathers + (1 if config.parallel.fsdp_sync_once else parts)
-    return int(FLOAT32 * total * passes * (num_ranks - 1) / num_ranks)
 
 
 def count_images(config: PlanConfig) -> tuple[int, str]:
@@ -182,68 +44,116 @@ def count_images(config: PlanConfig) -> tuple[int, str]:
     return IMAGENET_IMAGES, f"ImageNet's, as {why}; num_images=... sets another number"
 
 
+def machine_of(config: PlanConfig) -> Machine:
+    """Return the machine that the settings name."""
+    return find_machine(
+        config.gpu,
+        config.gpus_per_node,
+        config.rail_gb_per_s,
+        memory_gib=config.memory_gib,
+        peak_tflops=config.peak_tflops,
+        memory_gb_per_s=config.memory_gb_per_s,
+    )
+
+
+def column_of(setting: PlannedStep, machine: Machine, wanted_micro: int | None, num_steps: int) -> dict[str, str]:
+    """Return the cells of one engine."""
+    micro = wanted_micro or largest_micro(setting, machine)
+    setting = dataclasses.replace(setting, micro=micro or 1)
+    memory = setting.memory
+    cells = {name: f"{value / GIB:.2f}" for name, value in vars(memory).items()}
+    cells |= {"all of it": f"{memory.total / GIB:.1f}", "micro batch": f"{setting.micro}"}
+    if not fits(setting, machine):
+        return cells | {"micro batch": f"{setting.micro}: no room"}
+    step = time_step(setting, machine)
+    sent = collectives_of(setting.layout, sizes_of(setting.model), setting.parts)
+    return cells | {
+        "collectives": f"{len(sent):,}",
+        "GB sent": f"{sum(each.size * (2 if each.kind == 'all_reduce' else 1) for each in sent) / 1e9:.1f}",
+        "sending, s": f"{step.sent_s:.3f}",
+        "GPU, s": f"{step.device_s:.3f}",
+        "host, s": f"{step.launch_s:.3f}",
+        "step, s": f"{step.total:.3f}",
+        "images/s": f"{images_per_s(setting, step):,.0f}",
+        "MFU": f"{utilization(setting, step, machine):.1%}",
+        "days": f"{num_steps * step.total / DAY_S:.1f}",
+    }
+
+
+def say_run(config: PlanConfig, setting: PlannedStep, machine: Machine, num_steps: int) -> None:
+    """Print what is to be expected of the run as it is set."""
+    memory, layout, room = setting.memory.total / GIB, setting.layout, machine.memory / GIB
+    print(f"As set, {way_of(setting)} ({layout.engine}): {memory:.1f} of {room:.0f} GiB on each GPU.")
+    if not fits(setting, machine):
+        print("That has no room: set " + ", or ".join(ways_to_fit(setting, machine)) + ".")
+        return
+    step = time_step(setting, machine)
+    writers = 1 if layout.engine == "single" else layout.ranks // layout.replicas
+    troubles = Troubles(
+        config.nodes, config.node_mtbf_days, config.preemptions_per_day, config.restart_s, config.save_gb_per_s * 1e9
+    )
+    run = expect(num_steps * step.total, sizes_of(setting.model).total, setting.averages, writers, troubles)
+    print(
+        f"{num_steps:,} steps of {step.total:.3f} s are {num_steps * step.total / DAY_S:.1f} days; expected "
+        f"{run.days:.1f}, {run.goodput:.1%} of them in steps that last: {run.failures:.1f} failures, and "
+        f"{config.preemptions_per_day:g} preemptions a day. Best saved every {run.save_every_s / 60:.0f} minutes, "
+        f"save_every_steps={max(1, round(run.save_every_s / step.total))} (set: {config.save_every_steps}); a save "
+        f"stops training for {run.save_s:.1f} s and is written after {run.written_s:.0f} s."
+    )
+    half = halved(setting, machine)
+    if half is not None:
+        gain = time_step(half, machine).total / step.total
+        verdict = "" if gain >= PAYING else f": twice the GPUs don't pay, take nodes={config.nodes // 2}"
+        print(f"{config.nodes} nodes are {gain:.2f} times as fast as {config.nodes // 2}{verdict}.")
+
+
+def show_search(setting: PlannedStep, machine: Machine, nodes: int, console: Console) -> None:
+    """Print the quickest ways to train, and why others have no room."""
+    found, refused = search(setting, machine, nodes)
+    table = Table("step, s", "images/s", "MFU", "GiB", "parallel. and micro batch", title="The quickest of what fits")
+    for way in found[:BEST]:
+        table.add_row(
+            f"{way.step.total:.3f}",
+            f"{images_per_s(way.setting, way.step):,.0f}",
+            f"{utilization(way.setting, way.step, machine):.1%}",
+            f"{way.setting.memory.total / GIB:.0f}",
+            way_of(way.setting),
+        )
+    console.print(table)
+    print(f"{len(found)} ways fit." + "".join(f"\nNo room: {each}." for each in refused))
+
+
 def main(config: PlanConfig, dry_run: bool = False) -> None:
     """Print the tables."""
     if dry_run:
         return
+    machine = machine_of(config)
     num_ranks = config.nodes * config.gpus_per_node
-    peak = config.peak_tflops
-    if peak is None:
-        peak = table_tflops(config.gpu, config.precision)
-    elif peak <= 0:
-        raise UserError(f"peak_tflops={peak:g} must be above 0")
-    if peak is None:
-        raise UserError(
-            f"gpu={config.gpu} is not in the table: {', '.join(name for name, _ in PEAK_TFLOPS)}; give one of these, "
-            "or this one's numbers from its data sheet, for example peak_tflops=71 memory_gib=24 (dense TFLOP/s in "
-            f"{config.precision})"
-        )
     num_images, source = count_images(config)
-    split_batch(config.batch_size, config.micro_batch_size, num_ranks)
-    total, _ = count_weights(config)
-    activations, copies = activation_bytes(config)
-    share = config.batch_size // num_ranks
-    flops = count_training_flops(config.model) * (4 / 3 if config.parallel.checkpoint_every_blocks == 1 else 1)
-    compute_s = flops * config.model.images_per_sample * share / (peak * 1e12 * config.assumed_mfu)
-    steps = config.count_steps(num_images)
-    console = Console()
-    machines = f"{config.nodes} x {config.gpus_per_node} {config.gpu}"
-    rows: dict[str, list[str]] = {}
-    best = None
-    for engine in ENGINES:
-        memory = memory_of(engine, config, num_ranks)
-        room = config.memory_gib * GIB * (1 - SPARE_SHARE) - memory.fixed - copies
-        micro = max((n for n in range(1, share + 1) if share % n == 0 and n * activations <= room), default=0)
-        cells = {name: f"{value / GIB:.2f}" for name, value in (vars(memory) | {"copies": copies}).items()}
-        cells |= {"a sample": f"{activations / GIB:.3f}", "largest micro batch": f"{micro}" if micro else "none"}
-        step_s = compute_s
-        if micro:
-            sent = sent_bytes(engine, config, num_ranks, share // micro)
-            if num_ranks > 1:
-                step_s = max(compute_s, sent / (config.assumed_gb_per_s * 1e9))
-            cells |= {"sent in a step": f"{sent / GIB:.1f}", "step, seconds": f"{step_s:.2f}"}
-            cells |= {"run, days": f"{steps * step_s / 86400:.1f}"}
-        for name in ROWS:
-            rows.setdefault(name, []).append(cells.get(name, "-"))
-        if not micro:
-            continue
-        if best is None or step_s < best[1]:
-            best = (engine, step_s)
+    setting = PlannedStep.of(config, num_ranks, config.gpus_per_node)
+    num_steps = config.count_steps(num_images)
+    micro = None if config.micro_batch_size is None else setting.micro
+    columns = {}
+    for name in ENGINES if num_ranks > 1 else ("single",):
+        layout = dataclasses.replace(setting.layout, parallel=with_engine(setting.parallel, name))
+        columns[name] = column_of(dataclasses.replace(setting, layout=layout), machine, micro, num_steps)
+    total = sizes_of(config.model).total
     table = Table(
-        "GiB per GPU", *ENGINES,
-        title=f"{config.model.variant}, {total / 1e6:,.0f} M weights, on {machines}",
+        "GiB per GPU", *columns,
+        title=f"{config.model.variant}, {total / 1e6:,.0f} M, on {config.nodes} x {config.gpus_per_node} {config.gpu}",
     )  # fmt: skip
-    for name, row in rows.items():
-        table.add_row(name, *row)
+    for row in ROWS:
+        table.add_row(row, *(cells.get(row, "-") for cells in columns.values()))
+    console = Console()
     console.print(table)
     print(f"Trained on {num_images:,} images ({source}), {config.epochs:g} epochs of them.")
+    if config.micro_batch_size is None and (largest := largest_micro(setting, machine)):
+        setting = dataclasses.replace(setting, micro=largest)
+    say_run(config, setting, machine, num_steps)
+    if config.search:
+        show_search(setting, machine, config.nodes, console)
     print(
-        "Counted: weights, gradients, optimizer, averages (float32; fsdp by torch's own sharding), bfloat16 copies of "
-        f"weights, and what autograd keeps of a sample ({config.precision}). Assumed: {config.assumed_mfu:.0%} of "
-        f"{peak:g} TFLOP/s, {config.assumed_gb_per_s:g} GB/s between GPUs hidden behind the computation, "
-        f"{SPARE_SHARE:.0%} of the memory spare. No GPU was measured."
+        f"Simulated, precision={config.precision}: GPU and host from the operations of a step and the rates of data "
+        "sheets, of which one H100 reached what is assumed here; communication by NCCL's own table. Memory agreed with "
+        f"that H100 to 3%; {SPARE_SHARE:.0%} are left free. Several GPUs were not measured: benchmarks/README.md."
     )
-    if best is None:
-        print("No engine fits: set parallel.checkpoint_every_blocks=1, or use more or larger GPUs.")
-    else:
-        print(f"Suggested: {best[0]} (the first of the quickest), {steps:,} steps of {best[1]:.2f} s.")

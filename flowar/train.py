@@ -35,6 +35,7 @@ from flowar.latents.batches import Batch, read_batches
 from flowar.models.build import create_model
 from flowar.models.costs import count_parameters, count_training_flops
 from flowar.models.layers import set_attention
+from flowar.planning.room import check_room
 from flowar.training.averages import EMA
 from flowar.training.checkpoint import (
     CheckpointContents,
@@ -67,7 +68,9 @@ def main(config: TrainConfig, dry_run: bool = False) -> None:
     device = pick_device(config.device)
     check_attention(config.attention, device)
     if dry_run:
-        plan_run(config, World(0, world_size(), device, None))
+        world = World(0, world_size(), device, None)
+        plan_run(config, world)
+        check_room(config, world)
         parameters = count_parameters(config.model)["total"]
         print(f"{config.model.variant}: {parameters / 1e6:.1f} M parameters; dry run, nothing was written")
         return
@@ -103,6 +106,7 @@ def train(config: TrainConfig, world: World) -> None:
     """Do what `main` does, within a started world."""
     # Set up.
     run = plan_run(config, world)
+    check_room(config, world)
     run_dir, passport = Path(config.run_dir), run.shards.passport
     owner = broadcast_object(prepare_run_dir(run_dir, passport) if world.is_main else None)
     assert owner is not None

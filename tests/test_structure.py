@@ -21,7 +21,7 @@ LAYERS = [
     {"flowar.latents"},
     {"flowar.models"},
     {"flowar.sampling", "flowar.training"},
-    {"flowar.evaluation"},
+    {"flowar.evaluation", "flowar.planning"},
     {VERBS},
     {"data_prep", "cluster"},
 ]

@@ -76,6 +76,7 @@ class ParallelConfig:
     checkpoint_every_blocks: int = 0  # recompute every n-th block in the backward pass instead of keeping it; 0: none
     compile: bool = False  # torch.compile, block by block
     timeout_s: float = 600  # a rank that keeps the others waiting for so long ends the job
+    check_memory: bool = True  # on a GPU: refuse at the start what, as `flowar plan` counts, has no room there
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (1, 2, 3):
@@ -205,19 +206,30 @@ class PlanConfig(RecipeConfig):
     data: PlannedDataConfig = field(default_factory=PlannedDataConfig)  # what would be trained on
     nodes: int = 1  # of the cluster
     gpus_per_node: int = 8  # of each node
-    gpu: str = "H100"  # a name in the table of flowar/base/devices.py
-    memory_gib: float = 80  # of one GPU
+    gpu: str = "H100"  # a name in the table of flowar/planning/machines.py; what follows wins over it
+    memory_gib: float | None = None  # of one GPU
+    memory_gb_per_s: float | None = None  # of its memory
+    rail_gb_per_s: float = 45  # of one GPU's network card; 400 Gbit/s are 50 at most
     num_images: int | None = None  # of the dataset; None: as data.path says if it is there, else ImageNet's
-    assumed_mfu: float = 0.4  # share of the peak rate that training reaches
-    assumed_gb_per_s: float = 40  # that one GPU sends to other nodes (400 Gbit/s give 50 at most)
+    search: bool = False  # try engines, micro batches, recomputation, compilation; a minute or two
+    node_mtbf_days: float = 250  # a node's mean time between failures; Llama 3's 16,384 H100: 419 in 54 days
+    preemptions_per_day: float = 0  # of the whole job
+    restart_s: float = 300  # from a failure to the next step
+    save_gb_per_s: float = 5  # of the file system, all processes together
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("nodes", "gpus_per_node", "num_images"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be at least 1")
-        if min(self.memory_gib, self.assumed_mfu, self.assumed_gb_per_s) <= 0:
-            raise UserError("memory_gib, assumed_mfu and assumed_gb_per_s must be above 0")
+        for name in ("memory_gib", "memory_gb_per_s", "peak_tflops", "rail_gb_per_s", "node_mtbf_days",
+                     "save_gb_per_s"):  # fmt: skip
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
+                raise UserError(f"{name}={getattr(self, name)} must be above 0")
+        if self.preemptions_per_day < 0 or self.restart_s < 0:
+            raise UserError(
+                f"preemptions_per_day={self.preemptions_per_day} and restart_s={self.restart_s} must be at least 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

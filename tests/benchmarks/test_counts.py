@@ -8,11 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import flowar
 from benchmarks import counts
-from flowar.bench import Tally
 from flowar.config.models import ARFlowConfig, variant_config
 from flowar.models.build import family_of
 from flowar.models.family import weigh
 from flowar.models.flowar import baseline
+from flowar.models.tally import Tally
 from tests.conftest import MORE, tiny_config
 
 RECORDED = counts.COUNTS_FILE.read_text().splitlines()

@@ -12,6 +12,7 @@ from flowar.config.benching import BenchConfig
 from flowar.config.models import MODEL_CONFIGS, variant_config
 from flowar.models.build import FAMILIES
 from flowar.models.flowar import baseline
+from flowar.models.tally import PeakMemory
 from tests import linear_family
 from tests.conftest import tiny_config
 
@@ -71,7 +72,7 @@ def test_a_family_without_baseline_is_measured_alone(monkeypatch):
 
 
 def test_peak_memory_is_the_most_at_once():
-    with bench.PeakMemory() as memory:
+    with PeakMemory() as memory:
         first = torch.zeros(1000)
         second = first + 1  # two at once
         view = second[:10]

@@ -16,7 +16,8 @@ from flowar.config.training import ExportConfig, ParallelConfig, PlanConfig, Pre
 from flowar.evaluation.digits import DigitClassifier, save_classifier
 from flowar.evaluation.extractors import DEMO_EXTRACTOR
 from flowar.models.folders import load_model
-from flowar.plan import kept_bytes, memory_of
+from flowar.planning.machines import find_machine
+from flowar.planning.steps import PlannedStep, time_step
 from flowar.training.report import read_metrics
 from tests.conftest import training
 from tests.flowar.ranks import run_ranks
@@ -106,6 +107,9 @@ def test_it_is_planned_and_counted(capsys):
     model = LinearConfig(latent_channels=1, num_classes=2)
     info.main(InfoConfig(model=model, num_steps=4, guidance=1.0))
     assert "layers" in capsys.readouterr().out
-    config = PlanConfig(model=model)
-    assert memory_of("fsdp", config, 64).weights < memory_of("ddp", config, 64).weights
-    assert kept_bytes(config, 2) > 0
+    spread, whole = (
+        PlannedStep.of(PlanConfig(model=model, parallel=ParallelConfig(engine=engine)), 64, 8)
+        for engine in ("fsdp", "ddp")
+    )
+    assert spread.memory.weights < whole.memory.weights and spread.memory.activations > 0
+    assert time_step(spread, find_machine("H100", 8, 45)).total > 0
