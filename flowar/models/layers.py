@@ -18,6 +18,7 @@ from flowar.models.fused import NORM_EPS, gated_gelu, rotate, rotate_queries_key
 TIME_FEATURES = 256  # width of the sinusoidal time features, as released
 TIME_STEPS = 1000  # the released code embeds whole thousandths of the time
 MAX_PERIOD = 10_000  # of the sinusoids in time
+ALIGNED = 64  # of which a GPU's matrix products should be multiples wide
 
 
 class Linear(nn.Linear):
@@ -55,7 +56,18 @@ class GatedMLP(nn.Module):
         self.dropout = dropout
 
     def forward(self, tokens: Tensor) -> Tensor:
+        return self.padded(tokens, -self.gate.out_features % ALIGNED if tokens.is_cuda else 0)
+
+    def padded(self, tokens: Tensor, more: int) -> Tensor:
+        """Return the same, computed with `more` hidden values of zero: a GPU is slow at odd widths, such as 2,730."""
         dropout = self.dropout if self.training else 0.0
+        if more:
+            gate, value = (
+                F.linear(tokens, F.pad(layer.weight, (0, 0, 0, more)), F.pad(layer.bias, (0, more)))
+                for layer in (self.gate, self.value)
+            )
+            hidden = drop_out(gated_gelu(gate, value), dropout)
+            return drop_out(F.linear(hidden, F.pad(self.output.weight, (0, more)), self.output.bias), dropout)
         hidden = drop_out(gated_gelu(self.gate(tokens), self.value(tokens)), dropout)
         return drop_out(self.output(hidden), dropout)
 

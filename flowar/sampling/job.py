@@ -36,7 +36,7 @@ from flowar.sampling.folder import (
     refuse_unrecorded,
     settings_of_images,
 )
-from flowar.sampling.weights import Weights, find_weights
+from flowar.sampling.weights import Weights, find_weights, say_if_outdated
 
 ABSENT_IN_0_1 = {"compile": False, "random_labels": False}  # settings that its samples.json does not name
 LABELS_KEY = "labels_xxh64"  # in samples.json: a hash of what label_file holds; not known of samples of version 0.1
@@ -54,6 +54,7 @@ def open_job(config: SampleConfig, weights: Weights | None = None) -> "SamplingJ
     """
     device = pick_device(config.device)
     weights = weights or find_weights(config)
+    say_if_outdated(config, weights)
     model = load_model(weights.stored, config.weights).to(device)
     vae_config = choose_vae(config.vae, weights.folder)
     vae = load_vae(vae_config.name, vae_config.weights).to(device)

@@ -43,7 +43,6 @@ def find_weights(config: SampleConfig) -> Weights:
         folder, step = Path(str(record.get("model"))), record.get("step")
         if not isinstance(step, int) or Path(config.model).absolute() not in (folder, folder.parent.parent):
             continue
-        _say_if_outdated(config, step)
         if record is of_kept and record.get("weights") == config.weights:
             return Weights(folder, step, kept)
         if is_checkpoint(folder):
@@ -55,12 +54,13 @@ def find_weights(config: SampleConfig) -> Weights:
     return Weights(folder, checkpoint_step(folder) if is_checkpoint(folder) else None, folder)
 
 
-def _say_if_outdated(config: SampleConfig, step: int) -> None:
+def say_if_outdated(config: SampleConfig, weights: Weights) -> None:
+    """Print that the run has newer weights, if it has."""
     run = Path(config.model)
     newest = find_latest(run) if (run / CHECKPOINTS).is_dir() else None
-    if newest is not None and checkpoint_step(newest) != step:
+    if newest is not None and weights.step is not None and checkpoint_step(newest) != weights.step:
         print(
-            f"drawing with step {step:,}, as the samples in {config.out_dir} were begun; for step "
+            f"drawing with step {weights.step:,}, as the samples in {config.out_dir} were begun; for step "
             f"{checkpoint_step(newest):,} of {run} give another out_dir"
         )
 

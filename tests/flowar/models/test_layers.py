@@ -16,6 +16,7 @@ from flowar.models.flowar.scales import (
 )
 from flowar.models.fused import rotate
 from flowar.models.layers import GatedMLP, SelfAttention, TimeEmbedding
+from tests.conftest import MORE
 
 SCALES = (1, 2, 4)
 TOKENS = num_tokens(SCALES)
@@ -109,6 +110,18 @@ def test_cached_keys_give_the_same_attention():
         first, _ = attention(tokens[:, :5], turns[:5], pattern_of(causal_segments(SCALES, range(2))), cache)
         second, _ = attention(tokens[:, 5:], turns[5:], pattern_of(causal_segments(SCALES, range(2, 3))), cache, 5)
     torch.testing.assert_close(torch.cat([first, second], dim=1), whole)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=MORE)])
+def test_a_padded_mlp_gives_the_same_outputs_and_gradients(compiled):
+    torch.manual_seed(0)
+    mlp, tokens = GatedMLP(25), torch.randn(2, 3, 25)  # 66 hidden values
+    padded = torch.compile(mlp.padded) if compiled else mlp.padded
+    results = []
+    for more in (0, 62):
+        output = padded(tokens, more)
+        results.append([output, *torch.autograd.grad(output.square().sum(), list(mlp.parameters()))])
+    torch.testing.assert_close(results[1], results[0])
 
 
 def test_dropout_acts_in_training_only():
