@@ -13,7 +13,7 @@ class BenchConfig(DrawConfig):
     """What is measured; how images are drawn counts for what=sample."""
 
     what: Literal["train", "sample", "attention"] = "train"  # gradients of a batch; its latents; one attention layer
-    model: ModelConfig = field(default_factory=FlowARConfig)  # a name such as flowar-l, or single settings
+    model: ModelConfig = field(default_factory=FlowARConfig)  # model.variant=flowar-l, or its settings
     depth: int | None = None  # only so many blocks in each of its Transformers; None: all
     baseline: bool = True  # measure the plain baseline beside it, where the model's family has one
     batch_size: int = 8  # images of a step or batch

@@ -133,5 +133,5 @@ class SampleConfig(SamplingConfig):
 class InfoConfig(DrawConfig):
     """What a model costs: parameters, tokens, FLOPs; of an image drawn like this."""
 
-    # a name such as flowar-l or arflow-xl/2, or single settings
+    # model.variant=flowar-l or arflow-xl/2, or its settings
     model: ModelConfig = field(default_factory=FlowARConfig)

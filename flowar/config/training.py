@@ -134,7 +134,7 @@ class EMAConfig:
 class RecipeConfig:
     """How a model is trained, wherever; the defaults are the authors' recipe for ImageNet at 256 px."""
 
-    model: ModelConfig = field(default_factory=FlowARConfig)  # what is trained; model=flowar-l or single settings
+    model: ModelConfig = field(default_factory=FlowARConfig)  # what is trained: model.variant=flowar-l, or its settings
     vae: VAEConfig = field(default_factory=VAEConfig)  # must be the one that made the shards
     optim: OptimConfig = field(default_factory=OptimConfig)  # AdamW and its schedule
     epochs: float = free(400)  # a larger number trains a finished run on, along the longer schedule
