@@ -73,7 +73,7 @@ def write_all(root: Path, moments: NDArray[np.float16]) -> None:
         part = moments[start : start + BATCH]
         writer.add(part.astype(np.float32), [0] * len(part), [""] * len(part))
     writer.publish()
-    merge_chunks(root / "mds", settings, ["0"], num_chunks=1, plan_hash="")
+    merge_chunks(root / "mds", settings, ["0"], num_chunks=1, plan_hash="", psnr_db=0.0)
     Source("", "folder", ["0"], [], [], []).save(root / "mds" / "listing.json.gz")
     np.save(root / "array.npy", moments)
     (root / "npz").mkdir()

@@ -192,7 +192,13 @@ def _read_chunk_index(partial: Path, chunk: int, record: dict[str, Any]) -> list
 
 
 def merge_chunks(
-    partial: Path, settings: dict[str, Any], class_names: list[str], *, num_chunks: int, plan_hash: str
+    partial: Path,
+    settings: dict[str, Any],
+    class_names: list[str],
+    *,
+    num_chunks: int,
+    plan_hash: str,
+    psnr_db: float,
 ) -> None:
     """Write the index of all shards and, as the last thing, the passport into `partial`, from finished chunks only.
 
@@ -202,6 +208,7 @@ def merge_chunks(
         class_names: of all classes.
         num_chunks: how many there have to be.
         plan_hash: of the plan that they have to be of.
+        psnr_db: of images that the VAE gave back; 0: not measured.
 
     Raises:
         UserError: if a chunk is damaged, or isn't of this plan.
@@ -233,6 +240,7 @@ def merge_chunks(
     names = [shard["raw_data"]["basename"] for shard in shards]
     sizes_and_hashes = [_size_and_hash(shard) for shard in shards]
     passport = Passport(
+        psnr_db=psnr_db,
         num_images=class_counts.total(),
         class_names=class_names,
         class_counts=[class_counts[label] for label in range(len(class_names))],

@@ -8,6 +8,7 @@ Read next: chunks.py for the files, sources.py and crops.py for the images, sche
 import contextlib
 import errno
 import itertools
+import math
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -33,10 +34,13 @@ from flowar.base.leases import WAIT_S, Leases, any_live, claim_name, claimed_chu
 from flowar.config.data import PrepareConfig
 from flowar.config.load import decisive_settings
 from flowar.latents.schema import PASSPORT_FILE, SCHEMA_VERSION, Passport, read_passport
-from flowar.latents.vae import VAE, from_uint8, load_vae
+from flowar.latents.vae import VAE, from_uint8, load_vae, sample_posterior, to_uint8
 from flowar.latents.workers import BATCHES_AHEAD, check_shared_memory, from_workers
 
 SETTLE_S = 60  # within which a network file system shows what another machine did
+MEASURED_IMAGES = 16  # about so many are decoded again, to see what the VAE loses
+LOW_PSNR_DB = 22
+
 GONE = (errno.ENOENT, errno.ESTALE)
 
 RECORDED_VERSIONS = ("torch", "diffusers", "pillow", "numpy", "mosaicml-streaming")
@@ -176,9 +180,31 @@ def merge(job: EncodingJob, plan: Plan, leases: Leases) -> None:
             plan.source.class_names,
             num_chunks=plan.num_chunks,
             plan_hash=plan.hash,
+            psnr_db=measure_psnr(job, plan),
         )
     if leases.is_mine("merge"):
         publish_dataset(job.partial, job.out_dir)
+
+
+@torch.inference_mode()
+def measure_psnr(job: EncodingJob, plan: Plan) -> float:
+    """Return the PSNR of some images that the VAE gives back, over all their pixels, dB to a tenth; 0 of no image.
+
+    Everything that a model will ever draw comes through the same decoder.
+    """
+    images, squared, values = DecodedImages(plan, job.config), 0.0, 0
+    for number in range(0, len(plan.source), max(1, len(plan.source) // MEASURED_IMAGES)):
+        views = images[0, number].views
+        if views is None:
+            continue
+        view = views[:1].to(job.device)
+        with convolution_precision(job.config.precision):
+            moments = job.vae.encode(from_uint8(view)).float()
+            mean = sample_posterior(moments, torch.zeros_like(moments).chunk(2, dim=1)[0], job.vae.latent_multiplier)
+            back = to_uint8(job.vae.decode(mean))
+        squared += (back.float() - view.float()).square().sum().item()
+        values += view.numel()
+    return round(10 * math.log10(255**2 * values / max(squared, 1.0)), 1) if values else 0.0
 
 
 class Decoded(NamedTuple):
@@ -352,6 +378,13 @@ def print_summary(passport: Passport, out_dir: Path) -> None:
         f"{len(passport.shard_hashes):,} shards; latent std x multiplier = {ratio:.3f} (1 is ideal); rounding to "
         f"{passport.moments_dtype} changed moments by at most {passport.rounding_error_max:.2g}"
     )
+    if passport.psnr_db:
+        print(f"images come back from VAE {passport.vae_name} with a PSNR of {passport.psnr_db} dB")
+        if passport.psnr_db < LOW_PSNR_DB:
+            print(
+                f"WARNING: below {LOW_PSNR_DB} dB the VAE doesn't fit these images, and no sample will look better "
+                "than what it gives back; prepare them with another vae.name, trained on such images"
+            )
     if len(passport.encoded_with) > 1:
         print(f"encoded on {len(passport.encoded_with)} kinds of devices or versions, which may differ in last bits")
     if passport.skipped:

@@ -125,6 +125,7 @@ class Passport:
     rounding_error_rms: float
     shard_hashes: dict[str, str]  # file -> xxh64
     shards: list[list[Any]] = field(default_factory=list)  # [file, rows, bytes] in order; none in datasets of 0.1
+    psnr_db: float = 0.0  # of some images that the VAE gave back; 0: none was measured, as by 0.1
 
     @property
     def latent_channels(self) -> int:
@@ -179,7 +180,8 @@ def read_passport(folder: str | Path) -> Passport:
 def _problem_of(content: dict[str, Any]) -> str | None:
     """Return what keeps values from being a passport's: a field that is missing, unknown, or of another type."""
     hints = typing.get_type_hints(Passport)
-    needed = {item.name for item in dataclasses.fields(Passport) if item.default_factory is dataclasses.MISSING}
+    fields = dataclasses.fields(Passport)
+    needed = {item.name for item in fields if item.default is item.default_factory is dataclasses.MISSING}
     strange = sorted((needed - content.keys()) | (content.keys() - hints.keys()))
     if strange:
         return f"{strange[0]} is {'missing' if strange[0] in hints else 'not a field of a passport'}"

@@ -122,6 +122,24 @@ def test_measured_figures_are_those_of_the_stored_moments(image_folder, shards, 
     assert passport.rounding_error_rms == pytest.approx(np.sqrt(np.square(error).mean()), rel=0.01)
 
 
+def test_what_the_vae_loses_is_measured_and_a_vae_that_does_not_fit_is_said(shards, image_folder, tmp_path, capsys):
+    vae, squared = load_vae("demo"), []
+    for file in sorted(image_folder.glob("*/*.png")):  # 24 of them: every one is looked at
+        view = torch.from_numpy(make_views(decode_image(file.read_bytes()), preparing("", ""), 0)[:1]).permute(
+            0, 3, 1, 2
+        )
+        mean, _ = vae.encode(from_uint8(view)).chunk(2, dim=1)
+        back = ((vae.decode(mean * vae.latent_multiplier) + 1) * 127.5).round().clamp(0, 255)
+        squared.append((back - view).square())
+    psnr = 10 * torch.log10(255**2 / torch.cat(squared).mean())
+    assert read_passport(shards).psnr_db == pytest.approx(psnr.item(), abs=0.06)
+    (tmp_path / "noise" / "a").mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3)).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "noise" / "a" / "0.png")
+    main(preparing(tmp_path / "noise", tmp_path / "out"))
+    assert "WARNING: below 22 dB the VAE doesn't fit these images" in capsys.readouterr().out
+
+
 def test_unreadable_images_stop_by_name_or_are_left_out_on_request(image_folder, tmp_path, capsys):
     images = tmp_path / "images"
     shutil.copytree(image_folder, images)
