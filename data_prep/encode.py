@@ -38,7 +38,7 @@ from flowar.latents.vae import VAE, from_uint8, load_vae, sample_posterior, to_u
 from flowar.latents.workers import BATCHES_AHEAD, check_shared_memory, from_workers
 
 SETTLE_S = 60  # within which a network file system shows what another machine did
-MEASURED_IMAGES = 16  # about so many are decoded again, to see what the VAE loses
+MEASURED_IMAGES = 16  # images, up to twice as many, that are decoded again to measure what the VAE loses
 LOW_PSNR_DB = 22
 
 GONE = (errno.ENOENT, errno.ESTALE)

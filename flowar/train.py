@@ -96,7 +96,7 @@ def main(config: TrainConfig, dry_run: bool = False) -> None:
     except SystemExit:  # of all ranks
         stop_world()
         raise
-    except Exception:
+    except Exception:  # of this rank alone: ended groups would wait for the others; the error goes on
         leave_world()
         raise
     stop_world()

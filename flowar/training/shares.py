@@ -48,7 +48,7 @@ def gather_whole(shards: Mapping[str, DTensor], owners: Mapping[str, int], world
             shape = shards[name].shape
             end = begin + _part_size(shape, _num_parts(mesh))
             if owners[name] == world.rank:
-                found[name] = gathered[:, begin:end].flatten()[: shape.numel()].view(shape).cpu().clone()
+                found[name] = gathered[:, begin:end].flatten()[: shape.numel()].view(shape).to("cpu", copy=True)
             begin = end
     return found
 
