@@ -20,6 +20,7 @@ from flowar.config.explain import Explained, describe_settings, explain
 from flowar.config.jobs import DemoConfig, DoctorConfig
 from flowar.config.load import Schema, describe_config, did_you_mean, load_config, setting_names
 from flowar.config.measuring import EvaluateConfig, ReferenceConfig, SweepConfig
+from flowar.config.tokenizing import TrainVAEConfig
 from flowar.config.training import AverageConfig, ConvertConfig, ExportConfig, PlanConfig, ReplayConfig, TrainConfig
 
 MORE_HELP = "More: `flowar VERB --help`, and `flowar help SETTING`, for example `flowar help optim.lr`"
@@ -51,6 +52,11 @@ VERBS = {
         "data_prep.encode:main", PrepareConfig, "images -> MDS shards of VAE moments, by any number of workers",
         "flowar prepare images=/data/imagenet/train out_dir=/data/in256 vae.name=mar vae.weights=kl16.ckpt",
         folder=("out_dir",), has_jobs_beside=True, shares_work=True,
+    ),
+    "train-vae": Verb(
+        "data_prep.train_vae:main", TrainVAEConfig, "a VAE for your own images; run it again to resume",
+        "flowar train-vae images=photos out_dir=vaes/photos image_size=64  # then vae.name=vaes/photos",
+        folder=("out_dir",),
     ),
     "check": Verb(
         "data_prep.check:main", CheckConfig, "is a folder what was written? dataset, run, model, samples",

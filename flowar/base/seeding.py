@@ -20,6 +20,7 @@ class Stream(IntEnum):
     STEP_NOISE = 7  # of stochastic solvers, for image i; in 0.1 it was VIEW's
     SEQUENCE = 8  # which images make one sample of one step, where a sample is a sequence of images
     LABEL = 9  # the class of image i, where classes are drawn
+    TOKENIZER = 10  # everything drawn for one image of one step of `flowar train-vae`
 
 
 def derive_seed(seed: int, stream: Stream, *place: int) -> int:

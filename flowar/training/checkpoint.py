@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -43,13 +43,27 @@ from flowar.training.averages import EMA
 from flowar.training.engine import Engine
 from flowar.training.owner import Owner
 
+Loaded = TypeVar("Loaded")
+
+
+class Description(Protocol):
+    """What every checkpoint of a run says of itself, beside its tensors."""
+
+    def write(self, folder: Path) -> None:
+        """Write the small files that say it."""
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointContents:
-    """What every checkpoint of a run says of itself."""
+    """What every checkpoint of a model in training says of itself."""
 
     model: ModelConfig
     passport: Passport
+
+    def write(self, folder: Path) -> None:
+        """Write config.json and the passport of the shards."""
+        write_text(folder / MODEL_CONFIG_FILE, json.dumps(dataclasses.asdict(self.model), indent=2) + "\n")
+        write_passport(self.passport, folder)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,9 +77,7 @@ class Kept:
 class Checkpoints:
     """The checkpoints (or AVERAGES) that one run writes. All ranks call the same methods at the same steps."""
 
-    def __init__(
-        self, owner: Owner, world: World, contents: CheckpointContents, kind: str, kept: Kept | None = None
-    ) -> None:
+    def __init__(self, owner: Owner, world: World, contents: Description, kind: str, kept: Kept | None = None) -> None:
         self.owner = owner
         self.run_dir = owner.run_dir
         self.kind = kind
@@ -105,10 +117,7 @@ class Checkpoints:
                 shutil.rmtree(hidden, ignore_errors=True)
                 hidden.mkdir(parents=True, exist_ok=True)  # others may be quicker to make it
                 write_text(hidden / STATE_FILE, json.dumps(record, indent=2) + "\n")
-                write_text(
-                    hidden / MODEL_CONFIG_FILE, json.dumps(dataclasses.asdict(self.contents.model), indent=2) + "\n"
-                )
-                write_passport(self.contents.passport, hidden)
+                self.contents.write(hidden)
             group = self._group
             future = dcp.async_save(
                 state, storage_writer=HashingWriter(hidden), process_group=group, no_dist=group is None
@@ -197,12 +206,26 @@ def restore(engine: Engine, ema: EMA, folder: Path) -> Progress:
 def restore_newest(engine: Engine, ema: EMA, run_dir: Path) -> tuple[Progress, Path] | None:
     """Load the newest checkpoint that is whole; return how far it was, and the folder. None if there is no checkpoint.
 
+    Raises:
+        UserError: as `find_whole`.
+    """
+    return find_whole(functools.partial(restore, engine, ema), run_dir, engine.world)
+
+
+def find_whole(load: Callable[[Path], Loaded], run_dir: Path, world: World) -> tuple[Loaded, Path] | None:
+    """Load the newest checkpoint that is whole; return what `load` does, and the folder. None if there is none.
+
     Rank 0 looks, so that all ranks resume from the same one. Those that are damaged are named and set aside.
+
+    Args:
+        load: reads a checkpoint; raises a DamagedCheckpointError, on all ranks, if it is not what was written.
+        run_dir: of the run.
+        world: all ranks call this.
 
     Raises:
         UserError: if all that there are are damaged: fresh weights would hide that work is lost.
     """
-    world, damaged = engine.world, None
+    damaged = None
     while True:
         latest = broadcast_object(find_latest(run_dir) if world.is_main else None)
         if latest is None and damaged is not None:
@@ -213,7 +236,7 @@ def restore_newest(engine: Engine, ema: EMA, run_dir: Path) -> tuple[Progress, P
         if latest is None:
             return None
         try:
-            return restore(engine, ema, latest), latest
+            return load(latest), latest
         except DamagedCheckpointError as error:
             damaged = error
             if world.is_main:

@@ -1,0 +1,466 @@
+"""`flowar train-vae`: a VAE for one's own images, on one process or many; the same command resumes.
+
+OUT_DIR/
+    config.json, diffusion_pytorch_model.safetensors    the VAE, in diffusers' layout; there when it is finished
+    vae.json                                            what it was trained on, how well it gives held-out images back
+    reconstruction.png                                  held-out images, and below each what comes back
+    training/                                           a run folder: settings, metrics, checkpoints (run_folder.py)
+
+Everything random in a step follows from (seed, step, place in the batch), as in `flowar train`. Read next:
+autoencoder.py, training_images.py.
+"""
+
+import dataclasses
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from data_prep.autoencoder import (
+    Discriminator,
+    Reconstruction,
+    build_autoencoder,
+    hinge_loss,
+    kl_divergence,
+    load_lpips,
+    whiten,
+)
+from data_prep.sources import Source, open_source
+from data_prep.statistics import MomentSums
+from data_prep.training_images import ImageBatch, read_centres, read_step_batches, split_held_out
+from flowar import __version__
+from flowar.base.devices import pick_device
+from flowar.base.distributed import (
+    StopSignals,
+    World,
+    broadcast_object,
+    has_lost_ranks,
+    leave_world,
+    limit_waiting,
+    start_world,
+    stop_world,
+    sum_over_ranks,
+    world_size,
+)
+from flowar.base.errors import EXIT_AGAIN, EXIT_INTERRUPTED, UserError
+from flowar.base.pictures import save_grid
+from flowar.base.records import read_record, write_record
+from flowar.base.run_folder import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    Progress,
+    find_latest,
+    optimizer_key,
+    read_progress,
+    weight_key,
+)
+from flowar.config.load import changed_settings, is_free, load_described, save_described
+from flowar.config.tokenizing import TrainVAEConfig
+from flowar.config.training import OptimConfig
+from flowar.latents.vae import VAE, from_uint8, to_uint8
+from flowar.models.folders import load_state
+from flowar.training.checkpoint import Checkpoints, Kept, find_whole, remove_unfinished
+from flowar.training.optim import ADAM_MOMENTS, LocalAdamW, learning_rate
+from flowar.training.owner import Owner, take_over
+from flowar.training.report import TrainingReport
+from flowar.training.step import autocast
+
+TRAINING_FOLDER = "training"  # in OUT_DIR: the run
+VAE_FILE, VAE_CONFIG_FILE, VAE_WEIGHTS_FILE = "vae.json", "config.json", "diffusion_pytorch_model.safetensors"
+WARMUP_SHARE = 0.05  # of the steps, in which the learning rate rises
+BETAS, WEIGHT_DECAY = (0.9, 0.99), 0.01
+PICTURE_COLUMNS, PICTURE_ROWS = 12, 3
+MEASURED_IMAGES = 1024  # by which the latents are made white
+MEASURED_AT_ONCE = 32
+
+
+def main(config: TrainVAEConfig, dry_run: bool = False) -> None:
+    """Train the VAE in `out_dir`, or resume; on as many processes as were started."""
+    device = pick_device(config.device)
+    if config.batch_size % world_size():
+        raise UserError(
+            f"batch_size={config.batch_size} is not a multiple of {world_size()} processes; use one that is"
+        )
+    if dry_run:
+        source = list_images(config)
+        parameters = sum(p.numel() for p in build_autoencoder(config).parameters())
+        print(f"{describe_training(config, source)}; {parameters / 1e6:.1f} M parameters; dry run, nothing was written")
+        return
+    world = start_world(device, with_group=False)
+    try:
+        train_vae(config, world)
+    except RuntimeError as error:
+        if not has_lost_ranks(error):
+            raise
+        print(
+            f"flowar train-vae: rank {world.rank} has lost the others, one of them died or kept it waiting for more "
+            f"than timeout_s={config.timeout_s:g}: {' '.join(str(error).split())[:200]}; the same command resumes",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # a save in the background would wait for the others for much longer
+    except KeyboardInterrupt:
+        print("flowar train-vae: ended without saving; the same command resumes", flush=True)
+        os._exit(EXIT_INTERRUPTED)
+    except SystemExit:  # of all ranks
+        stop_world()
+        raise
+    except Exception:  # of this rank alone: ended groups would wait for the others
+        leave_world()
+        raise
+    stop_world()
+
+
+def train_vae(config: TrainVAEConfig, world: World) -> None:
+    """Do what `main` does, within a started world."""
+    # Set up.
+    out_dir, run_dir = Path(config.out_dir), Path(config.out_dir) / TRAINING_FOLDER
+    source = broadcast_object(list_images(config) if world.is_main else None)
+    assert source is not None
+    identity = source.sha256()
+    owner = broadcast_object(prepare_folder(config, identity) if world.is_main else None)
+    assert owner is not None
+    if world.is_main:
+        print(describe_training(config, source))
+    if broadcast_object(is_finished(config)):
+        if world.is_main:
+            print(f"{out_dir} is finished already; use it by vae.name={out_dir}, or train on with more steps")
+        return
+    training = VAETraining(config, world)
+
+    # Resume.
+    restored = find_whole(training.load, run_dir, world)
+    progress = Progress() if restored is None else restored[0]
+    if world.is_main and restored is not None:
+        print(f"resuming from {restored[1]}")
+    if world.is_main and progress.step < config.steps:
+        owner.check()
+        save_described(config, run_dir / CONFIG_FILE)
+    kept = Kept(config.keep_checkpoints)
+    checkpoints = Checkpoints(owner, world, ImagesOfVAE(config.images, identity), CHECKPOINTS, kept)
+
+    # Loop.
+    asked_to_stop, is_set_up = 0, False
+    sinks = TrainingReport(
+        run_dir,
+        config.wandb,
+        dataclasses.asdict(config),
+        step=progress.step,
+        num_steps=config.steps,
+        is_main=world.is_main,
+        tensorboard=config.tensorboard,
+    )
+    with StopSignals() as stopping, sinks as report:
+        batches = read_step_batches(source, config, range(progress.step, config.steps), world, training.latent_shape)
+        sums, began, first = torch.zeros(len(LOSS_TERMS)), time.perf_counter(), progress.step
+        while progress.step < config.steps and not asked_to_stop:
+            batch = next(batches)
+            losses, asked_to_stop = training.step(batch, progress.step, stopping.asked)
+            sums += losses
+            step = progress.step + 1
+            progress = Progress(step=step, updates=step)
+            if not is_set_up:
+                limit_waiting(config.timeout_s)
+                is_set_up = True
+            report.advance(step)
+            is_last = step == config.steps
+            if step % config.log_every_steps == 0 or is_last:
+                if world.is_main:
+                    owner.check()
+                report.log(describe_steps(config, sums, step, step - first, time.perf_counter() - began))
+                sums, began, first = torch.zeros(len(LOSS_TERMS)), time.perf_counter(), step
+            checkpoints.check()
+            if step % config.save_every_steps == 0 or is_last or asked_to_stop:
+                checkpoints.save(training.state() if world.is_main else {}, progress)
+        checkpoints.wait()
+    if progress.step < config.steps:
+        if world.is_main:
+            name = signal.Signals(asked_to_stop).name
+            print(f"stopped by {name} after step {progress.step:,}, saved; run the same command to resume")
+        sys.exit(EXIT_AGAIN)
+
+    # Make the latents white, measure, write.
+    if world.is_main:
+        owner.check()
+        print(finish_vae(config, training, source, identity))
+
+
+def list_images(config: TrainVAEConfig) -> Source:
+    """Return the listing of the source."""
+    return open_source(config.images, image_column=config.image_column, label_column=config.label_column)
+
+
+def describe_training(config: TrainVAEConfig, source: Source) -> str:
+    """Return what will be trained, in one line."""
+    shape, side = config.shape, config.image_size // config.shape.stride
+    train, held_out = split_held_out(len(source))
+    ratio = 3 * config.image_size**2 / (shape.channels * side**2)
+    return (
+        f"{len(train):,} images of {config.images} ({len(held_out):,} more are held out) -> latents ({shape.channels}, "
+        f"{side}, {side}), {ratio:.3g} numbers into one; {config.steps:,} steps of {config.batch_size} images = "
+        f"{config.steps * config.batch_size / len(train):.3g} epochs"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class ImagesOfVAE:
+    """What a checkpoint of a VAE says of itself: which images it saw."""
+
+    images: str
+    listing_sha256: str
+
+    def write(self, folder: Path) -> None:
+        """Write vae.json."""
+        write_record(folder / VAE_FILE, dataclasses.asdict(self))
+
+
+def prepare_folder(config: TrainVAEConfig, listing_sha256: str) -> Owner:
+    """Make the folder of the run, own it, and refuse another run's.
+
+    Raises:
+        UserError: if it holds another training, or can't be written.
+    """
+    out_dir, run_dir = Path(config.out_dir), Path(config.out_dir) / TRAINING_FOLDER
+    if out_dir.is_dir() and any(out_dir.iterdir()) and not run_dir.is_dir():
+        raise UserError(f"out_dir={out_dir} is not empty, but no VAE was trained there; give a new folder")
+    if (run_dir / CONFIG_FILE).exists():
+        before = load_described(TrainVAEConfig, run_dir / CONFIG_FILE)
+        changed = {
+            key: pair for key, pair in changed_settings(before, config).items() if not is_free(TrainVAEConfig, key)
+        }
+        if changed:
+            listed = "; ".join(f"{key} was {old}, now {new}" for key, (old, new) in changed.items())
+            raise UserError(
+                f"out_dir={out_dir} holds another VAE: {listed}; give another out_dir, or the same settings"
+            )
+    latest = find_latest(run_dir)
+    if latest is not None:
+        of_step, of_images = (
+            read_progress(latest).step,
+            ImagesOfVAE(**read_record(latest / VAE_FILE, f"remove {latest}")),
+        )
+        if of_images.listing_sha256 != listing_sha256:
+            raise UserError(
+                f"out_dir={out_dir} holds a VAE of other images, {of_images.images}, or some were added or removed; "
+                "give another out_dir, or those images"
+            )
+        if of_step > config.steps:
+            raise UserError(
+                f"steps={config.steps}, but out_dir={out_dir} has trained {of_step}; give at least steps={of_step}, or "
+                "another out_dir"
+            )
+    try:
+        (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        owner = take_over(run_dir)
+        remove_unfinished(run_dir)
+    except OSError as error:
+        raise UserError(f"can't write to out_dir={out_dir}: {error.strerror or error}") from error
+    return owner
+
+
+def is_finished(config: TrainVAEConfig) -> bool:
+    """Return whether the VAE is there, trained for as many steps."""
+    out_dir = Path(config.out_dir)
+    if not (out_dir / VAE_CONFIG_FILE).exists():
+        return False
+    record = read_record(out_dir / VAE_FILE, "remove it and run the same command again")
+    return bool(record["settings"]["steps"] == config.steps)
+
+
+LOSS_TERMS = ("l1", "kl", "lpips", "generator", "discriminator")  # as metrics.jsonl has them, before their weights
+
+
+class VAETraining:
+    """A VAE, its discriminator if it has one, and their optimizers, on this rank; every rank has all of it."""
+
+    def __init__(self, config: TrainVAEConfig, world: World) -> None:
+        self.config = config
+        self.world = world
+        torch.manual_seed(config.seed)
+        if config.precision == "tf32" and world.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        self.networks: dict[str, nn.Module] = {"vae": Reconstruction(build_autoencoder(config))}
+        if config.gan_weight:
+            self.networks["discriminator"] = Discriminator()
+        self.lpips = load_lpips(world.device) if config.lpips_weight else None
+        self.forward: dict[str, Any] = {}
+        self.optimizers: dict[str, LocalAdamW] = {}
+        for name, network in self.networks.items():
+            network.to(world.device)
+            self.forward[name] = network
+            if world.size > 1:
+                ids = [world.device.index] if world.device.type == "cuda" else None
+                self.forward[name] = DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
+            parameters = dict(network.named_parameters())
+            like = torch.optim.AdamW(parameters.values(), config.lr, BETAS, weight_decay=WEIGHT_DECAY)
+            self.optimizers[name] = LocalAdamW(parameters, like)
+        side = config.image_size // config.shape.stride
+        self.latent_shape = (config.shape.channels, side, side)
+        self.gan_from = math.ceil(config.gan_start * config.steps)
+
+    @property
+    def autoencoder(self) -> Any:
+        """diffusers' AutoencoderKL."""
+        return self.networks["vae"].autoencoder
+
+    def step(self, batch: ImageBatch, number: int, asked_to_stop: int) -> tuple[Tensor, int]:
+        """Train on one batch; return the terms of the loss, means over all ranks, and the signal to stop by, or 0.
+
+        Args:
+            batch: this rank's images.
+            number: of the step, from 0.
+            asked_to_stop: the signal that this rank got, or 0.
+
+        Raises:
+            UserError: if the loss is not finite.
+        """
+        config, device = self.config, self.world.device
+        images, noise = from_uint8(batch.images.to(device)), batch.noise.to(device)
+        judge = self.networks.get("discriminator") if number >= self.gan_from else None
+        with autocast(config.precision, device):
+            rebuilt, mean, log_variance = self.forward["vae"](images, noise)
+        rebuilt, values = rebuilt.float(), images[0].numel()
+        kl = kl_divergence(mean.float(), log_variance.float()).mean() / values
+        terms = {"l1": F.l1_loss(rebuilt, images), "kl": kl}
+        loss = terms["l1"] + config.kl_weight * kl
+        if self.lpips is not None:
+            terms["lpips"] = self.lpips((rebuilt + 1) * 127.5, (images + 1) * 127.5).mean()
+            loss = loss + config.lpips_weight * terms["lpips"]
+        if judge is not None:
+            judge.requires_grad_(False)
+            terms["generator"] = -judge(rebuilt).mean()
+            judge.requires_grad_(True)
+            loss = loss + config.gan_weight * terms["generator"]
+        loss.backward()
+        self._update("vae", number)
+        if judge is not None:
+            both = self.forward["discriminator"](torch.cat([images, rebuilt.detach()]))
+            terms["discriminator"] = hinge_loss(*both.chunk(2))
+            terms["discriminator"].backward()
+            self._update("discriminator", number)
+
+        numbers = torch.zeros(len(LOSS_TERMS) + self.world.size, device=device)
+        for place, name in enumerate(LOSS_TERMS):
+            numbers[place] = terms[name].detach() / self.world.size if name in terms else 0.0
+        numbers[len(LOSS_TERMS) + self.world.rank] = asked_to_stop
+        sum_over_ranks(numbers)
+        found = numbers.cpu()
+        if not found.isfinite().all():
+            latest = find_latest(Path(config.out_dir) / TRAINING_FOLDER)
+            raise UserError(
+                f"the loss is not finite in step {number + 1}; run the same command with a lower lr than {config.lr:g}"
+                f"{f', which resumes from {latest}' if latest else ''}"
+            )
+        return found[: len(LOSS_TERMS)], int(found[len(LOSS_TERMS) :].max())
+
+    def _update(self, name: str, number: int) -> None:
+        optimizer, config = self.optimizers[name], self.config
+        norm = optimizer.take_gradients()
+        optimizer.clip(norm, OptimConfig(max_grad_norm=config.max_grad_norm))
+        warmup = max(1.0, WARMUP_SHARE * config.steps)
+        optimizer.step(
+            learning_rate(number + 1, num_steps=config.steps + 1, warmup_steps=warmup, lr=config.lr, min_lr=0.0)
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """Return all tensors that a run resumes with, by the names that checkpoints give them."""
+        found = {}
+        for network, optimizer in self.optimizers.items():
+            for name, parameter in optimizer.parameters.items():
+                own = f"{network}.{name}"
+                found[weight_key(own)] = parameter.detach()
+                found |= {optimizer_key(own, key): optimizer.moments[name][key] for key in ADAM_MOMENTS}
+            found[f"optim.{network}.steps"] = optimizer.steps
+        return found
+
+    def load(self, folder: Path) -> Progress:
+        """Take over a checkpoint; return how far it was.
+
+        Raises:
+            DamagedCheckpointError: on all ranks, if it is not what was written.
+        """
+        load_state(self.state(), folder, self.world.control)
+        return read_progress(folder)
+
+
+def describe_steps(config: TrainVAEConfig, sums: Tensor, step: int, steps: int, seconds: float) -> dict[str, float]:
+    """Return the means over some steps as one record of metrics.jsonl."""
+    terms = dict(zip(LOSS_TERMS, (sums / steps).tolist(), strict=True))
+    weights = {"l1": 1.0, "kl": config.kl_weight, "lpips": config.lpips_weight, "generator": config.gan_weight}
+    shown = [name for name, weight in weights.items() if weight] + ["discriminator"] * bool(config.gan_weight)
+    return {
+        "step": step,
+        "loss": sum(weight * terms[name] for name, weight in weights.items()),
+        **{f"loss/{name}": terms[name] for name in shown},
+        "images_per_s": steps * config.batch_size / seconds,
+        "remaining_s": (config.steps - step) * seconds / steps,
+    }
+
+
+def finish_vae(config: TrainVAEConfig, training: VAETraining, source: Source, identity: str) -> str:
+    """Make the latents white, write the VAE and how good it is; return that in words. config.json comes last."""
+    out_dir, device = Path(config.out_dir), training.world.device
+    autoencoder = training.autoencoder.eval()
+    some = np.unique(np.linspace(0, len(source) - 1, MEASURED_IMAGES).round().astype(np.int64))
+    figures = MomentSums.of(encode_images(autoencoder, read_centres(source, config, some), device).numpy()).figures()
+    whiten(autoencoder, *(torch.tensor(figures[key], device=device).float() for key in ("latent_mean", "latent_std")))
+
+    held_out = read_centres(source, config, split_held_out(len(source))[1])
+    mean, log_variance = encode_images(autoencoder, held_out, device).chunk(2, dim=1)
+    vae = VAE(autoencoder, str(out_dir))
+    with torch.inference_mode():
+        rebuilt = torch.cat([vae.decode(part.to(device)).cpu() for part in mean.split(MEASURED_AT_ONCE)])
+    psnr_db = 10 * math.log10(4 / max(F.mse_loss(rebuilt.clamp(-1, 1), held_out).item(), 1e-12))
+    rate = kl_divergence(mean, log_variance).mean().item() / math.log(2) / config.image_size**2
+    save_pairs(held_out, rebuilt, out_dir / "reconstruction.png")
+    record = {
+        "images": config.images,
+        "listing_sha256": identity,
+        "class_names": source.class_names,
+        "held_out_images": len(held_out),
+        "psnr_db": round(psnr_db, 2),
+        "bits_per_pixel": round(rate, 4),
+        "vae_sha256": vae.weights_sha256,
+        "flowar": __version__,
+        "settings": dataclasses.asdict(config),
+    }
+
+    hidden = out_dir / f".{VAE_FILE}.parts"
+    shutil.rmtree(hidden, ignore_errors=True)
+    autoencoder.cpu().save_pretrained(hidden)
+    (out_dir / VAE_CONFIG_FILE).unlink(missing_ok=True)  # of a shorter training: none of its files with one of this
+    write_record(out_dir / VAE_FILE, record)
+    for name in (VAE_WEIGHTS_FILE, VAE_CONFIG_FILE):
+        (hidden / name).replace(out_dir / name)
+    hidden.rmdir()
+    return (
+        f"{len(held_out)} held-out images come back with a PSNR of {psnr_db:.2f} dB, at {rate:.3g} bits per pixel "
+        f"(KL); each channel of the latents has mean 0 and std 1. Look at {out_dir / 'reconstruction.png'}; use the "
+        f"VAE by vae.name={out_dir}"
+    )
+
+
+@torch.inference_mode()
+def encode_images(autoencoder: Any, images: Tensor, device: torch.device) -> Tensor:
+    """Return the moments (N, 2 C, h, w) of images in [-1, 1], on the CPU."""
+    parts = [autoencoder.encode(part.to(device)).latent_dist.parameters for part in images.split(MEASURED_AT_ONCE)]
+    return torch.cat(parts).float().cpu()
+
+
+def save_pairs(images: Tensor, rebuilt: Tensor, path: Path) -> None:
+    """Write a picture of some images in [-1, 1], each row of them above what comes back."""
+    rows = []
+    for real, back in zip(images.split(PICTURE_COLUMNS)[:PICTURE_ROWS], rebuilt.split(PICTURE_COLUMNS), strict=False):
+        white = torch.ones(PICTURE_COLUMNS - len(real), *real.shape[1:])
+        rows += [real, white, back, white]
+    save_grid(to_uint8(torch.cat(rows)), path, columns=PICTURE_COLUMNS, enlarge=2)
