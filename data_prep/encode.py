@@ -126,6 +126,11 @@ def settings_of_dataset(config: PrepareConfig, vae: VAE) -> dict[str, Any]:
         raise UserError(
             f"image_size={config.image_size} is not a multiple of the stride {vae.stride} of VAE {vae.name}"
         )
+    if vae.image_size is not None and config.image_size != vae.image_size:
+        raise UserError(
+            f"image_size={config.image_size}, but VAE {vae.name} takes images of {vae.image_size} px alone; set "
+            f"image_size={vae.image_size}"
+        )
     side = config.image_size // vae.stride
     given = decisive_settings(config)
     del given["vae"]  # its weights' hash says more

@@ -458,9 +458,10 @@ def encode_images(autoencoder: Any, images: Tensor, device: torch.device) -> Ten
 
 
 def save_pairs(images: Tensor, rebuilt: Tensor, path: Path) -> None:
-    """Write a picture of some images in [-1, 1], each row of them above what comes back."""
-    rows = []
-    for real, back in zip(images.split(PICTURE_COLUMNS)[:PICTURE_ROWS], rebuilt.split(PICTURE_COLUMNS), strict=False):
+    """Write a picture of some images in [-1, 1], evenly spaced, each row of them above what comes back."""
+    shown = torch.linspace(0, len(images) - 1, min(len(images), PICTURE_COLUMNS * PICTURE_ROWS)).round().long()
+    images, rebuilt, rows = images[shown], rebuilt[shown], []
+    for real, back in zip(images.split(PICTURE_COLUMNS), rebuilt.split(PICTURE_COLUMNS), strict=True):
         white = torch.ones(PICTURE_COLUMNS - len(real), *real.shape[1:])
         rows += [real, white, back, white]
     save_grid(to_uint8(torch.cat(rows)), path, columns=PICTURE_COLUMNS, enlarge=2)

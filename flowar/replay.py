@@ -5,6 +5,7 @@ Read next: training/guard.py for what is kept of it, training/step.py.
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -17,6 +18,7 @@ from flowar.base.run_folder import CONFIG_FILE, weight_key
 from flowar.config.load import load_described
 from flowar.config.training import ReplayConfig, TrainConfig
 from flowar.latents.batches import Batch
+from flowar.latents.schema import LatentScale
 from flowar.models.build import create_model
 from flowar.models.family import Model
 from flowar.models.folders import load_state
@@ -54,7 +56,7 @@ def main(config: ReplayConfig, dry_run: bool = False) -> None:
     device = pick_device(config.device)
     batch = Batch(bundle["moments"], bundle["labels"], bundle["samples"])
     micro = split_batch(len(batch.labels), config.micro_batch_size or recipe.micro_batch_size, 1)
-    settings = StepSettings.of(recipe, micro, bundle["latent_multiplier"])
+    settings = StepSettings.of(recipe, micro, read_scale(bundle))
     losses, grad_norm, maxima = replay_step(model.to(device), batch, bundle["number"], settings, device)
     console = Console()
     table = Table("what", "then", "now", title="repeated on one process")
@@ -76,6 +78,17 @@ def main(config: ReplayConfig, dry_run: bool = False) -> None:
     ]
     if bad:
         print(f"samples with values that are not finite: {bad}")
+
+
+def read_scale(bundle: dict[str, Any]) -> LatentScale | float:
+    """Return what brought the latents of a kept step to unit std; version 0.1 had one number."""
+    if "latent_multiplier" in bundle:
+        return float(bundle["latent_multiplier"])
+    scale = bundle["latent_scale"]
+    if not isinstance(scale, list):
+        return float(scale)
+    multiplier, shift = (tuple(value) if isinstance(value, list) else float(value) for value in scale)
+    return LatentScale(multiplier, shift)
 
 
 def replay_step(

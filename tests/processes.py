@@ -31,6 +31,7 @@ PRELOADED = [
     "flowar.training.torch_engine",
     "flowar.training.zero_engine",
     "data_prep.encode",
+    "data_prep.train_vae",
     "tests.processes",
     "tests.warm",
 ]

@@ -15,9 +15,10 @@ Crop = Literal["center", "random", "ten_crop"]
 class VAEConfig:
     """Which tokenizer, and where its weights are."""
 
-    # mar, sd-vae-ft-ema, sd-vae-ft-mse, dc-ae-f32c32, demo, or diffusers' AutoencoderKL or -DC: a folder or a hub id
+    # mar, ldm (VA-VAE and its like), sd-vae-ft-ema, sd-vae-ft-mse, dc-ae-f32c32, demo, pixels (none), a folder that
+    # `flowar train-vae` wrote, or diffusers' AutoencoderKL, -DC or -RAE as a folder or hub id
     name: str = "mar"
-    weights: str | None = free(None)  # mar: the file kl16.ckpt; its hash is what counts
+    weights: str | None = free(None)  # mar: the file kl16.ckpt; ldm: its state dict; the weights' hash is what counts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +101,9 @@ class DataConfig:
     cache: str | None = free(None)  # folder for the shards of a remote path; None: flowar-USER below TMPDIR
     num_workers: int = free(2)  # processes that read ahead; 0 reads in the main one
     patience_s: float = free(300)  # storage that fails or hangs is tried again for so long; a job is then started anew
+    # What brings latents to unit std: "vae", its one number, as released models have it; "channel", the mean and std
+    # of each channel over the dataset, for VAEs without such a number, or whose channels differ.
+    normalize: Literal["vae", "channel"] = "vae"
     # Of models that train on sequences of images of one class (ARFlow): "uniform", every class equally often, as
     # released; "frequency", each in proportion to its number of images.
     class_draw: Literal["uniform", "frequency"] = "uniform"

@@ -15,7 +15,7 @@ import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import xxhash
@@ -85,6 +85,13 @@ def row_place(made_how: int, chunk: int, row: int) -> int:
     return made_how + (chunk << 44) + (row << 20)
 
 
+class LatentScale(NamedTuple):
+    """What brings samples of moments to unit std: latents = (sample - shift) x multiplier; one each, or per channel."""
+
+    multiplier: float | tuple[float, ...]
+    shift: float | tuple[float, ...] = 0.0
+
+
 @dataclass(frozen=True, kw_only=True)
 class Passport:
     """Where a dataset came from; trainer and sampler refuse one that doesn't fit."""
@@ -126,6 +133,14 @@ class Passport:
     shard_hashes: dict[str, str]  # file -> xxh64
     shards: list[list[Any]] = field(default_factory=list)  # [file, rows, bytes] in order; none in datasets of 0.1
     psnr_db: float = 0.0  # of some images that the VAE gave back; 0: none was measured, as by 0.1
+    normalize: str = "vae"  # in the copy of a training run: its data.normalize
+
+    @property
+    def latent_scale(self) -> LatentScale:
+        """What a run's `data.normalize` takes: the VAE's one multiplier, or the mean and std of each channel."""
+        if self.normalize == "vae":
+            return LatentScale(self.latent_multiplier)
+        return LatentScale(tuple(1 / std for std in self.latent_std), tuple(self.latent_mean))
 
     @property
     def latent_channels(self) -> int:

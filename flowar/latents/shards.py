@@ -79,7 +79,7 @@ class LatentShards:
         self.is_remote = "://" in config.path
         self.patience_s = config.patience_s
         self.folder = fetch_passport(config) if self.is_remote else Path(config.path)
-        self.passport: Passport = read_passport(self.folder)
+        self.passport: Passport = replace(read_passport(self.folder), normalize=config.normalize)
         self.shards = _read_index(self.folder, self.path)
         self.dtype = row_dtype(self.passport.moments_shape, self.passport.moments_dtype)
         self._made_how = hash_row_settings(vars(self.passport))

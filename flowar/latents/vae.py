@@ -1,10 +1,10 @@
-"""Images -> moments -> latents -> images; only here are the pixel range and the VAE known. Read next: data.py.
+"""Images -> moments -> latents -> images; only here are the pixel range and the VAE known. Read next: batches.py.
 
-The networks are diffusers' AutoencoderKL and AutoencoderDC; MAR's weights are mapped onto the former.
+The networks are diffusers' AutoencoderKL and AutoencoderDC. What isn't of these has an adapter: ldm.py (MAR's VAE,
+VA-VAE and their like), rae.py (frozen encoders with a decoder), pixels.py (no VAE at all).
 """
 
 import math
-import re
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,11 @@ from torch import Tensor, nn
 
 from flowar.base.errors import UserError
 from flowar.base.hashes import hash_weights
-from flowar.base.tensors import load_plain_checkpoint
+from flowar.base.tensors import load_plain_checkpoint, load_tensors
+from flowar.latents.ldm import ldm_autoencoder
+from flowar.latents.pixels import Pixels
+from flowar.latents.rae import RepresentationAutoencoder
+from flowar.latents.schema import LatentScale
 
 DEMO_VAE = Path(__file__).parents[1] / "assets" / "demo_vae"
 
@@ -24,7 +28,8 @@ HUB_NAMES = {
     "dc-ae-f32c32": "mit-han-lab/dc-ae-f32c32-in-1.0-diffusers",
 }
 
-DIFFUSERS_CLASSES = ("AutoencoderKL", "AutoencoderDC")
+DIFFUSERS_CLASSES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderRAE")
+FILE_NAMES = ("mar", "ldm")  # VAEs whose weights are one file, vae.weights
 SCALE = "scaling_factor"
 # What loading raises where a file is damaged or holds something else.
 NOT_A_VAE = (ValueError, TypeError, AttributeError, LookupError, RuntimeError)
@@ -44,23 +49,6 @@ MAR_CONFIG = {
     "scaling_factor": MAR_LATENT_MULTIPLIER,
 }
 
-# Names in kl16.ckpt -> diffusers' names, replaced in this order.
-MAR_NAMES = (
-    (r"\.down\.(\d)\.block\.(\d)\.", r".down_blocks.\1.resnets.\2."),
-    (r"\.down\.(\d)\.attn\.(\d)\.", r".down_blocks.\1.attentions.\2."),
-    (r"\.down\.(\d)\.downsample\.", r".down_blocks.\1.downsamplers.0."),
-    (r"\.up\.(\d)\.block\.(\d)\.", lambda m: f".up_blocks.{4 - int(m[1])}.resnets.{m[2]}."),
-    (r"\.up\.(\d)\.upsample\.", lambda m: f".up_blocks.{4 - int(m[1])}.upsamplers.0."),
-    (r"\.mid\.block_1\.", ".mid_block.resnets.0."),
-    (r"\.mid\.block_2\.", ".mid_block.resnets.1."),
-    (r"\.mid\.attn_1\.", ".mid_block.attentions.0."),
-    (r"\.nin_shortcut\.", ".conv_shortcut."),
-    (r"\.norm_out\.", ".conv_norm_out."),
-    (r"(\.attentions\.\d)\.norm\.", r"\1.group_norm."),
-    (r"(\.attentions\.\d)\.(q|k|v)\.", r"\1.to_\2."),
-    (r"(\.attentions\.\d)\.proj_out\.", r"\1.to_out.0."),
-)
-
 
 class VAE(nn.Module):
     """An autoencoder, frozen.
@@ -78,14 +66,16 @@ class VAE(nn.Module):
         self.autoencoder = autoencoder.eval().requires_grad_(False)
         self.name = name
         config = autoencoder.config
-        self.latent_multiplier: float = config.scaling_factor
+        self.latent_multiplier: float = config["scaling_factor"]
         self.latent_shift: float = config.get("shift_factor") or 0.0
         for setting, value in ((SCALE, self.latent_multiplier), ("shift_factor", self.latent_shift)):
             if not isinstance(value, int | float) or not math.isfinite(value) or (setting, value) == (SCALE, 0):
                 raise UserError(f"vae.name={name} has {setting}={value!r} in its config.json; a number is needed")
-        self.latent_channels: int = config.latent_channels
-        blocks = config.get("block_out_channels") or config.encoder_block_out_channels
+        self.latent_scale = LatentScale(self.latent_multiplier)  # a run with data.normalize=channel has another
+        self.latent_channels: int = config["latent_channels"]
+        blocks = config.get("block_out_channels") or config["encoder_block_out_channels"]
         self.stride: int = 2 ** (len(blocks) - 1)
+        self.image_size: int | None = config.get("image_size")  # the only one that it takes; None: any
 
     def encode(self, images: Tensor) -> Tensor:
         """Return the moments (B, 2 C, h, w), mean then log-variance, of images (B, 3, H, W) in [-1, 1]."""
@@ -98,7 +88,8 @@ class VAE(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         """Return the images (B, 3, H, W), about [-1, 1], of latents (B, C, h, w) of about unit std."""
-        images: Tensor = self.autoencoder.decode(latents / self.latent_multiplier + self.latent_shift).sample
+        multiplier, shift = (_per_channel(value, latents) for value in self.latent_scale)
+        images: Tensor = self.autoencoder.decode(latents / multiplier + (shift + self.latent_shift)).sample
         return images
 
     @cached_property
@@ -107,17 +98,26 @@ class VAE(nn.Module):
         return hash_weights(self.autoencoder.state_dict())
 
 
-def sample_posterior(moments: Tensor, noise: Tensor, latent_multiplier: float) -> Tensor:
-    """Return latents (B, C, h, w) of about unit std: multiplier x (mean + std x noise).
+def sample_posterior(moments: Tensor, noise: Tensor, latent_scale: LatentScale | float) -> Tensor:
+    """Return latents (B, C, h, w) of about unit std: (mean + std x noise - shift) x multiplier.
 
     Args:
         moments: (B, 2 C, h, w), mean then log-variance.
         noise: (B, C, h, w), standard normal.
-        latent_multiplier: of the VAE that made the moments.
+        latent_scale: shift and multiplier; a number is the multiplier of the VAE that made the moments.
     """
     mean, log_variance = moments.chunk(2, dim=1)
     std = torch.exp(0.5 * log_variance.clamp(MIN_LOG_VARIANCE, MAX_LOG_VARIANCE))
-    return (mean + std * noise) * latent_multiplier
+    scale = latent_scale if isinstance(latent_scale, LatentScale) else LatentScale(latent_scale)
+    multiplier, shift = (_per_channel(value, mean) for value in scale)
+    samples = mean + std * noise
+    latents: Tensor = (samples if scale.shift == 0 else samples - shift) * multiplier
+    return latents
+
+
+def _per_channel(value: float | tuple[float, ...], latents: Tensor) -> Any:
+    """Return a number, or one per channel as a tensor (C, 1, 1) that fits latents (B, C, h, w)."""
+    return value if isinstance(value, int | float) else latents.new_tensor(value).view(-1, 1, 1)
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -134,18 +134,24 @@ def load_vae(name_or_path: str, weights: str | Path | None = None) -> VAE:
     """Return a VAE, in evaluation mode, float32 on the CPU.
 
     Args:
-        name_or_path: "mar" (the KL-16 VAE of MAR and FlowAR), "sd-vae-ft-ema", "sd-vae-ft-mse", "dc-ae-f32c32", "demo"
-            (ships with this package), or an AutoencoderKL or AutoencoderDC in diffusers' layout: a folder or a Hugging
-            Face hub id.
-        weights: the file kl16.ckpt, for "mar" only.
+        name_or_path: "mar" (the KL-16 VAE of MAR and FlowAR), "ldm" (any autoencoder in the layout of latent diffusion
+            models: VA-VAE and others), "sd-vae-ft-ema", "sd-vae-ft-mse", "dc-ae-f32c32", "demo" (ships with this
+            package), "pixels" (none), or an AutoencoderKL, -DC or -RAE in diffusers' layout: a folder or a Hugging Face
+            hub id.
+        weights: of "mar" the file kl16.ckpt, of "ldm" a .pt, .ckpt or .safetensors file.
 
     Raises:
         UserError: if the weights are missing, don't fit, or are of another kind of autoencoder.
     """
-    if name_or_path == "mar":
-        return VAE(_load_mar(weights), "mar")
+    if name_or_path in FILE_NAMES:
+        return VAE(_load_ldm(weights) if name_or_path == "ldm" else _load_mar(weights), name_or_path)
     if weights is not None:
-        raise UserError(f"vae.weights={weights} is for vae.name=mar only; vae.name={name_or_path} brings its own")
+        raise UserError(
+            f"vae.weights={weights} is for vae.name={' or '.join(FILE_NAMES)} only; vae.name={name_or_path} brings its "
+            "own"
+        )
+    if name_or_path == "pixels":
+        return VAE(Pixels(), name_or_path)
     source = DEMO_VAE if name_or_path == "demo" else HUB_NAMES.get(name_or_path, name_or_path)
     return VAE(_load_diffusers(source, name_or_path), name_or_path)
 
@@ -167,15 +173,15 @@ def _load_diffusers(source: str | Path, name: str) -> nn.Module:
                 f"vae.name={name} lacks {len(missing)} of its weights, the first is {missing[0]}; copy it again, or "
                 "use a config.json that fits the weights"
             )
-        return autoencoder
+        return RepresentationAutoencoder(autoencoder) if kind == "AutoencoderRAE" else autoencoder
     except (OSError, *NOT_A_VAE) as error:
         if isinstance(error, UserError):
             raise
         where = f"huggingface.co/{source}" if name in HUB_NAMES else "its source"
         problem = (str(error) or repr(error)).splitlines()[0]
         raise UserError(
-            f"can't load vae.name={name}: {problem}; use mar, {', '.join(HUB_NAMES)}, demo, or a "
-            "folder or hub id in diffusers' layout. Without a network: copy config.json and "
+            f"can't load vae.name={name}: {problem}; use mar, ldm, {', '.join(HUB_NAMES)}, demo, "
+            "pixels, or a folder or hub id in diffusers' layout. Without a network: copy config.json and "
             f"diffusion_pytorch_model.safetensors from {where} into a folder and set vae.name to the folder"
         ) from error
 
@@ -195,15 +201,26 @@ def _load_mar(weights: str | Path | None) -> nn.Module:
 
 def mar_autoencoder(state_dict: dict[str, Tensor]) -> nn.Module:
     """Return diffusers' AutoencoderKL with MAR's KL-16 weights; every key has to fit."""
-    from diffusers import AutoencoderKL
+    return ldm_autoencoder(state_dict, MAR_CONFIG)
 
-    weights = {}
-    for theirs, tensor in state_dict.items():
-        name = theirs
-        for pattern, replacement in MAR_NAMES:
-            name = re.sub(pattern, replacement, name)
-        is_linear = re.search(r"\.to_(q|k|v|out\.0)\.weight", name)  # theirs are 1 x 1 convolutions
-        weights[name] = tensor[:, :, 0, 0] if is_linear else tensor
-    autoencoder: nn.Module = AutoencoderKL(**MAR_CONFIG)
-    autoencoder.load_state_dict(weights)
-    return autoencoder
+
+def _load_ldm(weights: str | Path | None) -> nn.Module:
+    if weights is None or not Path(weights).is_file():
+        raise UserError(
+            f"vae.name=ldm needs a file of weights, got vae.weights={weights}; set vae.weights to a .pt, .ckpt or "
+            ".safetensors file, for example vavae-imagenet256-f16d32-dinov2.pt"
+        )
+    file = Path(weights)
+    if file.suffix == ".safetensors":
+        content: Any = load_tensors(file, "download it again")
+    else:
+        content = load_plain_checkpoint(file)
+    state_dict = next((content[key] for key in ("state_dict", "model") if isinstance(content.get(key), dict)), content)
+    try:
+        return ldm_autoencoder({key: value for key, value in state_dict.items() if isinstance(value, Tensor)})
+    except NOT_A_VAE as error:
+        problem = " ".join(str(error).split())[:300]
+        raise UserError(
+            f"vae.weights={weights} can't be used as vae.name=ldm: {problem}; give an autoencoder of that layout, or "
+            "convert it to diffusers' layout"
+        ) from error

@@ -58,7 +58,7 @@ def open_job(config: SampleConfig, weights: Weights | None = None) -> "SamplingJ
     model = load_model(weights.stored, config.weights).to(device)
     vae_config = choose_vae(config.vae, weights.folder)
     vae = load_vae(vae_config.name, vae_config.weights).to(device)
-    check_decodable(weights.stored, model.config, vae)
+    fit_vae(weights.stored, model.config, vae)
     weights_sha256 = hash_weights(model.state_dict())
     if config.compile:
         compile_blocks(model)
@@ -153,15 +153,21 @@ class SamplingJob:
         return self.classes[number % len(self.classes)]
 
 
-def check_decodable(folder: Path, model: ModelConfig, vae: VAE) -> None:
-    """Raise a UserError if the model's latents are not those of the VAE, naming both sides."""
+def fit_vae(folder: Path, model: ModelConfig, vae: VAE) -> None:
+    """Have the VAE decode the latents that the model makes.
+
+    Raises:
+        UserError: if they are not those of the VAE; names both sides.
+    """
     if model.latent_channels != vae.latent_channels:
         raise UserError(
             f"the model in {folder} makes latents of {model.latent_channels} channels, but VAE {vae.name} decodes "
             f"{vae.latent_channels}; set vae.name to the VAE that the model was trained with"
         )
     if (folder / PASSPORT_FILE).is_file():
-        check_same_vae(read_passport(folder), vae, str(folder))
+        passport = read_passport(folder)
+        check_same_vae(passport, vae, str(folder))
+        vae.latent_scale = passport.latent_scale
 
 
 def check_finite(job: SamplingJob, decoded: Tensor, numbers: range) -> None:

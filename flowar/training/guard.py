@@ -124,7 +124,7 @@ def keep_anomaly(
             "problem": anomaly.problem,
             "losses": anomaly.numbers.losses,
             "grad_norm": anomaly.numbers.grad_norm,
-            "latent_multiplier": settings.latent_multiplier,
+            "latent_scale": settings.latent_scale,
             "activations": merge_maxima([activations for _, activations, _ in everyone]),
             "gradients": merge_maxima([gradients for _, _, gradients in everyone]),
         }

@@ -90,6 +90,7 @@ def plan_run(config: TrainConfig, world: World) -> RunPlan:
     vae = load_vae(config.vae.name, config.vae.weights) if config.preview.every_steps else None
     if vae is not None:
         check_same_vae(passport, vae, config.data.path)
+        vae.latent_scale = passport.latent_scale
     elif passport.vae_name != config.vae.name:  # without previews the VAE isn't loaded, its weights may not be here
         raise UserError(
             f"data.path={config.data.path} was made with VAE {passport.vae_name}, but vae.name={config.vae.name}; set "
@@ -106,7 +107,7 @@ def plan_run(config: TrainConfig, world: World) -> RunPlan:
         num_steps,
         warmup_steps,
         EngineSettings(config.parallel, config.optim, config.precision, micro, parts),
-        StepSettings.of(config, micro, passport.latent_multiplier),
+        StepSettings.of(config, micro, passport.latent_scale),
         labels,
     )
 

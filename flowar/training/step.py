@@ -16,6 +16,7 @@ from flowar.base.seeding import Stream, derive_seed, make_generator
 from flowar.config.models import ModelConfig
 from flowar.config.training import RecipeConfig
 from flowar.latents.batches import Batch
+from flowar.latents.schema import LatentScale
 from flowar.latents.vae import sample_posterior
 from flowar.models.build import family_of
 from flowar.models.family import Family, weigh
@@ -31,14 +32,14 @@ class StepSettings:
     label_dropout: float
     precision: str
     micro_batch_size: int  # samples at once
-    latent_multiplier: float  # of the shards
+    latent_scale: LatentScale | float  # of the shards, or a multiplier alone
     _weights: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
-    def of(cls, recipe: RecipeConfig, micro_batch_size: int, latent_multiplier: float) -> "StepSettings":
+    def of(cls, recipe: RecipeConfig, micro_batch_size: int, latent_scale: LatentScale | float) -> "StepSettings":
         """Return those of a run."""
         names = (recipe.model, recipe.seed, recipe.label_dropout, recipe.precision)
-        return cls(*names, micro_batch_size, latent_multiplier)
+        return cls(*names, micro_batch_size, latent_scale)
 
     @property
     def family(self) -> Family[Any, Any]:
@@ -168,7 +169,7 @@ def draw_training_inputs(batch: Batch, number: int, settings: StepSettings, rank
         noises.append(torch.randn(images, *model.latent_shape, generator=generator))
         dropped.append(torch.rand((), generator=generator) < settings.label_dropout)
         draws.append(family.draw(model, generator))
-    latents = sample_posterior(batch.moments.float(), torch.cat(noises), settings.latent_multiplier)
+    latents = sample_posterior(batch.moments.float(), torch.cat(noises), settings.latent_scale)
     labels = batch.labels.masked_fill(torch.stack(dropped), model.num_classes)
     stacked = {name: torch.stack([each[name] for each in draws]) for name in draws[0]}
     return TrainingInputs(number, batch, latents, labels, stacked)

@@ -6,11 +6,13 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderDC, AutoencoderKL
+from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderRAE
 
 from flowar.base.errors import UserError
 from flowar.evaluation.digits import load_splits, to_model_range
-from flowar.latents.vae import DEMO_VAE, from_uint8, load_vae, mar_autoencoder, sample_posterior, to_uint8
+from flowar.latents.ldm import ldm_shape
+from flowar.latents.schema import LatentScale
+from flowar.latents.vae import DEMO_VAE, MAR_CONFIG, from_uint8, load_vae, mar_autoencoder, sample_posterior, to_uint8
 from tests.conftest import DATA, load_vectors
 
 
@@ -65,7 +67,7 @@ def test_missing_weights_name_the_file_to_get(tmp_path):
         load_vae("mar")
     with pytest.raises(UserError, match="needs the file kl16.ckpt, got vae.weights=/none"):
         load_vae("mar", "/none")
-    with pytest.raises(UserError, match="is for vae.name=mar only"):
+    with pytest.raises(UserError, match="is for vae.name=mar or ldm only"):
         load_vae("demo", "/none")
     with pytest.raises(
         UserError, match=r"can't load vae.name=.*copy config.json and diffusion_pytorch_model.safetensors"
@@ -163,7 +165,95 @@ def test_dc_ae_encodes_and_decodes_as_diffusers_alone_does_and_its_noise_counts_
     assert (vae.stride, vae.latent_channels) == (32, 32)
 
 
-@pytest.mark.parametrize("make", [small_sd_vae, small_dc_ae])
+def small_rae(folder):
+    """Save a representation autoencoder, small and with random weights, in diffusers' layout."""
+    torch.manual_seed(0)
+    AutoencoderRAE(
+        encoder_type="mae",
+        encoder_hidden_size=64,
+        encoder_patch_size=16,
+        encoder_num_hidden_layers=1,
+        decoder_hidden_size=32,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=64,
+        patch_size=16,
+        encoder_input_size=64,
+        latents_mean=torch.full((64, 1, 1), 0.5),
+        latents_std=torch.full((64, 1, 1), 2.0),
+    ).save_pretrained(folder)
+    return folder
+
+
+def test_a_frozen_encoder_with_its_decoder_encodes_and_decodes_as_diffusers_alone_does(tmp_path):
+    vae = load_vae(str(small_rae(tmp_path)))
+    plain = AutoencoderRAE.from_pretrained(tmp_path, low_cpu_mem_usage=False).eval()
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        encoded = plain.encode((images + 1) / 2).latent
+        mean, _ = vae.encode(images).chunk(2, dim=1)
+        torch.testing.assert_close(mean, encoded)
+        torch.testing.assert_close(vae.decode(encoded), plain.decode(encoded).sample * 2 - 1)
+    assert (vae.stride, vae.latent_channels, vae.image_size, mean.shape[-1]) == (16, 64, 64, 4)
+
+
+@pytest.mark.parametrize("key", ["state_dict", None])
+def test_any_autoencoder_in_the_layout_of_latent_diffusion_is_read_with_its_own_shape(mar_weights, tmp_path, key):
+    """VA-VAE's file: MAR's layout with 32 channels, and a projection that only its training needed."""
+    wider = dict(mar_weights)
+    for name, dims in {
+        "encoder.conv_out": (0,),
+        "quant_conv": (0, 1),
+        "post_quant_conv": (0, 1),
+        "decoder.conv_in": (1,),
+    }.items():
+        for dim in dims:
+            wider[f"{name}.weight"] = torch.cat([wider[f"{name}.weight"]] * 2, dim)
+        if 0 in dims:
+            wider[f"{name}.bias"] = torch.cat([wider[f"{name}.bias"]] * 2)
+    content = wider | {"linear_proj.weight": torch.zeros(1024, 32, 1, 1)}
+    torch.save({key: content, "global_step": 7} if key else content, tmp_path / "vavae.pt")
+    vae = load_vae("ldm", tmp_path / "vavae.pt")
+    assert (vae.stride, vae.latent_channels, vae.latent_multiplier) == (16, 32, 1.0)
+    with torch.no_grad():
+        assert vae.decode(torch.zeros(1, 32, 2, 2)).shape == (1, 3, 32, 32)
+
+
+def test_the_shape_that_is_read_from_mars_weights_is_mars(mar_weights):
+    assert ldm_shape(mar_weights) | {"scaling_factor": 0.2325} == MAR_CONFIG | {
+        "use_quant_conv": True,
+        "use_post_quant_conv": True,
+    }
+
+
+def test_a_file_of_something_else_is_not_an_ldm_autoencoder(tmp_path):
+    torch.save({"a": torch.zeros(3)}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"vae.weights=.*a.pt can't be used as vae.name=ldm: it has no autoencoder"):
+        load_vae("ldm", tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"vae.name=ldm needs a file of weights, got vae.weights=None"):
+        load_vae("ldm")
+
+
+def test_pixels_come_back_as_they_are():
+    vae, images = load_vae("pixels"), torch.rand(2, 3, 8, 8) * 2 - 1
+    latents = sample_posterior(vae.encode(images), torch.randn(2, 3, 8, 8), vae.latent_multiplier)
+    torch.testing.assert_close(vae.decode(latents), images, atol=1e-5, rtol=0)
+    assert (vae.stride, vae.latent_channels) == (1, 3)
+
+
+def test_the_mean_and_std_of_each_channel_bring_latents_to_unit_std_and_back():
+    vae = load_vae("pixels")
+    images = torch.randn(8, 3, 32, 32) * torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1) + torch.tensor(
+        [0.3, 0.0, -0.3]
+    ).view(3, 1, 1)
+    vae.latent_scale = LatentScale((10.0, 5.0, 1 / 0.3), (0.3, 0.0, -0.3))
+    latents = sample_posterior(vae.encode(images), torch.zeros(8, 3, 32, 32), vae.latent_scale)
+    torch.testing.assert_close(latents.std(dim=(0, 2, 3)), torch.ones(3), atol=0.05, rtol=0)
+    torch.testing.assert_close(latents.mean(dim=(0, 2, 3)), torch.zeros(3), atol=0.05, rtol=0)
+    torch.testing.assert_close(vae.decode(latents), images)
+
+
+@pytest.mark.parametrize("make", [small_sd_vae, small_dc_ae, small_rae, lambda folder: "pixels"])
 def test_a_dataset_can_be_prepared_with_any_of_them(make, image_folder, tmp_path):
     from data_prep import check, encode
     from flowar.config.data import CheckConfig, PrepareConfig, VAEConfig
@@ -177,7 +267,9 @@ def test_a_dataset_can_be_prepared_with_any_of_them(make, image_folder, tmp_path
 
 def test_another_kind_of_autoencoder_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"_class_name": "VQModel"}')
-    with pytest.raises(UserError, match=r"is a VQModel, but one of AutoencoderKL, AutoencoderDC is needed"):
+    with pytest.raises(
+        UserError, match=r"is a VQModel, but one of AutoencoderKL, AutoencoderDC, AutoencoderRAE is needed"
+    ):
         load_vae(str(tmp_path))
 
 

@@ -232,7 +232,7 @@ def test_wrong_settings_are_refused_by_name(changes, message):
 
 def test_a_step_of_training_takes_grouped_images():
     recipe = RecipeConfig(model=ARFlowConfig(**TINY, images_per_sample=3))
-    settings = StepSettings.of(recipe, 1, latent_multiplier=1.0)
+    settings = StepSettings.of(recipe, 1, latent_scale=1.0)
     moments = torch.randn(6, 8, 4, 4)
     moments[:, 4:] = -30.0  # log-variance: the means alone
     inputs = draw_training_inputs(Batch(moments, torch.tensor([0, 1]), torch.arange(6)), 1, settings)
