@@ -26,7 +26,7 @@ from data_prep.chunks import ChunkWriter, has_dataset, merge_chunks, publish_dat
 from data_prep.crops import decode_image, make_views, num_views, resize_side
 from data_prep.plan import EncodingJob, Plan, agree_on_plan, check_same_settings, describe_plan, list_images
 from data_prep.progress import PrepareProgress
-from data_prep.sources import ChangedSourceError, Stamp
+from data_prep.sources import ChangedSourceError, Source, Stamp
 from flowar import __version__
 from flowar.base.devices import convolution_precision, pick_device
 from flowar.base.errors import UserError
@@ -40,6 +40,7 @@ from flowar.latents.workers import BATCHES_AHEAD, check_shared_memory, from_work
 SETTLE_S = 60  # within which a network file system shows what another machine did
 MEASURED_IMAGES = 16  # images, up to twice as many, that are decoded again to measure what the VAE loses
 LOW_PSNR_DB = 22
+OFF_SCALE = 0.15  # by which the latents' std may differ from 1
 
 GONE = (errno.ENOENT, errno.ESTALE)
 
@@ -53,7 +54,9 @@ def main(config: PrepareConfig, dry_run: bool = False) -> None:
     device = pick_device(config.device)
     vae = load_vae(config.vae.name, config.vae.weights)
     if dry_run:
-        print(describe_plan(list_images(config), settings_of_dataset(config, vae), config))
+        source = list_images(config)
+        print(describe_plan(source, settings_of_dataset(config, vae), config))
+        print("".join(f"{line}\n" for line in describe_sizes(source, config)), end="")
         return
     prepare(config, vae, device)
     print_summary(read_passport(config.out_dir), Path(config.out_dir))
@@ -147,6 +150,31 @@ def settings_of_dataset(config: PrepareConfig, vae: VAE) -> dict[str, Any]:
     }
 
 
+def describe_sizes(source: Source, config: PrepareConfig) -> list[str]:
+    """Return what the sizes of some of the images mean: small ones are enlarged, of others the margins are cut off."""
+    sizes = []
+    for number in range(0, len(source), max(1, len(source) // MEASURED_IMAGES)):
+        try:
+            image = decode_image(source.read(number))
+        except Exception:  # whatever is wrong with it is said, with its name, when it is encoded
+            continue
+        sizes.append((min(image.size), max(image.size)))
+    lines = []
+    small = [short for short, _ in sizes if short < config.image_size]
+    if small:
+        lines.append(
+            f"WARNING: {len(small)} of {len(sizes)} images looked at are smaller than image_size={config.image_size} "
+            f"(the smallest: {min(small)} px) and are enlarged, which makes them blurry; a smaller image_size may do"
+        )
+    cut = [1 - short / long for short, long in sizes if short < long]
+    if cut:
+        lines.append(
+            f"{len(cut)} of {len(sizes)} images looked at are not square: {100 * sum(cut) / len(cut):.0f}% of them is "
+            f"cut off on average, {100 * max(cut):.0f}% at most (crop={config.crop})"
+        )
+    return lines
+
+
 def check_images_exist(config: PrepareConfig) -> None:
     """Raise the source's UserError before anything is written, where that takes no listing."""
     if not Path(config.images).exists() and not any(mark in config.images for mark in "*?["):
@@ -159,6 +187,7 @@ def encode_chunks(job: EncodingJob, leases: Leases) -> None:
     if plan is None:
         return
     print(describe_plan(plan.source, job.settings, job.config))
+    print("".join(f"{line}\n" for line in describe_sizes(plan.source, job.config)), end="")
     with PrepareProgress(len(plan.source), job.config.chunk_images, plan.done()) as progress:
         while not has_dataset(job.out_dir):
             unfinished = plan.unfinished()
@@ -388,8 +417,13 @@ def print_summary(passport: Passport, out_dir: Path) -> None:
         if passport.psnr_db < LOW_PSNR_DB:
             print(
                 f"WARNING: below {LOW_PSNR_DB} dB the VAE doesn't fit these images, and no sample will look better "
-                "than what it gives back; prepare them with another vae.name, trained on such images"
+                "than what it gives back; prepare them with another vae.name, or one that `flowar train-vae` makes"
             )
+    if abs(ratio - 1) > OFF_SCALE:
+        print(
+            f"WARNING: by its own number {passport.latent_multiplier:g} this VAE gives latents of these images a std "
+            f"of {ratio:.2f} instead of 1; train with data.normalize=channel, unless it is with released weights"
+        )
     if len(passport.encoded_with) > 1:
         print(f"encoded on {len(passport.encoded_with)} kinds of devices or versions, which may differ in last bits")
     if passport.skipped:

@@ -20,6 +20,7 @@ from flowar.config.explain import Explained, describe_settings, explain
 from flowar.config.jobs import DemoConfig, DoctorConfig
 from flowar.config.load import Schema, describe_config, did_you_mean, load_config, setting_names
 from flowar.config.measuring import EvaluateConfig, ReferenceConfig, SweepConfig
+from flowar.config.suggesting import SuggestConfig
 from flowar.config.tokenizing import TrainVAEConfig
 from flowar.config.training import AverageConfig, ConvertConfig, ExportConfig, PlanConfig, ReplayConfig, TrainConfig
 
@@ -67,6 +68,10 @@ VERBS = {
         "flowar.train:main", TrainConfig, "train a model on prepared shards; run it again to resume",
         "flowar train configs/train/flowar_l.yaml run_dir=runs/l data.path=/data/in256 vae.weights=kl16.ckpt",
         folder=("run_dir",),
+    ),
+    "suggest": Verb(
+        "flowar.suggest:main", SuggestConfig, "a training that fits a dataset and this machine, with reasons",
+        "flowar suggest data.path=data/photos file=photos.yaml  # then: flowar train photos.yaml",
     ),
     "plan": Verb(
         "flowar.plan:main", PlanConfig, "memory, communication and time of a run, before renting anything",

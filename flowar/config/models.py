@@ -189,6 +189,11 @@ MODEL_VARIANTS: dict[str, ModelConfig] = {
         _flowar("flowar-l",       (16, 1024, 16),           (12, 1024, 16), "attn_cross_mlp"),  # 589 M, 1.90, 281.4
         _flowar("flowar-h",       (30, 1536, 16),           (12, 1536, 24), "attn_cross_mlp"),  # 1.9 B, 1.65, 296.5
         _flowar("flowar-h-paper", (30, 1536, 16),           (18, 1536, 24), "attn_mlp"),        # as in its table 8
+        # For small latents and data, by default those of 32 px with `flowar train-vae`; see `flowar suggest`.
+        _flowar("flowar-xs",      ( 6,  256,  4),           ( 4,  256,  4), "attn_mlp",         # 12.9 M
+                 scales=(1, 2, 4), latent_channels=4, patch_size=2, num_classes=10, dropout=0.0, zero_init=True),
+        _flowar("flowar-xxs",     ( 4,  128,  4),           ( 3,  192,  4), "attn_mlp",         # 3.4 M
+                 scales=(1, 2, 4), latent_channels=4, patch_size=2, num_classes=10, dropout=0.0, zero_init=True),
         _flowar("flowar-demo",    ( 4,  128,  4),           ( 2,  128,  4), "attn_mlp",         # digits on a laptop
                  scales=(1, 2, 4), latent_channels=1, patch_size=2, num_classes=10, dropout=0.0, zero_init=True),
         ARFlowConfig(variant="arflow-demo", depth=6, width=128, heads=2, images_per_sample=3,   # digits on a laptop

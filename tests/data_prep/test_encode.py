@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from data_prep.chunks import ChunkWriter
 from data_prep.crops import decode_image, make_views
-from data_prep.encode import main
+from data_prep.encode import describe_sizes, list_images, main
 from data_prep.sources import Source, open_source
 from flowar import cli
 from flowar.base.errors import UserError
@@ -394,3 +394,28 @@ def test_a_chunk_with_more_than_ten_classes_is_finished(tmp_path):
         )
     )
     assert read_passport(tmp_path / "shards").class_counts == [1] * 12
+
+
+def test_sizes_that_do_not_fit_are_said_before_anything_is_encoded(image_folder):
+    """Its images are 36 x 40 px."""
+    config = PrepareConfig(images=str(image_folder), out_dir="out", image_size=64)
+    enlarged, cut = describe_sizes(list_images(config), config)
+    assert enlarged.startswith(
+        "WARNING: 24 of 24 images looked at are smaller than image_size=64 (the smallest: 36 px)"
+    )
+    assert cut.startswith("24 of 24 images looked at are not square: 10% of them is cut off on average, 10% at most")
+
+
+def test_latents_whose_std_is_not_one_are_said_with_the_remedy(image_folder, tmp_path, capsys):
+    config = PrepareConfig(
+        images=str(image_folder),
+        out_dir=str(tmp_path / "out"),
+        vae=VAEConfig(name="pixels"),
+        image_size=32,
+        num_workers=0,
+    )
+    main(config)
+    assert re.search(
+        r"WARNING: by its own number 1 .* std of 0\.\d+ instead of 1; train with data.normalize=channel",
+        capsys.readouterr().out,
+    )

@@ -1,0 +1,220 @@
+"""`flowar suggest`: a dataset and a machine -> the settings of a training, each with its reason. A recipe to edit.
+
+What is chosen here are starting points: the authors' rules where they have some, and for small data and small machines
+what worked on the handwritten digits and on Fashion-MNIST. Read next: config/training.py, train.py.
+"""
+
+import math
+import statistics
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from flowar.base.devices import pick_device
+from flowar.base.distributed import World, refuse_many_processes
+from flowar.base.errors import UserError
+from flowar.base.files import create_whole
+from flowar.config.load import did_you_mean
+from flowar.config.models import MODEL_VARIANTS, FlowARConfig, variant_config
+from flowar.config.suggesting import SuggestConfig
+from flowar.config.training import OptimConfig, ParallelConfig
+from flowar.latents.batches import Batch
+from flowar.latents.schema import Passport
+from flowar.latents.shards import LatentShards
+from flowar.models.build import config_from_dict, create_model
+from flowar.models.costs import count_parameters
+from flowar.training.engine import EngineSettings
+from flowar.training.setup import make_engine
+from flowar.training.step import StepSettings, accumulate, agree, draw_training_inputs
+
+# From so many images on the model of the next row is no longer the better one: larger ones learn them by heart.
+BY_IMAGES = ((0, "flowar-xs"), (100_000, "flowar-s"), (400_000, "flowar-b"), (1_000_000, "flowar-l"))
+ON_CPU = "flowar-xxs"
+CPU_MINUTES, GPU_MINUTES = 15, 24 * 60
+AUTHORS_EPOCHS, AUTHORS_BATCH, AUTHORS_WARMUP = 400, 2048, 100
+AUTHORS_BASE_LR = 5e-5  # of a batch of 256
+SMALL_LR = {"flowar-xxs": 2e-3, "flowar-xs": 1e-3}  # of batches of 64, found on Fashion-MNIST
+SMALL_BATCH, MIDDLE_BATCH = 64, 256
+MOST_TOKENS_ACROSS = 16  # side of the finest token map; the authors' for 256 px
+UNEVEN_STD, UNEVEN_MEAN, OFF_SCALE = 1.25, 0.25, 0.1  # channels that differ by more are normalised one by one
+MEASURED_STEPS = 5
+
+
+class Suggestion(NamedTuple):
+    """One setting."""
+
+    key: str
+    value: Any
+    reason: str
+
+
+def main(config: SuggestConfig, dry_run: bool = False) -> None:
+    """Print or write the YAML, and the command that trains by it."""
+    refuse_many_processes("suggest")
+    device = pick_device(config.device)
+    shards = LatentShards(config.data)
+    if config.file is not None and Path(config.file).exists():
+        raise UserError(f"file={config.file} is there already; give a new one, or remove it first")
+    if dry_run:
+        print(f"would measure {device} and suggest a training on {config.data.path}")
+        return
+    text = describe_suggestions(config, shards.passport, suggest(config, shards.passport, device))
+    if config.file is None:
+        print(text, end="")
+        return
+    Path(config.file).parent.mkdir(parents=True, exist_ok=True)
+    if not create_whole(Path(config.file), lambda hidden: hidden.write_text(text)):
+        raise UserError(f"file={config.file} was written by another process meanwhile; give a new one")
+    print(text)
+    print(f"wrote {config.file}; look at it, then: flowar train {config.file}")
+
+
+def suggest(config: SuggestConfig, passport: Passport, device: torch.device) -> list[Suggestion]:
+    """Return the settings of a training on a dataset, after measuring how fast the device trains the model."""
+    is_gpu = device.type == "cuda"
+    variant, why_variant = choose_variant(config, passport, is_gpu)
+    small = variant in SMALL_LR
+    patch_size, scales = choose_scales(passport, coarse=not is_gpu)
+    row = variant_config(variant)
+    assert isinstance(row, FlowARConfig)
+    shape: dict[str, Any] = {
+        "variant": variant,
+        "scales": list(scales),
+        "patch_size": patch_size,
+        "latent_channels": passport.latent_channels,
+        "num_classes": len(passport.class_names),
+    }
+    model = config_from_dict(shape)
+    batch = SMALL_BATCH if not is_gpu else MIDDLE_BATCH if passport.num_images < BY_IMAGES[-1][0] else AUTHORS_BATCH
+    batch = min(batch, max(8, 2 ** int(math.log2(max(passport.num_images / 4, 8)))))
+    lr = SMALL_LR[variant] * batch / SMALL_BATCH if small else AUTHORS_BASE_LR * batch / 256
+    precision = "bf16" if is_gpu else "fp32"
+    micro = min(batch // (config.gpus if is_gpu else 1), SMALL_BATCH)
+    step_s = measure_step(model, device, precision, micro) * batch / micro / (config.gpus if is_gpu else 1)
+
+    minutes = config.minutes or (GPU_MINUTES if is_gpu else CPU_MINUTES)
+    most = math.ceil(AUTHORS_EPOCHS * passport.num_images / batch)
+    steps = max(100, min(most, int(60 * minutes / step_s)))
+    epochs = float(f"{steps * batch / passport.num_images:.4g}")
+    is_whole = steps == most
+    warmup = min(AUTHORS_WARMUP / AUTHORS_EPOCHS if is_whole and not small else 0.05, 0.25) * epochs
+    decay = max(0.9, min(0.9999, round(1 - 20 / steps, 5)))
+    time_says = f"{steps:,} steps of {1000 * step_s:.0f} ms on {device}: about {steps * step_s / 60:.0f} min"
+    normalize, why_normalize = choose_normalization(passport)
+    parameters = count_parameters(model)["total"]
+    run_dir = config.run_dir or f"runs/{Path(config.data.path).name}"
+    found = [
+        Suggestion("run_dir", run_dir, "all that the run writes"),
+        Suggestion("data.path", config.data.path, f"{passport.num_images:,} images of {len(passport.class_names):,}"),
+        Suggestion("data.normalize", normalize, why_normalize),
+        Suggestion("vae.name", passport.vae_name, "the one that made the dataset"),
+        Suggestion("model.variant", variant, f"{parameters / 1e6:.1f} M parameters: {why_variant}"),
+        Suggestion("model.scales", list(scales), f"sides of the token maps, up to {passport.latent_size} / patch_size"),
+        Suggestion("model.patch_size", patch_size, f"of latents with side {passport.latent_size}"),
+        Suggestion("model.latent_channels", passport.latent_channels, "the VAE's"),
+        Suggestion("model.num_classes", len(passport.class_names), "the dataset's"),
+        Suggestion("epochs", epochs, f"{time_says}{'; as many as the authors' if is_whole else ''}"),
+        Suggestion("batch_size", batch, "of all processes together"),
+        Suggestion(
+            "optim.lr", float(f"{lr:.3g}"), "small models take more" if small else "the authors': 5e-5 x batch / 256"
+        ),
+        Suggestion("optim.min_lr", float(f"{lr / 40:.3g}"), "a fortieth of the peak, as the authors'"),
+        Suggestion("optim.warmup_epochs", float(f"{warmup:.3g}"), "fits the length of the run"),
+        Suggestion("ema.decays", [decay], "an average over about the last twentieth of the steps"),
+        Suggestion("precision", precision, "what the device is good at"),
+        Suggestion("log_every_steps", max(1, min(50, steps // 100)), "a hundred lines or more in metrics.jsonl"),
+        Suggestion("save_every_steps", max(50, min(1000, steps // 10)), "what is lost at most when the machine dies"),
+        Suggestion("preview.every_steps", max(100, steps // 6), "pictures on the way"),
+        Suggestion("preview.num_images", min(64, 4 * len(passport.class_names)), "classes in turn"),
+        Suggestion("preview.num_steps", 16, "quick, not the best"),
+        Suggestion("preview.guidance", 1.5, "between none (1) and ImageNet's (2.4 and more)"),
+    ]
+    if config.vae_weights is not None:
+        found.insert(4, Suggestion("vae.weights", config.vae_weights, "as given"))
+    if is_gpu:
+        found.append(Suggestion("micro_batch_size", micro, "of one GPU at once; `flowar plan` says what has room"))
+        found.append(Suggestion("parallel.compile", True, "twice as fast once it is compiled"))
+    return found
+
+
+def choose_variant(config: SuggestConfig, passport: Passport, is_gpu: bool) -> tuple[str, str]:
+    """Return the model, and why.
+
+    Raises:
+        UserError: if there is no FlowAR of that name.
+    """
+    if config.variant is not None:
+        known = [name for name, row in MODEL_VARIANTS.items() if isinstance(row, FlowARConfig)]
+        if config.variant not in known:
+            raise UserError(f"variant={config.variant} is not a FlowAR{did_you_mean(config.variant, known)}")
+        return config.variant, "as given"
+    if not is_gpu:
+        return ON_CPU, "what a CPU trains in minutes"
+    name = [name for least, name in BY_IMAGES if passport.num_images >= least][-1]
+    return name, f"for {passport.num_images:,} images; a larger one would learn them by heart"
+
+
+def choose_scales(passport: Passport, *, coarse: bool) -> tuple[int, tuple[int, ...]]:
+    """Return the patch size and the sides of the token maps for latents of this size.
+
+    Args:
+        passport: of the dataset.
+        coarse: take fewer, larger patches, where the machine is slow.
+    """
+    side = passport.latent_size
+    most = MOST_TOKENS_ACROSS if not coarse else 8 if side > 8 else 4
+    patch_size = next(size for size in range(1, side + 1) if side % size == 0 and side // size < 2 * most)
+    finest = side // patch_size
+    scales = [finest]
+    while scales[0] > 1:
+        scales.insert(0, math.ceil(scales[0] / 2))
+    return patch_size, tuple(scales)
+
+
+def choose_normalization(passport: Passport) -> tuple[str, str]:
+    """Return data.normalize, and why."""
+    ratio = passport.latent_multiplier / passport.measured_multiplier
+    spread = max(passport.latent_std) / max(min(passport.latent_std), 1e-12)
+    shift = max(abs(mean) for mean in passport.latent_mean) * passport.measured_multiplier
+    if abs(ratio - 1) <= OFF_SCALE and spread <= UNEVEN_STD and shift <= UNEVEN_MEAN:
+        return "vae", f"latents have std {ratio:.2f} by the VAE's own number, and channels are alike"
+    why = f"by the VAE's own number latents have std {ratio:.2f}; channels differ {spread:.1f} times in std"
+    return "channel", f"{why}, {shift:.2f} std in mean"
+
+
+def measure_step(model: Any, device: torch.device, precision: str, batch_size: int) -> float:
+    """Return the seconds of one training step, the median of a few after a warm-up, with made-up latents."""
+    world = World(0, 1, device, None)
+    settings = EngineSettings(ParallelConfig(engine="single"), OptimConfig(), precision, batch_size, 1)
+    engine = make_engine(settings, create_model(model).train(), world)
+    step = StepSettings(model, 0, 0.1, precision, batch_size, 1.0)
+    channels, *sides = model.latent_shape
+    count = batch_size * model.images_per_sample
+    labels = torch.arange(batch_size) % model.num_classes
+    batch = Batch(torch.zeros(count, 2 * channels, *sides), labels, torch.arange(count))
+    seconds = []
+    for number in range(1, MEASURED_STEPS + 2):
+        began = time.perf_counter()
+        terms = accumulate(engine, draw_training_inputs(batch, number, step), step)
+        engine.step(1e-6, agree(engine, terms, step).grad_norm)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[1:])
+
+
+def describe_suggestions(config: SuggestConfig, passport: Passport, found: list[Suggestion]) -> str:
+    """Return the YAML text, sections together and each line with its reason."""
+    lines = [
+        f"# flowar suggest data.path={config.data.path}: {passport.image_size} px, VAE {passport.vae_name}",
+        "# Train, and resume, with: flowar train THIS_FILE",
+    ]
+    section = ""
+    for key, value, reason in found:
+        before, _, name = key.rpartition(".")
+        if before and before != section:
+            lines.append(f"{before}:")
+        section = before
+        text = str(value).lower() if isinstance(value, bool) else value
+        lines.append(f"{'  ' if before else ''}{name}: {text}  # {reason}")
+    return "\n".join(lines) + "\n"
