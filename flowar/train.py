@@ -55,6 +55,7 @@ from flowar.training.report import TrainingReport
 from flowar.training.setup import (
     RunPlan,
     check_attention,
+    keep_recorded_rate,
     make_engine,
     plan_run,
     prepare_run_dir,
@@ -105,6 +106,7 @@ def main(config: TrainConfig, dry_run: bool = False) -> None:
 def train(config: TrainConfig, world: World) -> None:
     """Do what `main` does, within a started world."""
     # Set up.
+    config = keep_recorded_rate(config)
     run = plan_run(config, world)
     check_room(config, world)
     run_dir, passport = Path(config.run_dir), run.shards.passport
@@ -171,7 +173,7 @@ def train(config: TrainConfig, world: World) -> None:
                 step - 1,
                 num_steps=run.num_steps,
                 warmup_steps=run.warmup_steps,
-                lr=config.optim.lr,
+                lr=config.optim.peak_lr(config.batch_size),
                 min_lr=config.optim.min_lr,
             )
             if problem is None:

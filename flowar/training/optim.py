@@ -17,13 +17,16 @@ CLIP_EPS = 1e-6  # of torch.nn.utils.clip_grads_with_norm_
 
 
 def make_optimizer(model: nn.Module, family: Family[Any, Any], config: OptimConfig) -> torch.optim.AdamW:
-    """Return torch's AdamW, with weight decay on the parameters that the model's family says."""
+    """Return torch's AdamW, with weight decay on the parameters that the model's family says.
+
+    Its learning rate is set before each step.
+    """
     decayed: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         (decayed if family.is_decayed(name, parameter, config) else others).append(parameter)
     groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+    return torch.optim.AdamW(groups, lr=0.0, betas=config.betas, fused=True)
 
 
 def learning_rate(step: int, *, num_steps: int, warmup_steps: float, lr: float, min_lr: float) -> float:

@@ -22,7 +22,7 @@ from flowar.config.load import (
     load_described,
     save_described,
 )
-from flowar.config.training import TrainConfig
+from flowar.config.training import BASE_BATCH_SIZE, TrainConfig
 from flowar.latents.batches import check_fits, check_same_vae
 from flowar.latents.schema import Passport, read_passport, write_passport
 from flowar.latents.shards import LatentShards
@@ -71,6 +71,7 @@ def plan_run(config: TrainConfig, world: World) -> RunPlan:
     Raises:
         UserError: if settings, shards and processes don't fit together.
     """
+    config = keep_recorded_rate(config)
     shards = LatentShards(config.data)
     passport = shards.passport
     check_fits(passport, config.model, config.data.path)
@@ -86,6 +87,7 @@ def plan_run(config: TrainConfig, world: World) -> RunPlan:
             f"{config.epochs:g} epochs = {num_steps:,} steps, {warmup_steps:,.0f} of them warm-up; batch = {micro:,} x "
             f"{parts} parts x {world.size} processes ({how})"
         )
+    say_learning_rate(config, is_said=world.is_main)
     check_resumable(Path(config.run_dir), config, passport, say=world.is_main)
     vae = load_vae(config.vae.name, config.vae.weights) if config.preview.every_steps else None
     if vae is not None:
@@ -115,6 +117,38 @@ def count_steps(config: TrainConfig, passport: Passport) -> tuple[int, float]:
     """Return how many steps a run has, and how many of them (not a whole number) warm up."""
     warmup_steps = config.optim.warmup_epochs * (passport.num_images / config.batch_size)
     return config.count_steps(passport.num_images), warmup_steps
+
+
+def say_learning_rate(config: TrainConfig, *, is_said: bool) -> None:
+    """Print what the learning rate is and what it follows from.
+
+    Raises:
+        UserError: if it follows from a batch so small that the schedule would rise to `optim.min_lr`.
+    """
+    optim = config.optim
+    peak = optim.peak_lr(config.batch_size)
+    source = "optim.lr"
+    if optim.lr is None:
+        source = f"optim.base_lr {optim.base_lr:g} x batch_size {config.batch_size} / {BASE_BATCH_SIZE}"
+        if peak < optim.min_lr:
+            raise UserError(
+                f"the learning rate {peak:g} = {source} is below optim.min_lr={optim.min_lr:g}, where its cosine ends; "
+                "set optim.lr, or a lower optim.min_lr"
+            )
+    if is_said:
+        print(f"learning rate {peak:g} = {source}")
+
+
+def keep_recorded_rate(config: TrainConfig) -> TrainConfig:
+    """Return the settings with the learning rate of a run that flowar 0.1 began, unless they name another one.
+
+    There it didn't follow from the batch: without this such a run would go on with another rate.
+    """
+    file = Path(config.run_dir) / CONFIG_FILE
+    if config.optim.lr is not None or not file.is_file() or "base_lr:" in file.read_text(errors="replace"):
+        return config
+    before = load_described(TrainConfig, file)
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=before.optim.lr))
 
 
 def split_batch(batch_size: int, micro_batch_size: int | None, num_ranks: int) -> int:
@@ -191,10 +225,8 @@ def new_schedule(run_dir: Path, before: TrainConfig, after: TrainConfig, passpor
     for config in (before, after):
         num_steps, warmup_steps = count_steps(config, passport)
         ends.append(num_steps)
-        optim = config.optim
-        rates.append(
-            learning_rate(step, num_steps=num_steps, warmup_steps=warmup_steps, lr=optim.lr, min_lr=optim.min_lr)
-        )
+        peak, least = config.optim.peak_lr(config.batch_size), config.optim.min_lr
+        rates.append(learning_rate(step, num_steps=num_steps, warmup_steps=warmup_steps, lr=peak, min_lr=least))
     if ends[1] < step:
         raise UserError(
             f"epochs={after.epochs:g} are {ends[1]:,} steps, but run_dir={run_dir} has trained {step:,}; give at least "
