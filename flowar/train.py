@@ -61,6 +61,7 @@ from flowar.training.setup import (
     prepare_run_dir,
     record_settings,
 )
+from flowar.training.start import begin, read_old_names
 from flowar.training.step import TrainingInputs, accumulate, agree, draw_training_inputs, drawn_bytes
 
 
@@ -118,9 +119,13 @@ def train(config: TrainConfig, world: World) -> None:
     with torch.device("cpu" if world.is_main else "meta"):  # the others get rank 0's, each what is its part
         model = create_model(config.model).train()
     set_attention(model, config.attention)
+    if world.is_main and run.start is not None:
+        begin(run.start, config, model)
+    old = broadcast_object(read_old_names(config) if world.is_main else None)
+    assert old is not None
 
     # Resume.
-    engine = make_engine(run.engine, model, world)
+    engine = make_engine(dataclasses.replace(run.engine, old=old), model, world)
     ema = EMA(config.ema, engine.local_weights())
     progress = Progress(averages=tuple(ema.averages))
     restored = restore_newest(engine, ema, run_dir)

@@ -30,11 +30,13 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW: decay of its averages of gradients and of their squares
     weight_decay: float = 0.02  # on matrices and tables; none on biases and norm weights
     decay_flow: bool = True  # on the flow Transformer too; the authors meant not to, but do: a name didn't match
+    frozen: tuple[str, ...] = ()  # parameters that stay as they are, by patterns of their names, such as ["ar.*"]
+    init_lr_factor: float = free(1.0)  # the learning rate of what `init` gave whole, over that of what is fresh
     max_grad_norm: float | None = free(3.0)  # gradients of a larger norm are scaled down to this; None: none are
     max_grad_value: float | None = free(None)  # after that each value is clipped to +- this; None: none is
 
     def __post_init__(self) -> None:
-        for name in ("base_lr", "lr", "min_lr", "max_grad_norm", "max_grad_value"):
+        for name in ("base_lr", "lr", "min_lr", "init_lr_factor", "max_grad_norm", "max_grad_value"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"optim.{name}={value} must be above 0")

@@ -28,11 +28,13 @@ from flowar.latents.schema import Passport, read_passport, write_passport
 from flowar.latents.shards import LatentShards
 from flowar.latents.vae import VAE, load_vae
 from flowar.models.attention import import_flash_attention
+from flowar.models.build import create_model
 from flowar.models.family import Model
 from flowar.training.checkpoint import remove_unfinished
 from flowar.training.engine import Engine, EngineSettings, engine_name
-from flowar.training.optim import learning_rate
+from flowar.training.optim import freeze_parts, learning_rate
 from flowar.training.owner import Owner, owner_lock, take_over
+from flowar.training.start import StartPlan, is_same_start, plan_start, show_start
 from flowar.training.step import StepSettings
 from flowar.training.torch_engine import TorchEngine
 from flowar.training.zero_engine import ZeROEngine
@@ -40,6 +42,7 @@ from flowar.training.zero_engine import ZeROEngine
 
 def make_engine(settings: EngineSettings, model: Model, world: World) -> Engine:
     """Return the engine that the settings name, around a model; the weights are rank 0's, others may be on "meta"."""
+    freeze_parts(model, settings.optim.frozen)
     kind = ZeROEngine if engine_name(settings.parallel.engine, world.size) == "deepspeed" else TorchEngine
     return kind(settings, model, world)
 
@@ -63,6 +66,7 @@ class RunPlan:
     engine: EngineSettings
     step: StepSettings
     labels: NDArray[np.int64] | None  # of all images, where a sample is a sequence of images of one class
+    start: StartPlan | None  # the weights that it begins with; None: fresh ones, or it resumes
 
 
 def plan_run(config: TrainConfig, world: World) -> RunPlan:
@@ -89,6 +93,12 @@ def plan_run(config: TrainConfig, world: World) -> RunPlan:
         )
     say_learning_rate(config, is_said=world.is_main)
     check_resumable(Path(config.run_dir), config, passport, say=world.is_main)
+    start = plan_start(config, passport)
+    if start is not None and world.is_main:
+        show_start(start, config.init)
+    if config.optim.frozen:
+        with torch.device("meta"):
+            freeze_parts(create_model(config.model), config.optim.frozen)
     vae = load_vae(config.vae.name, config.vae.weights) if config.preview.every_steps else None
     if vae is not None:
         check_same_vae(passport, vae, config.data.path)
@@ -110,6 +120,7 @@ def plan_run(config: TrainConfig, world: World) -> RunPlan:
         EngineSettings(config.parallel, config.optim, config.precision, micro, parts),
         StepSettings.of(config, micro, passport.latent_multiplier),
         labels,
+        start,
     )
 
 
@@ -201,6 +212,10 @@ def check_resumable(run_dir: Path, config: TrainConfig, passport: Passport, *, s
         consequence = new_schedule(run_dir, before, config, passport) if key == "epochs" else ""
         if say:
             print(f"{key} was {old}, now {new}{consequence}")
+    if None not in changed.get("init.model", (None,)) and is_same_start(run_dir, config.init):
+        old, new = changed.pop("init.model")
+        if say:
+            print(f"init.model was {old}, now {new}, which holds the same weights")
     if changed:
         listed = "; ".join(f"{key} was {old}, now {new}" for key, (old, new) in changed.items())
         raise UserError(f"run_dir={run_dir} holds another run: {listed}; give another run_dir, or the same settings")

@@ -69,7 +69,7 @@ def test_a_variant_sets_the_whole_model_and_single_settings_come_on_top():
         (("profile_steps=3",), r"be a list of 2 whole numbers, or null; for example profile_steps=\[1,2\]$"),
         (("wandb=[1]",), "it must be a section .*; for example wandb.mode=disabled$"),
         (("model.family=[x]",), "model.family=.*is unknown"),
-        (("a.b=1",), "a is not a setting; there are: model, vae, [^.]*$"),
+        (("a.b=1",), "a is not a setting; there are: model, init, vae, [^.]*$"),
     ],
 )
 def test_bad_settings_are_one_clear_line(overrides, message):
