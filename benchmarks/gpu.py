@@ -153,7 +153,8 @@ def training(machine: Machine, folder: Path, steps: int, parallel: ParallelConfi
         run_dir=str(folder / f"run_{steps}"), vae=VAEConfig(name="none"), device=machine.device, parallel=parallel,
         model=dataclasses.replace(machine.shape, num_classes=1),
         data=DataConfig(path=str(folder / "mds"), num_workers=0 if machine.tiny else 2),
-        epochs=epochs, optim=OptimConfig(warmup_epochs=epochs / 2), batch_size=batch, log_every_steps=log_every,
+        epochs=epochs, optim=OptimConfig(lr=4e-4, warmup_epochs=epochs / 2), batch_size=batch,
+        log_every_steps=log_every,
         save_every_steps=10**6, preview=PreviewConfig(every_steps=0), precision="fp32" if machine.tiny else "bf16",
     )  # fmt: skip
 

@@ -9,7 +9,15 @@ from typing import Any, NamedTuple
 from flowar.base.errors import UserError
 from flowar.base.leases import is_of_this_machine, process_is_gone
 from flowar.base.records import DamagedRecordError, read_record
-from flowar.base.run_folder import CHECKPOINTS, CONFIG_FILE, METRICS_FILE, STATE_FILE, checkpoint_step, find_latest
+from flowar.base.run_folder import (
+    CHECKPOINTS,
+    CONFIG_FILE,
+    METRICS_FILE,
+    PASSPORT_FILE,
+    STATE_FILE,
+    checkpoint_step,
+    find_latest,
+)
 from flowar.config.load import load_described
 from flowar.config.training import TrainConfig
 from flowar.training.owner import OWNER_CURE, OWNER_FILE
@@ -68,7 +76,7 @@ def read_run(run_dir: Path) -> RunCells:
 
 def total_steps(run_dir: Path) -> int | None:
     """Return how many steps a run takes, by its settings and its dataset's passport; None: it has not written them."""
-    from flowar.latents.schema import PASSPORT_FILE, read_passport
+    from flowar.latents.schema import read_passport
 
     if not (run_dir / CONFIG_FILE).is_file() or not (run_dir / PASSPORT_FILE).is_file():
         return None

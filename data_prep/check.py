@@ -26,11 +26,12 @@ from flowar.base.errors import UserError
 from flowar.base.files import MIB
 from flowar.base.hashes import hash_file
 from flowar.base.pictures import save_grid
+from flowar.base.run_folder import PASSPORT_FILE
 from flowar.check import check_folder, kind_of
 from flowar.config.data import CheckConfig, DataConfig, PrepareConfig
 from flowar.latents.batches import check_same_vae
 from flowar.latents.cache import fetch
-from flowar.latents.schema import INDEX_FILE, LISTING_FILE, PASSPORT_FILE, SHARD_HASH, Passport
+from flowar.latents.schema import INDEX_FILE, LISTING_FILE, SHARD_HASH, Passport
 from flowar.latents.shards import LatentShards, Shard
 from flowar.latents.vae import VAE, from_uint8, load_vae, to_uint8
 

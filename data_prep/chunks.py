@@ -26,9 +26,9 @@ from data_prep.statistics import MomentSums
 from flowar.base.errors import UserError
 from flowar.base.files import MIB, publish_folder, write_text
 from flowar.base.records import read_record, write_record
+from flowar.base.run_folder import PASSPORT_FILE
 from flowar.latents.schema import (
     INDEX_FILE,
-    PASSPORT_FILE,
     SHARD_HASH,
     Passport,
     hash_row_settings,

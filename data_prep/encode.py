@@ -31,9 +31,10 @@ from flowar import __version__
 from flowar.base.devices import convolution_precision, pick_device
 from flowar.base.errors import UserError
 from flowar.base.leases import WAIT_S, Leases, any_live, claim_name, claimed_chunks
+from flowar.base.run_folder import PASSPORT_FILE
 from flowar.config.data import PrepareConfig
 from flowar.config.load import decisive_settings
-from flowar.latents.schema import PASSPORT_FILE, SCHEMA_VERSION, Passport, read_passport
+from flowar.latents.schema import SCHEMA_VERSION, Passport, read_passport
 from flowar.latents.vae import VAE, from_uint8, load_vae, sample_posterior, to_uint8
 from flowar.latents.workers import BATCHES_AHEAD, check_shared_memory, from_workers
 

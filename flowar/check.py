@@ -17,6 +17,7 @@ from flowar.base.run_folder import (
     CHECKPOINTS,
     CONFIG_FILE,
     EVALUATIONS,
+    INIT_FILE,
     METADATA_FILE,
     is_checkpoint,
 )
@@ -130,7 +131,7 @@ def check_training_run(folder: Path) -> Iterator[str]:
     yield from problem_of(lambda: load_described(TrainConfig, folder / CONFIG_FILE), f"settings {folder / CONFIG_FILE}")
     yield from problem_of(lambda: read_passport(folder), f"passport of the shards of {folder}")
     yield from problem_of(lambda: f"{len(read_metrics(folder)):,} records", f"metrics of {folder}")
-    records = [folder / OWNER_FILE, *sorted((folder / EVALUATIONS).glob("*.json"))]
+    records = [folder / OWNER_FILE, folder / INIT_FILE, *sorted((folder / EVALUATIONS).glob("*.json"))]
     for file in records:
         if file.exists():
             yield from problem_of(functools.partial(read_record, file, "delete it"), f"record {file}")

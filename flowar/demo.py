@@ -15,6 +15,7 @@ from flowar.base.files import write_text
 from flowar.base.pages import REPORT_FILE, embed, write_page
 from flowar.base.pictures import save_grid, save_loss_curve
 from flowar.base.records import read_record
+from flowar.base.run_folder import PASSPORT_FILE
 from flowar.cli import run_verb
 from flowar.config.data import DataConfig, ExtractorConfig, PrepareConfig
 from flowar.config.drawing import SampleConfig
@@ -34,7 +35,6 @@ from flowar.evaluation.digits import (
 )
 from flowar.evaluation.extractors import DEMO_EXTRACTOR
 from flowar.evaluation.page import EVALUATION_FILE
-from flowar.latents.schema import PASSPORT_FILE
 from flowar.latents.vae import load_vae
 from flowar.models.build import family_of
 from flowar.models.folders import load_model

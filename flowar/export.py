@@ -3,12 +3,11 @@
 from pathlib import Path
 
 from flowar.base.errors import UserError
-from flowar.base.run_folder import CHECKPOINTS, is_checkpoint
+from flowar.base.run_folder import CHECKPOINTS, MODEL_CONFIG_FILE, is_checkpoint
 from flowar.base.tensors import load_plain_checkpoint
 from flowar.config.training import AverageConfig, ConvertConfig, ExportConfig
 from flowar.models.build import convert_released
 from flowar.models.folders import (
-    MODEL_CONFIG_FILE,
     WEIGHTS_FILE,
     export_model,
     find_model_folder,

@@ -23,6 +23,7 @@ from flowar.models.build import create_model
 from flowar.models.family import Model
 from flowar.models.folders import load_state
 from flowar.training.guard import WEIGHTS_FOLDER, BlockMaxima, load_bundle
+from flowar.training.optim import freeze_parts
 from flowar.training.setup import split_batch
 from flowar.training.step import StepSettings, accumulate, draw_training_inputs
 
@@ -52,6 +53,7 @@ def main(config: ReplayConfig, dry_run: bool = False) -> None:
     if dry_run:
         return
     model = create_model(recipe.model).train()
+    freeze_parts(model, recipe.optim.frozen)
     load_state({weight_key(name): p.detach() for name, p in model.named_parameters()}, folder / WEIGHTS_FOLDER)
     device = pick_device(config.device)
     batch = Batch(bundle["moments"], bundle["labels"], bundle["samples"])

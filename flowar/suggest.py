@@ -17,13 +17,13 @@ from flowar.base.distributed import World, refuse_many_processes
 from flowar.base.errors import UserError
 from flowar.base.files import create_whole
 from flowar.config.load import did_you_mean
-from flowar.config.models import MODEL_VARIANTS, FlowARConfig, variant_config
+from flowar.config.models import MODEL_VARIANTS, FlowARConfig, config_from_dict, variant_config
 from flowar.config.suggesting import SuggestConfig
 from flowar.config.training import OptimConfig, ParallelConfig
 from flowar.latents.batches import Batch
 from flowar.latents.schema import Passport
 from flowar.latents.shards import LatentShards
-from flowar.models.build import config_from_dict, create_model
+from flowar.models.build import create_model
 from flowar.models.costs import count_parameters
 from flowar.training.engine import EngineSettings
 from flowar.training.setup import make_engine

@@ -55,11 +55,13 @@ from flowar.training.report import TrainingReport
 from flowar.training.setup import (
     RunPlan,
     check_attention,
+    keep_recorded_rate,
     make_engine,
     plan_run,
     prepare_run_dir,
     record_settings,
 )
+from flowar.training.start import begin, read_old_names
 from flowar.training.step import TrainingInputs, accumulate, agree, draw_training_inputs, drawn_bytes
 
 
@@ -105,6 +107,7 @@ def main(config: TrainConfig, dry_run: bool = False) -> None:
 def train(config: TrainConfig, world: World) -> None:
     """Do what `main` does, within a started world."""
     # Set up.
+    config = keep_recorded_rate(config)
     run = plan_run(config, world)
     check_room(config, world)
     run_dir, passport = Path(config.run_dir), run.shards.passport
@@ -116,9 +119,13 @@ def train(config: TrainConfig, world: World) -> None:
     with torch.device("cpu" if world.is_main else "meta"):  # the others get rank 0's, each what is its part
         model = create_model(config.model).train()
     set_attention(model, config.attention)
+    if world.is_main and run.start is not None:
+        begin(run.start, config, model)
+    old = broadcast_object(read_old_names(config) if world.is_main else None)
+    assert old is not None
 
     # Resume.
-    engine = make_engine(run.engine, model, world)
+    engine = make_engine(dataclasses.replace(run.engine, old=old), model, world)
     ema = EMA(config.ema, engine.local_weights())
     progress = Progress(averages=tuple(ema.averages))
     restored = restore_newest(engine, ema, run_dir)
@@ -171,7 +178,7 @@ def train(config: TrainConfig, world: World) -> None:
                 step - 1,
                 num_steps=run.num_steps,
                 warmup_steps=run.warmup_steps,
-                lr=config.optim.lr,
+                lr=config.optim.peak_lr(config.batch_size),
                 min_lr=config.optim.min_lr,
             )
             if problem is None:

@@ -53,6 +53,14 @@ def part_of(name):
     return name.split(".")[0]
 
 
+def follows_from(name):
+    return None
+
+
+def position_grids(config):
+    return ()
+
+
 def token_rows(config):
     return [("latents", 1, "itself")]
 

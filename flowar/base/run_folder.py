@@ -4,6 +4,7 @@ RUN_DIR/
     config.yaml                     the settings of the newest steps
     history.jsonl                   a line for each start that trained: after which step, when, with which settings
     dataset.json                    the passport of its shards
+    init.json                       what became of the weights that it started from, if it did (`init`)
     metrics.jsonl                   one record per logged step
     previews/step_00001000.png      images drawn with the averaged weights, step_00001000_raw.png with the raw ones
     anomalies/batch_00001234/       a step that was skipped, for `flowar replay`
@@ -25,6 +26,9 @@ from typing import Any
 from flowar.base.errors import UserError
 
 CONFIG_FILE = "config.yaml"
+INIT_FILE = "init.json"
+MODEL_CONFIG_FILE = "config.json"  # of a checkpoint or a model folder: the model's shape
+PASSPORT_FILE = "dataset.json"  # of a dataset; a run, its checkpoints and what is exported of them have a copy
 HISTORY_FILE = "history.jsonl"  # step s was trained with the last line whose after_step is below s
 METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
@@ -122,6 +126,21 @@ def find_latest(run_dir: str | Path) -> Path | None:
     """Return the newest complete checkpoint of a run, or None."""
     complete = list_checkpoints(run_dir)
     return complete[-1] if complete else None
+
+
+def weights_folder(path: str | Path) -> Path:
+    """Return the newest complete checkpoint of a run_dir; of anything else, the folder itself.
+
+    Raises:
+        UserError: if the run has no checkpoint yet.
+    """
+    folder = Path(path)
+    if not (folder / CHECKPOINTS).is_dir():
+        return folder
+    latest = find_latest(folder)
+    if latest is None:
+        raise UserError(f"{folder} has no complete checkpoint yet; let `flowar train` run until it saves one")
+    return latest
 
 
 def set_aside(folder: Path) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import xxhash
-from omegaconf import DictConfig, ListConfig, OmegaConf, read_write
+from omegaconf import DictConfig, ListConfig, OmegaConf, ValueNode, read_write
 from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException, ValidationError
 from yaml import YAMLError
 
@@ -92,15 +92,32 @@ def load_config(schema: type[Schema], path: str | Path | None = None, overrides:
 
     A section whose class has `start_from` (a model) starts from what that returns for what was given, for example from
     the row that `model.variant=flowar-s` names. One whose class has `preset_settings` (how images are drawn) gets the
-    settings that `preset=` stands for: over the YAML if it is an override, under what is given beside it.
+    settings that `preset=` stands for: over the YAML if it is an override, under what is given beside it. One whose
+    class has a `plain_setting` (`init.model`) takes a text given for the section itself as that setting: `init=MODEL`.
+    A class with `start_parts` says, from what was given, what sections below it start from.
 
     Raises:
         UserError: if the file can't be read, a key is unknown (names the nearest), a value has the wrong type, or a
             required one is missing.
     """
-    words = OmegaConf.merge({}, *map(_parse_override, overrides))
-    layers = [*([_load_yaml(path)] if path else []), typing.cast(DictConfig, words)]
+    words = OmegaConf.merge({}, *(_write_out(schema, _parse_override(override)) for override in overrides))
+    layers = [*([_write_out(schema, _load_yaml(path))] if path else []), typing.cast(DictConfig, words)]
     return _fill(schema, typing.cast(DictConfig, OmegaConf.merge(*_resolve_presets(schema, layers))))
+
+
+def _write_out(schema: type[Any], layer: DictConfig) -> DictConfig:
+    """Return a layer of settings with what is given for a whole section at the setting of it that this is short for."""
+    for section, kind in _sections(schema):
+        if not hasattr(kind, "plain_setting"):
+            continue
+        *parents, name = section.split(".")
+        holder: Any = layer
+        for parent in parents:
+            holder = holder._get_node(parent) if isinstance(holder, DictConfig) else None
+        node: Any = holder._get_node(name) if isinstance(holder, DictConfig) else None
+        if isinstance(node, ValueNode):
+            holder[name] = {kind.plain_setting: node._value()}
+    return layer
 
 
 def _resolve_presets(schema: type[Any], layers: list[DictConfig]) -> list[DictConfig]:
@@ -182,7 +199,7 @@ def load_values(schema: type[Schema], values: Mapping[str, Any]) -> Schema:
     Raises:
         UserError: as `load_config`.
     """
-    (given,) = _resolve_presets(schema, [OmegaConf.create(as_literal(values))])
+    (given,) = _resolve_presets(schema, [_write_out(schema, OmegaConf.create(as_literal(values)))])
     return _fill(schema, given)
 
 
@@ -218,6 +235,11 @@ def _fill(schema: type[Schema], given: DictConfig) -> Schema:
                 holder = OmegaConf.select(defaults, parent) if parent else defaults
                 with read_write(holder):  # frozen dataclasses make read-only nodes
                     holder[name] = OmegaConf.structured(kind if start is None else start)
+            if hasattr(kind, "start_parts"):
+                holder = OmegaConf.select(defaults, section) if section else defaults
+                with read_write(holder):
+                    for name, part in kind.start_parts(chosen).items():
+                        holder[name] = OmegaConf.structured(part)
         merged = OmegaConf.merge(defaults, given)
         filled = typing.cast(Schema, OmegaConf.to_object(merged))
         return typing.cast(Schema, _mark_environment(OmegaConf.to_container(merged, resolve=False), filled))

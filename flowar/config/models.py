@@ -3,15 +3,23 @@
 import abc
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from flowar.base.errors import UserError
-from flowar.config.load import did_you_mean
+from flowar.config.load import did_you_mean, load_values
 
 FlowBlockName = Literal["attn_mlp", "attn_cross_mlp"]
 ReadDecayName = Literal["running", "own"]
 
 CUSTOM_VARIANT = "custom"  # a model that is no row of MODEL_VARIANTS
+
+
+class DataShape(NamedTuple):
+    """What a dataset needs of a model."""
+
+    latent_channels: int
+    latent_size: int
+    num_classes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +40,20 @@ class ModelConfig(abc.ABC):
     def latent_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the latents."""
         return (self.latent_channels, self.latent_size, self.latent_size)
+
+    # Settings in which a model may differ from the one whose weights it starts with.
+    adaptable: ClassVar[frozenset[str]] = frozenset({"variant", "latent_channels", "num_classes"})
+
+    def fitted_to(self, data: DataShape | None, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the settings of a model that starts with weights of this shape, as far as they follow from the data.
+
+        Args:
+            data: what it will be trained on; None: not known, so that all stays as it is.
+            given: settings that were given, which win.
+        """
+        if data is None:
+            return {}
+        return {"latent_channels": data.latent_channels, "num_classes": data.num_classes}
 
     @property
     def images_per_sample(self) -> int:
@@ -75,6 +97,13 @@ class FlowARConfig(ModelConfig):
     flow_block: FlowBlockName = "attn_cross_mlp"  # the paper: attn_mlp
     dropout: float = 0.1  # in the AR Transformer while training; none in the flow Transformer
     zero_init: bool = False  # zero the last linear, as the authors meant to
+    # side, in tokens, of the square that all rotary positions lie in; None: the finest scale's, as released. A model
+    # that starts with weights of smaller images keeps theirs: new positions lie between the known ones
+    position_span: int | None = None
+
+    adaptable: ClassVar[frozenset[str]] = ModelConfig.adaptable | {
+        *("scales", "patch_size", "dropout", "zero_init", "position_span")
+    }
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "scales", tuple(self.scales))  # JSON and YAML give a list
@@ -93,6 +122,16 @@ class FlowARConfig(ModelConfig):
                 )
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.dropout={self.dropout} must lie in [0, 1)")
+        check_span(self.position_span)
+
+    def fitted_to(self, data: DataShape | None, given: Mapping[str, Any]) -> dict[str, Any]:
+        """As of any model; more scales for larger latents, each twice as fine, or fewer for smaller ones."""
+        scales, patch = given.get("scales"), given.get("patch_size", self.patch_size)
+        if scales is None and data is not None and data.latent_size != self.latent_size:
+            scales = fitting_scales(self.scales, data.latent_size, patch)
+        last, span = list(scales or self.scales)[-1], self.position_span or self.scales[-1]
+        grid = {"scales": tuple(scales or self.scales), "position_span": None if last == span else span}
+        return super().fitted_to(data, given) | grid
 
     @property
     def token_width(self) -> int:
@@ -127,6 +166,13 @@ class ARFlowConfig(ModelConfig):
     # tokens before it in raster order, as released, so that the lower part of an image reads little; "own": its own.
     read_decay: ReadDecayName = "running"
     guided_channels: int | None = 3  # released: guidance acts on the first 3 latent channels; None: on all
+    # side, in tokens, of the square that positions lie in; None: the image's own, as released. A model that starts with
+    # weights of smaller images keeps theirs: new positions lie between the known ones
+    position_span: int | None = None
+
+    adaptable: ClassVar[frozenset[str]] = ModelConfig.adaptable | {
+        *("latent_size", "patch_size", "images_per_sample", "read_decay", "guided_channels", "position_span")
+    }
 
     def __post_init__(self) -> None:
         for name in ("latent_channels", "latent_size", "patch_size", "num_classes", "depth", "width", "heads",
@@ -149,16 +195,55 @@ class ARFlowConfig(ModelConfig):
                 f"model.guided_channels={self.guided_channels} must lie in 1 to model.latent_channels="
                 f"{self.latent_channels}, or be null for all channels"
             )
+        check_span(self.position_span)
+
+    def fitted_to(self, data: DataShape | None, given: Mapping[str, Any]) -> dict[str, Any]:
+        """As of any model, with the size of the latents."""
+        size = given.get("latent_size", self.latent_size if data is None else data.latent_size)
+        side, span = size // given.get("patch_size", self.patch_size), self.position_span or self.side
+        grid = {"latent_size": size, "position_span": None if side == span else span}
+        return super().fitted_to(data, given) | grid
+
+    @property
+    def side(self) -> int:
+        """Tokens of an image, in one direction."""
+        return self.latent_size // self.patch_size
 
     @property
     def tokens_per_image(self) -> int:
         """Tokens of one image: patches of patch_size x patch_size latent pixels."""
-        return (self.latent_size // self.patch_size) ** 2
+        return self.side**2
 
     @property
     def size_settings(self) -> str:
         """The settings that say what latents fit, for messages."""
         return "model.latent_channels and model.latent_size"
+
+
+def check_span(span: int | None) -> None:
+    """Raise a UserError if positions can't lie in a square of this side."""
+    if span is not None and span < 1:
+        raise UserError(f"model.position_span={span} must be at least 1, or null")
+
+
+def fitting_scales(scales: tuple[int, ...], latent_size: int, patch_size: int) -> tuple[int, ...]:
+    """Return scales for latents of another size: those that are coarser, then each twice as fine up to the size.
+
+    Raises:
+        UserError: if that doesn't lead to the size.
+    """
+    side, rest = divmod(latent_size, patch_size)
+    found = [scale for scale in scales if scale <= side]
+    while found and found[-1] < side:
+        found.append(2 * found[-1])
+    if rest or not found or found[-1] != side:
+        example = [*(scale for scale in scales if scale < side), side]
+        raise UserError(
+            f"latents of side {latent_size} need other scales than {list(scales)} of patches of {patch_size}, and it "
+            f"can't be told which; set model.scales, for example model.scales={str(example).replace(' ', '')}"
+            + (", and model.patch_size" if rest else "")
+        )
+    return tuple(found)
 
 
 MODEL_CONFIGS: dict[str, type[ModelConfig]] = {"flowar": FlowARConfig, "arflow": ARFlowConfig}  # by family
@@ -216,3 +301,26 @@ def variant_config(name: str) -> ModelConfig:
     if name not in MODEL_VARIANTS:
         raise UserError(f"no model is called {name!r}{did_you_mean(name, MODEL_VARIANTS)}")
     return MODEL_VARIANTS[name]
+
+
+def config_from_dict(settings: Any, source: str = "the model's config") -> ModelConfig:
+    """Return the model's shape from `settings`, checked like a config file; without "family" it is a FlowAR's.
+
+    Args:
+        settings: what a config.json holds; its texts are taken literally, whoever wrote them.
+        source: what is called wrong in errors.
+
+    Raises:
+        UserError: if it is not a JSON object, or a setting is unknown or wrong.
+    """
+    if not isinstance(settings, dict):
+        raise UserError(
+            f"{source} holds a {type(settings).__name__}, but settings of a model are needed, for example "
+            '{"variant": "flowar-l"}; write it again with `flowar export` or `flowar convert`'
+        )
+    if settings.get("variant") in (None, CUSTOM_VARIANT):
+        settings = {"family": ModelConfig.family} | settings
+    try:
+        return load_values(ModelConfig, settings)  # type: ignore[type-abstract]  # it makes a family's
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error

@@ -2,16 +2,20 @@
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar, Literal
 
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from flowar.base.errors import UserError
+from flowar.base.run_folder import CONFIG_FILE
 from flowar.config.data import DataConfig, VAEConfig
 from flowar.config.drawing import DrawConfig
-from flowar.config.load import free
+from flowar.config.load import free, load_described
 from flowar.config.models import FlowARConfig, ModelConfig
+from flowar.config.starting import InitConfig, shape_to_start_with
 
+BASE_BATCH_SIZE = 256  # for which optim.base_lr is the learning rate, as in the released code
 MAX_EMA_STD = 0.28  # 0.2887 = 1 / sqrt(12) is the plain mean of all steps
 
 
@@ -19,20 +23,27 @@ MAX_EMA_STD = 0.28  # 0.2887 = 1 / sqrt(12) is the plain mean of all steps
 class OptimConfig:
     """AdamW and its schedule; the defaults are the authors' recipe."""
 
-    lr: float = free(4e-4)  # peak, after the warm-up; authors: 5e-5 x batch_size / 256
+    base_lr: float = free(5e-5)  # the learning rate is this x batch_size / 256, as the authors have it
+    lr: float | None = free(None)  # the learning rate at its peak, after the warm-up; None: base_lr says
     min_lr: float = free(1e-5)  # where the cosine ends
     warmup_epochs: float = 100  # linear from 0
     betas: tuple[float, float] = (0.9, 0.95)  # of AdamW: decay of its averages of gradients and of their squares
     weight_decay: float = 0.02  # on matrices and tables; none on biases and norm weights
     decay_flow: bool = True  # on the flow Transformer too; the authors meant not to, but do: a name didn't match
+    frozen: tuple[str, ...] = ()  # parameters that stay as they are, by patterns of their names, such as ["ar.*"]
+    init_lr_factor: float = free(1.0)  # the learning rate of what `init` gave whole, over that of what is fresh
     max_grad_norm: float | None = free(3.0)  # gradients of a larger norm are scaled down to this; None: none are
     max_grad_value: float | None = free(None)  # after that each value is clipped to +- this; None: none is
 
     def __post_init__(self) -> None:
-        for name in ("lr", "min_lr", "max_grad_norm", "max_grad_value"):
+        for name in ("base_lr", "lr", "min_lr", "init_lr_factor", "max_grad_norm", "max_grad_value"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UserError(f"optim.{name}={value} must be above 0")
+
+    def peak_lr(self, batch_size: int) -> float:
+        """Return the learning rate after the warm-up, for a batch of all processes together."""
+        return self.base_lr * batch_size / BASE_BATCH_SIZE if self.lr is None else self.lr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +146,8 @@ class RecipeConfig:
     """How a model is trained, wherever; the defaults are the authors' recipe for ImageNet at 256 px."""
 
     model: ModelConfig = field(default_factory=FlowARConfig)  # what is trained: model.variant=flowar-l, or its settings
+    # weights to start from; init=MODEL is short for init.model=MODEL. The shape is theirs unless model.variant is given
+    init: InitConfig = field(default_factory=InitConfig)
     vae: VAEConfig = field(default_factory=VAEConfig)  # must be the one that made the shards
     optim: OptimConfig = field(default_factory=OptimConfig)  # AdamW and its schedule
     epochs: float = free(400)  # a larger number trains a finished run on, along the longer schedule
@@ -175,6 +188,27 @@ class RecipeConfig:
             raise UserError(f"attention=flash needs precision=bf16, got precision={self.precision}")
         if self.parallel.fsdp_bf16 and self.precision != "bf16":
             raise UserError(f"parallel.fsdp_bf16=true needs precision=bf16, got precision={self.precision}")
+
+    @classmethod
+    def start_parts(cls, given: DictConfig) -> dict[str, ModelConfig]:
+        """Return what sections start from: `model` from the shape of the model that `init` names, fitted to the data.
+
+        A run that has begun starts from its own, as the init may be gone. A given variant or family of the model wins.
+
+        Raises:
+            UserError: if there is no such model, or how it fits the data can't be told.
+        """
+        init, run_dir, data_path = (OmegaConf.select(given, key) for key in ("init.model", "run_dir", "data.path"))
+        model = OmegaConf.to_container(given.model, resolve=True) if isinstance(given.get("model"), DictConfig) else {}
+        assert isinstance(model, dict)
+        if init is None or model.keys() & {"variant", "family"}:
+            return {}
+        recorded = Path(str(run_dir)) / CONFIG_FILE
+        if run_dir is not None and recorded.is_file():
+            before = load_described(TrainConfig, recorded)
+            if before.init.model == init:
+                return {"model": before.model}
+        return {"model": shape_to_start_with(str(init), {str(k): v for k, v in model.items()}, data_path)}
 
     def count_steps(self, num_images: int) -> int:
         """Return how many steps a run on so many images has."""

@@ -21,8 +21,9 @@ from flowar.base.errors import UserError
 from flowar.base.files import write_whole
 from flowar.base.hashes import hash_file
 from flowar.base.records import DamagedRecordError, read_record, write_record
+from flowar.base.run_folder import PASSPORT_FILE
 from flowar.config.data import DataConfig
-from flowar.latents.schema import INDEX_FILE, PASSPORT_FILE, SHARD_HASH
+from flowar.latents.schema import INDEX_FILE, SHARD_HASH
 
 FETCH_TIMEOUT_S = 60
 FETCH_ATTEMPTS = 3

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 
 from flowar.base.errors import UserError
 from flowar.base.records import HASH_KEY, DamagedRecordError, hash_record, read_record, write_record
+from flowar.base.run_folder import PASSPORT_FILE
 from flowar.config.data import Crop
 from flowar.config.load import free
 
@@ -30,7 +31,6 @@ SCHEMA_VERSION = 3
 FIRST_READ_VERSION = (
     2  # of flowar 0.1: its passport is no record, and a row's checksum doesn't say where the row belongs
 )
-PASSPORT_FILE = "dataset.json"
 LISTING_FILE = "listing.json.gz"
 INDEX_FILE = "index.json"
 SHARD_HASH = "xxh64"

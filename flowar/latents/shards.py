@@ -29,12 +29,12 @@ from rich.progress import track
 from flowar.base.errors import UserError
 from flowar.base.failures import StorageError, is_passing
 from flowar.base.files import MIB, raise_open_files
+from flowar.base.run_folder import PASSPORT_FILE
 from flowar.config.data import DataConfig
 from flowar.latents.cache import fetch_passport, fetch_verified
 from flowar.latents.schema import (
     FIRST_READ_VERSION,
     INDEX_FILE,
-    PASSPORT_FILE,
     SHARD_HASH,
     Passport,
     hash_row_settings,

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from flowar.base.errors import UserError
-from flowar.config.load import did_you_mean, load_values
-from flowar.config.models import CUSTOM_VARIANT, ModelConfig, variant_config
+from flowar.config.load import did_you_mean
+from flowar.config.models import ModelConfig, config_from_dict, variant_config
 from flowar.models.arflow import family as arflow_family
 from flowar.models.family import Family, Model
 from flowar.models.flowar import family as flowar_family
@@ -43,29 +43,6 @@ def compile_blocks(model: Model) -> None:
     """Have torch compile each block of a model, when it is first called and for the shapes that it then sees."""
     for block in family_of(model.config).blocks(model):
         block.forward = torch.compile(block.forward)
-
-
-def config_from_dict(settings: Any, source: str = "the model's config") -> ModelConfig:
-    """Return the model's shape from `settings`, checked like a config file; without "family" it is a FlowAR's.
-
-    Args:
-        settings: what a config.json holds; its texts are taken literally, whoever wrote them.
-        source: what is called wrong in errors.
-
-    Raises:
-        UserError: if it is not a JSON object, or a setting is unknown or wrong.
-    """
-    if not isinstance(settings, dict):
-        raise UserError(
-            f"{source} holds a {type(settings).__name__}, but settings of a model are needed, for example "
-            '{"variant": "flowar-l"}; write it again with `flowar export` or `flowar convert`'
-        )
-    if settings.get("variant") in (None, CUSTOM_VARIANT):
-        settings = {"family": ModelConfig.family} | settings
-    try:
-        return load_values(ModelConfig, settings)  # type: ignore[type-abstract]  # it makes a family's
-    except UserError as error:
-        raise UserError(f"{source}: {error}") from error
 
 
 def training_loss(

@@ -5,7 +5,7 @@ names it. Read next: flowar/family.py, build.py.
 """
 
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,16 @@ class Family(Protocol[C, M]):
 
     def part_of(self, name: str) -> str:
         """Return to which part of the model a parameter belongs, for the table of `flowar info`."""
+
+    def follows_from(self, name: str) -> Literal["classes", "positions", "latents"] | None:
+        """Return what of the data a parameter's shape follows from: None: nothing, it is of the model's size alone.
+
+        Of "classes" is the label table, (num_classes + 1, ...), the last row "no class"; of "positions" are tables of
+        learned positions, (tokens of all `position_grids`, ...); of "latents" are the layers they enter and leave.
+        """
+
+    def position_grids(self, config: C) -> tuple[int, ...]:
+        """Return the sides of the square grids of tokens that a table of learned positions holds, one after another."""
 
     def token_rows(self, config: C) -> list[tuple[str, int, str]]:
         """Return what one image's tokens are: what, how many, and what they attend to; for `flowar info`."""

@@ -20,24 +20,24 @@ from flowar.base.errors import UserError
 from flowar.base.files import publish_folder
 from flowar.base.records import read_record, write_record
 from flowar.base.run_folder import (
-    CHECKPOINTS,
+    MODEL_CONFIG_FILE,
+    PASSPORT_FILE,
     average_key,
     checkpoint_step,
-    find_latest,
     is_checkpoint,
     read_progress,
     weight_key,
+    weights_folder,
 )
 from flowar.base.tensors import load_tensors, save_tensors
-from flowar.config.models import ModelConfig
-from flowar.latents.schema import PASSPORT_FILE
-from flowar.models.build import config_from_dict, create_model
+from flowar.config.models import ModelConfig, config_from_dict
+from flowar.models.build import create_model
 from flowar.models.checkpoint_files import CheckedReader, DamagedCheckpointError, check_small_files
 from flowar.models.family import Model
 from flowar.models.state_dicts import load_strictly
 
-# The layout of huggingface_hub's PyTorchModelHubMixin.
-WEIGHTS_FILE, MODEL_CONFIG_FILE = "model.safetensors", "config.json"
+# With MODEL_CONFIG_FILE the layout of huggingface_hub's PyTorchModelHubMixin.
+WEIGHTS_FILE = "model.safetensors"
 SOURCE_FILE = "source.json"  # of what a model folder was made, if of a checkpoint
 LOCK_FILE = ".lock"
 MODEL_CURE = "export or convert it again"
@@ -105,12 +105,7 @@ def _load_from_checkpoint(folder: Path, weights: str) -> Model:
 
 def find_model_folder(path: str | Path) -> Path:
     """Return the model folder or the checkpoint that `path` means; errors as `load_model`."""
-    folder = Path(path)
-    if (folder / CHECKPOINTS).is_dir():
-        latest = find_latest(folder)
-        if latest is None:
-            raise UserError(f"{folder} has no complete checkpoint yet; let `flowar train` run until it saves one")
-        return latest
+    folder = weights_folder(path)
     return folder if folder.exists() else _download(str(path))
 
 

@@ -14,7 +14,7 @@ from flowar.base.errors import UserError
 from flowar.base.hashes import hash_weights
 from flowar.base.leases import WAIT_S, Leases
 from flowar.base.records import create_record, write_record
-from flowar.base.run_folder import CHECKPOINTS, CONFIG_FILE, is_checkpoint
+from flowar.base.run_folder import CHECKPOINTS, CONFIG_FILE, PASSPORT_FILE, is_checkpoint
 from flowar.base.seeding import Stream, derive_seed
 from flowar.config.data import VAEConfig
 from flowar.config.drawing import SampleConfig
@@ -22,7 +22,7 @@ from flowar.config.load import load_described
 from flowar.config.models import ModelConfig
 from flowar.config.training import TrainConfig
 from flowar.latents.batches import check_same_vae
-from flowar.latents.schema import PASSPORT_FILE, read_passport
+from flowar.latents.schema import read_passport
 from flowar.latents.vae import VAE, load_vae
 from flowar.models.build import compile_blocks
 from flowar.models.family import Model

@@ -24,6 +24,7 @@ from flowar.base.files import publish_folder, write_text
 from flowar.base.run_folder import (
     AVERAGES,
     CHECKPOINTS,
+    MODEL_CONFIG_FILE,
     STATE_FILE,
     Progress,
     average_key,
@@ -38,7 +39,6 @@ from flowar.base.run_folder import (
 from flowar.config.models import ModelConfig
 from flowar.latents.schema import Passport, write_passport
 from flowar.models.checkpoint_files import DamagedCheckpointError, HashingWriter, write_checksums
-from flowar.models.folders import MODEL_CONFIG_FILE
 from flowar.training.averages import EMA
 from flowar.training.engine import Engine
 from flowar.training.owner import Owner

@@ -31,6 +31,7 @@ class EngineSettings:
     precision: str
     micro_batch_size: int
     num_parts: int  # micro batches of one process in a step
+    old: frozenset[str] = frozenset()  # parameters that the run began with, which have a learning rate of their own
 
 
 class GradientEngine(Protocol):

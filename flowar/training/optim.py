@@ -1,29 +1,74 @@
 """AdamW, its parameter groups, and the learning rate as a pure function of the step. Read next: train.py."""
 
+import fnmatch
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
+from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from flowar.base.errors import UserError
 from flowar.config.training import OptimConfig
 from flowar.models.family import Family
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by torch's names
 EPS = 1e-8  # torch's default
+LR_FACTOR = "lr_factor"  # key of a parameter group: its learning rate over that of fresh parts
 CLIP_EPS = 1e-6  # of torch.nn.utils.clip_grads_with_norm_
 
 
-def make_optimizer(model: nn.Module, family: Family[Any, Any], config: OptimConfig) -> torch.optim.AdamW:
-    """Return torch's AdamW, with weight decay on the parameters that the model's family says."""
-    decayed: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
+def freeze_parts(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Have the parameters whose names match one of the patterns stay as they are: no gradient, no optimizer state.
+
+    Raises:
+        UserError: if a pattern matches none of them, or nothing would be left to train.
+    """
+    parameters = dict(model.named_parameters())
+    for pattern in patterns:
+        matching = [name for name in parameters if fnmatchcase(name, pattern)]
+        if not matching:
+            whole = f"{pattern.rstrip('.*')}.*"
+            near = [whole] if fnmatch.filter(parameters, whole) else list(parameters)[:3]
+            raise UserError(
+                f"optim.frozen={pattern} matches no parameter; patterns are as of files, * is for any signs; there "
+                f"are, for example, {', '.join(near)}"
+            )
+        for name in matching:
+            parameters[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in parameters.values()):
+        raise UserError(f"optim.frozen={list(patterns)} leaves nothing to train; freeze less")
+
+
+def make_optimizer(
+    model: nn.Module, family: Family[Any, Any], config: OptimConfig, old: Collection[str] = ()
+) -> torch.optim.AdamW:
+    """Return torch's AdamW, with weight decay on the parameters that the model's family says.
+
+    Its learning rate is set before each step. Frozen parameters are in no group.
+
+    Args:
+        model: to be trained.
+        family: of the model.
+        config: of the optimizer.
+        old: names of the parameters that the run began with, which learn at `init_lr_factor` times the rate.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    kinds = [(decay, factor) for factor in (1.0, config.init_lr_factor) for decay in (config.weight_decay, 0.0)]
+    for kind in kinds:
+        groups[kind] = []
     for name, parameter in model.named_parameters():
-        (decayed if family.is_decayed(name, parameter, config) else others).append(parameter)
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
+        if parameter.requires_grad:
+            decay = config.weight_decay if family.is_decayed(name, parameter, config) else 0.0
+            groups[decay, config.init_lr_factor if name in old else 1.0].append(parameter)
+    listed = [
+        {"params": parameters, "weight_decay": decay, LR_FACTOR: factor}
+        for (decay, factor), parameters in groups.items()
+        if parameters
+    ]
+    return torch.optim.AdamW(listed, lr=0.0, betas=config.betas, fused=True)
 
 
 def learning_rate(step: int, *, num_steps: int, warmup_steps: float, lr: float, min_lr: float) -> float:
@@ -47,12 +92,13 @@ def clip_values(gradients: list[Tensor], largest: float) -> None:
 
 
 class _Group(NamedTuple):
-    """Parameters with the same weight decay."""
+    """Parameters with the same weight decay and learning rate."""
 
     places: list[int]  # among all parameters
     weights: list[Tensor]  # this rank's part of each, and of its moments
     moments: tuple[list[Tensor], list[Tensor]]
     weight_decay: float
+    lr_factor: float
 
 
 class LocalAdamW:
@@ -63,7 +109,11 @@ class LocalAdamW:
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], like: torch.optim.AdamW) -> None:
-        """Start with the groups of torch's optimizer, and moments of zero, which lie like the parameters."""
+        """Start with the groups of torch's optimizer, and moments of zero, which lie like the parameters.
+
+        Frozen ones are left out.
+        """
+        parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self.parameters = parameters
         self.moments = {
             name: {key: torch.zeros_like(p, requires_grad=False) for key in ADAM_MOMENTS}
@@ -76,7 +126,9 @@ class LocalAdamW:
         for group in like.param_groups:
             places = [place_of[id(p)] for p in group["params"]]
             first, second = (local_tensors(self.moments[names[place]][key] for place in places) for key in ADAM_MOMENTS)
-            self._groups.append(_Group(places, local_tensors(group["params"]), (first, second), group["weight_decay"]))
+            self._groups.append(
+                _Group(places, local_tensors(group["params"]), (first, second), group["weight_decay"], group[LR_FACTOR])
+            )
         self._gradients: list[Tensor] = []
 
     def take_gradients(self) -> Tensor:
@@ -109,7 +161,7 @@ class LocalAdamW:
                 *group.moments,
                 [],
                 [self.steps] * len(group.places),
-                lr=lr,
+                lr=lr * group.lr_factor,
                 beta1=self.betas[0],
                 beta2=self.betas[1],
                 weight_decay=group.weight_decay,
@@ -127,6 +179,6 @@ class LocalAdamW:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, value: float) -> None:
-    """Give all parameter groups the same learning rate."""
+    """Give all parameter groups a learning rate, each times its factor."""
     for group in optimizer.param_groups:
-        group["lr"] = value
+        group["lr"] = value * group[LR_FACTOR]

@@ -22,17 +22,19 @@ from flowar.config.load import (
     load_described,
     save_described,
 )
-from flowar.config.training import TrainConfig
+from flowar.config.training import BASE_BATCH_SIZE, TrainConfig
 from flowar.latents.batches import check_fits, check_same_vae
 from flowar.latents.schema import Passport, read_passport, write_passport
 from flowar.latents.shards import LatentShards
 from flowar.latents.vae import VAE, load_vae
 from flowar.models.attention import import_flash_attention
+from flowar.models.build import create_model
 from flowar.models.family import Model
 from flowar.training.checkpoint import remove_unfinished
 from flowar.training.engine import Engine, EngineSettings, engine_name
-from flowar.training.optim import learning_rate
+from flowar.training.optim import freeze_parts, learning_rate
 from flowar.training.owner import Owner, owner_lock, take_over
+from flowar.training.start import StartPlan, is_same_start, plan_start, show_start
 from flowar.training.step import StepSettings
 from flowar.training.torch_engine import TorchEngine
 from flowar.training.zero_engine import ZeROEngine
@@ -40,6 +42,7 @@ from flowar.training.zero_engine import ZeROEngine
 
 def make_engine(settings: EngineSettings, model: Model, world: World) -> Engine:
     """Return the engine that the settings name, around a model; the weights are rank 0's, others may be on "meta"."""
+    freeze_parts(model, settings.optim.frozen)
     kind = ZeROEngine if engine_name(settings.parallel.engine, world.size) == "deepspeed" else TorchEngine
     return kind(settings, model, world)
 
@@ -63,6 +66,7 @@ class RunPlan:
     engine: EngineSettings
     step: StepSettings
     labels: NDArray[np.int64] | None  # of all images, where a sample is a sequence of images of one class
+    start: StartPlan | None  # the weights that it begins with; None: fresh ones, or it resumes
 
 
 def plan_run(config: TrainConfig, world: World) -> RunPlan:
@@ -71,6 +75,7 @@ def plan_run(config: TrainConfig, world: World) -> RunPlan:
     Raises:
         UserError: if settings, shards and processes don't fit together.
     """
+    config = keep_recorded_rate(config)
     shards = LatentShards(config.data)
     passport = shards.passport
     check_fits(passport, config.model, config.data.path)
@@ -86,7 +91,14 @@ def plan_run(config: TrainConfig, world: World) -> RunPlan:
             f"{config.epochs:g} epochs = {num_steps:,} steps, {warmup_steps:,.0f} of them warm-up; batch = {micro:,} x "
             f"{parts} parts x {world.size} processes ({how})"
         )
+    say_learning_rate(config, is_said=world.is_main)
     check_resumable(Path(config.run_dir), config, passport, say=world.is_main)
+    start = plan_start(config, passport)
+    if start is not None and world.is_main:
+        show_start(start, config.init)
+    if config.optim.frozen:
+        with torch.device("meta"):
+            freeze_parts(create_model(config.model), config.optim.frozen)
     vae = load_vae(config.vae.name, config.vae.weights) if config.preview.every_steps else None
     if vae is not None:
         check_same_vae(passport, vae, config.data.path)
@@ -109,6 +121,7 @@ def plan_run(config: TrainConfig, world: World) -> RunPlan:
         EngineSettings(config.parallel, config.optim, config.precision, micro, parts),
         StepSettings.of(config, micro, passport.latent_scale),
         labels,
+        start,
     )
 
 
@@ -116,6 +129,38 @@ def count_steps(config: TrainConfig, passport: Passport) -> tuple[int, float]:
     """Return how many steps a run has, and how many of them (not a whole number) warm up."""
     warmup_steps = config.optim.warmup_epochs * (passport.num_images / config.batch_size)
     return config.count_steps(passport.num_images), warmup_steps
+
+
+def say_learning_rate(config: TrainConfig, *, is_said: bool) -> None:
+    """Print what the learning rate is and what it follows from.
+
+    Raises:
+        UserError: if it follows from a batch so small that the schedule would rise to `optim.min_lr`.
+    """
+    optim = config.optim
+    peak = optim.peak_lr(config.batch_size)
+    source = "optim.lr"
+    if optim.lr is None:
+        source = f"optim.base_lr {optim.base_lr:g} x batch_size {config.batch_size} / {BASE_BATCH_SIZE}"
+        if peak < optim.min_lr:
+            raise UserError(
+                f"the learning rate {peak:g} = {source} is below optim.min_lr={optim.min_lr:g}, where its cosine ends; "
+                "set optim.lr, or a lower optim.min_lr"
+            )
+    if is_said:
+        print(f"learning rate {peak:g} = {source}")
+
+
+def keep_recorded_rate(config: TrainConfig) -> TrainConfig:
+    """Return the settings with the learning rate of a run that flowar 0.1 began, unless they name another one.
+
+    There it didn't follow from the batch: without this such a run would go on with another rate.
+    """
+    file = Path(config.run_dir) / CONFIG_FILE
+    if config.optim.lr is not None or not file.is_file() or "base_lr:" in file.read_text(errors="replace"):
+        return config
+    before = load_described(TrainConfig, file)
+    return dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=before.optim.lr))
 
 
 def split_batch(batch_size: int, micro_batch_size: int | None, num_ranks: int) -> int:
@@ -168,6 +213,10 @@ def check_resumable(run_dir: Path, config: TrainConfig, passport: Passport, *, s
         consequence = new_schedule(run_dir, before, config, passport) if key == "epochs" else ""
         if say:
             print(f"{key} was {old}, now {new}{consequence}")
+    if None not in changed.get("init.model", (None,)) and is_same_start(run_dir, config.init):
+        old, new = changed.pop("init.model")
+        if say:
+            print(f"init.model was {old}, now {new}, which holds the same weights")
     if changed:
         listed = "; ".join(f"{key} was {old}, now {new}" for key, (old, new) in changed.items())
         raise UserError(f"run_dir={run_dir} holds another run: {listed}; give another run_dir, or the same settings")
@@ -192,10 +241,8 @@ def new_schedule(run_dir: Path, before: TrainConfig, after: TrainConfig, passpor
     for config in (before, after):
         num_steps, warmup_steps = count_steps(config, passport)
         ends.append(num_steps)
-        optim = config.optim
-        rates.append(
-            learning_rate(step, num_steps=num_steps, warmup_steps=warmup_steps, lr=optim.lr, min_lr=optim.min_lr)
-        )
+        peak, least = config.optim.peak_lr(config.batch_size), config.optim.min_lr
+        rates.append(learning_rate(step, num_steps=num_steps, warmup_steps=warmup_steps, lr=peak, min_lr=least))
     if ends[1] < step:
         raise UserError(
             f"epochs={after.epochs:g} are {ends[1]:,} steps, but run_dir={run_dir} has trained {step:,}; give at least "

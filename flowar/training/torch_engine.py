@@ -56,7 +56,7 @@ class TorchEngine:
             )
         self.syncs_once = self.name == "fsdp" and settings.parallel.fsdp_sync_once
         self.parameters = dict(self.model.named_parameters())
-        self.optimizer = LocalAdamW(self.parameters, make_optimizer(self.model, family, settings.optim))
+        self.optimizer = LocalAdamW(self.parameters, make_optimizer(self.model, family, settings.optim, settings.old))
         # FSDP2: the ranks of one row have a part of the gradients each. Else every rank has all of them.
         self._num_copies = settings.parallel.replicas if self.name == "fsdp" else world.size
 
@@ -118,7 +118,8 @@ class TorchEngine:
         """Return this rank's share of weights and optimizer in the form of checkpoints; the values may be in use."""
         found = self.weights()
         for key in ADAM_MOMENTS:
-            moments = {name: self.optimizer.moments[name][key] for name in self.local_weights()}
+            trained = self.optimizer.moments
+            moments = {name: trained[name][key] for name in self.local_weights() if name in trained}
             found |= {optimizer_key(name, key): tensor for name, tensor in self.to_state(moments).items()}
         return found
 

@@ -55,7 +55,7 @@ class ZeROEngine:
         if settings.parallel.zero_offload:
             options["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
             options["zero_force_ds_cpu_optimizer"] = False
-        adamw, largest = make_optimizer(model, family, settings.optim), settings.optim.max_grad_value
+        adamw, largest = make_optimizer(model, family, settings.optim, settings.old), settings.optim.max_grad_value
         if largest is not None:  # DeepSpeed clips the norm alone, before AdamW's step on its part of the gradients
             adamw.register_step_pre_hook(functools.partial(_clip_values, largest))
         self.forward, self.optimizer, _, _ = deepspeed.initialize(
@@ -134,37 +134,53 @@ class ZeROEngine:
         if self.stage == 3:
             from deepspeed.utils import safe_get_local_fp32_param
 
-            return {name: safe_get_local_fp32_param(p) for name, p in self.parameters.items()}
+            return {
+                name: safe_get_local_fp32_param(p) if p.requires_grad else p.ds_tensor.detach().flatten()
+                for name, p in self.parameters.items()
+            }
         owners = self._owners
         return {name: p.detach() for name, p in self.parameters.items() if owners[name] == self.world.rank}
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights, each whole on one rank: copies, gathered one after the other."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
         found: dict[str, Tensor] = {}
         for name, p in self.parameters.items():
-            full = safe_get_full_fp32_param(p)  # all ranks take part
+            full = self._whole(p)  # all ranks take part
             if self._owners[name] == self.world.rank:
                 found[weight_key(name)] = full.cpu().clone()
         return found
 
     def state(self) -> dict[str, Tensor]:
         """Return weights and optimizer, each whole on one rank: copies, gathered one after the other."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+        from deepspeed.utils import safe_get_full_optimizer_state
 
         found: dict[str, Tensor] = {}
         for name, p in self.parameters.items():
             mine = self._owners[name] == self.world.rank
-            full = {weight_key(name): safe_get_full_fp32_param(p)}
-            full |= {optimizer_key(name, key): safe_get_full_optimizer_state(p, key) for key in ADAM_MOMENTS}
+            full = {weight_key(name): self._whole(p)}
+            if p.requires_grad:
+                full |= {optimizer_key(name, key): safe_get_full_optimizer_state(p, key) for key in ADAM_MOMENTS}
             if mine:
                 found |= {key: tensor.cpu().clone() for key, tensor in full.items()}
         return found
 
+    def _whole(self, parameter: Any) -> Tensor:
+        """Return a weight, whole; all ranks take part. DeepSpeed's own functions know only those that are trained."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        if parameter.requires_grad:
+            whole: Tensor = safe_get_full_fp32_param(parameter)
+            return whole
+        if self.stage < 3:
+            return torch.Tensor.detach(parameter)
+        gathered: Tensor = parameter._z3_optimizer._fp32_state_allgather(parameter, parameter.ds_tensor.flatten())
+        return gathered
+
     def load(self, folder: Path) -> None:
+        trained = [name for name, p in self.parameters.items() if p.requires_grad]
         for key in (None, *ADAM_MOMENTS):
-            keys = {name: optimizer_key(name, key) if key else weight_key(name) for name in self.parameters}
+            keys = {name: optimizer_key(name, key) for name in trained} if key else {}
+            keys = keys or {name: weight_key(name) for name in self.parameters}
             for name, whole in read_shared(keys, self._shapes, self._owners, self.world, folder):
                 self._set(self.parameters[name], whole, key)
 
@@ -178,11 +194,13 @@ class ZeROEngine:
         elif key is not None:
             parameter._z3_optimizer.set_local_hp_param(self._part(full, parameter), parameter, key)
         elif self.stage < 3:
-            safe_set_full_fp32_param(parameter, full)
+            if parameter.requires_grad:
+                safe_set_full_fp32_param(parameter, full)
             parameter.data.copy_(full)
         else:
             part = self._part(full, parameter)
-            parameter._z3_optimizer.set_local_hp_param(part, parameter)
+            if parameter.requires_grad:
+                parameter._z3_optimizer.set_local_hp_param(part, parameter)
             parameter.ds_tensor.data.copy_(part)
             if parameter.data.numel() == full.numel():  # small ones are kept whole
                 parameter.data.copy_(full)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -20,8 +20,9 @@ from flowar.models.family import check_shape
 from flowar.models.solvers import evaluation_times, make_time_grid
 
 __all__ = [
-    "blocks", "convert", "create", "draw", "generate", "is_decayed", "is_released", "loss_terms", "losses",
-    "noise_shape", "part_of", "released_time_grid", "sample_latents", "sampling_flops", "token_rows", "training_loss",
+    "blocks", "convert", "create", "draw", "follows_from", "generate", "is_decayed", "is_released", "loss_terms",
+    "losses", "noise_shape", "part_of", "position_grids", "released_time_grid", "sample_latents", "sampling_flops",
+    "token_rows", "training_loss",
 ]  # fmt: skip
 
 PART_NAMES = {  # of `flowar info`, by the first part of a parameter's name
@@ -61,6 +62,18 @@ def blocks(model: ARFlow) -> list[nn.Module]:
 def part_of(name: str) -> str:
     """Return to which part of the model a parameter belongs."""
     return PART_NAMES[name.partition(".")[0]]
+
+
+def follows_from(name: str) -> Literal["classes", "positions", "latents"] | None:
+    """Return what of the data a parameter's shape follows from; positions are computed."""
+    if name == "class_embedding.weight":
+        return "classes"
+    return "latents" if name.startswith(("patch_embedding.", "output_projection.")) else None
+
+
+def position_grids(config: ARFlowConfig) -> tuple[int, ...]:
+    """Return no grids: no positions are learned."""
+    return ()
 
 
 def token_rows(config: ARFlowConfig) -> list[tuple[str, int, str]]:

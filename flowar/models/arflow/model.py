@@ -133,7 +133,7 @@ class ARFlow(Model):
         self.output_modulation = nn.Linear(width, 2 * width)
         # Velocity, and as much again that the released code computes and drops: it was to be a variance.
         self.output_projection = nn.Linear(width, 2 * config.latent_channels * patch**2)
-        self.register_buffer("positions", position_table(config.latent_size // patch, width), persistent=False)
+        self.register_buffer("positions", position_table(config.side, width, config.position_span), persistent=False)
         self.reset_parameters()
 
     def forward(self, noisy: Tensor, time: Tensor, labels: Tensor, state: State | None = None) -> tuple[Tensor, State]:
@@ -218,14 +218,18 @@ def modulate(tokens: Tensor, shift: Tensor, gain: Tensor) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(tokens, tokens.shape[-1:], eps=NORM_EPS), 1 + gain)
 
 
-def position_table(side: int, width: int) -> Tensor:
+def position_table(side: int, width: int, span: int | None = None) -> Tensor:
     """Return the fixed 2-D sine-cosine positions of side x side tokens, (N, D), float32.
 
-    The first half of the channels is of the column, the second of the row; in each half sines come first.
+    The first half of the channels is of the column, the second of the row; in each half sines come first. Token i
+    stands at i / side * span; as released, span is side.
     """
     quarter = width // 4
     frequencies = MAX_PERIOD ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
-    angles = torch.arange(side, dtype=torch.float64)[:, None] * frequencies
+    positions = torch.arange(side, dtype=torch.float64)
+    if span is not None:
+        positions = positions / side * span
+    angles = positions[:, None] * frequencies
     features = torch.cat([angles.sin(), angles.cos()], dim=-1)  # (side, D / 2)
     columns, rows = features[None].expand(side, -1, -1), features[:, None].expand(-1, side, -1)
     return torch.cat([columns, rows], dim=-1).flatten(0, 1).float()

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -21,8 +21,9 @@ from flowar.models.solvers import evaluation_times
 from flowar.models.solvers import two_part_time_grid as released_time_grid
 
 __all__ = [
-    "blocks", "convert", "create", "draw", "generate", "is_decayed", "is_released", "loss_terms", "losses",
-    "noise_shape", "part_of", "released_time_grid", "sample_latents", "sampling_flops", "token_rows", "training_loss",
+    "blocks", "convert", "create", "draw", "follows_from", "generate", "is_decayed", "is_released", "loss_terms",
+    "losses", "noise_shape", "part_of", "position_grids", "released_time_grid", "sample_latents", "sampling_flops",
+    "token_rows", "training_loss",
 ]  # fmt: skip
 
 PARTS = (  # of `flowar info`: the first whose prefix a parameter's name has
@@ -62,6 +63,21 @@ def blocks(model: FlowAR) -> list[nn.Module]:
 def part_of(name: str) -> str:
     """Return to which part of the model a parameter belongs."""
     return next(part for prefix, part in PARTS if name.startswith(prefix))
+
+
+def follows_from(name: str) -> Literal["classes", "positions", "latents"] | None:
+    """Return what of the data a parameter's shape follows from."""
+    if name == "ar.class_embedding.weight":
+        return "classes"
+    if name in ("ar.lower_position", "ar.upper_position", "ar.output_position"):
+        return "positions"
+    is_projection = name.startswith(("ar.input_projection.", "flow.input_projection.", "flow.output_projection."))
+    return "latents" if is_projection else None
+
+
+def position_grids(config: FlowARConfig) -> tuple[int, ...]:
+    """Return the sides of all scales."""
+    return config.scales
 
 
 def token_rows(config: FlowARConfig) -> list[tuple[str, int, str]]:

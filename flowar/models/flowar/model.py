@@ -91,7 +91,8 @@ class AutoregressiveTransformer(nn.Module):
         self.upper_blocks = nn.ModuleList(AutoregressiveBlock(config) for _ in range(half))
         self.output_norm = RMSNorm(width, weight=True)
         self.output_position = nn.Parameter(torch.empty(tokens, width))
-        self.register_buffer("turns", rotary_turns(config.scales, width // config.ar_heads), persistent=False)
+        turns = rotary_turns(config.scales, width // config.ar_heads, config.position_span)
+        self.register_buffer("turns", turns, persistent=False)
         mask = small_mask(causal_segments(config.scales, range(len(config.scales))))
         self.register_buffer("mask", mask, persistent=False)
 
@@ -286,7 +287,8 @@ class FlowMatchingTransformer(nn.Module):
         self.output_norm = RMSNorm(width, weight=False)
         self.output_modulation = nn.Linear(width, 2 * width)
         self.output_projection = nn.Linear(width, config.token_width)
-        self.register_buffer("turns", rotary_turns(config.scales, width // config.flow_heads), persistent=False)
+        turns = rotary_turns(config.scales, width // config.flow_heads, config.position_span)
+        self.register_buffer("turns", turns, persistent=False)
         mask = small_mask(local_segments(config.scales, range(len(config.scales))))
         self.register_buffer("mask", mask, persistent=False)
 

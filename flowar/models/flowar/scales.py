@@ -106,17 +106,17 @@ def small_mask(segments: list[Segment]) -> Tensor | None:
     return mask
 
 
-def rotary_angles(scales: tuple[int, ...], head_width: int) -> Tensor:
+def rotary_angles(scales: tuple[int, ...], head_width: int, span: int | None = None) -> Tensor:
     """Return the rotation angles (L, d / 2) of every token of every scale, float32.
 
-    Position i of a grid of `side` stands at i / side * scales[-1], so that all scales span the same square. The first
-    half of the pairs turns with the row, the second with the column.
+    Position i of a grid of `side` stands at i / side * span, so that all scales span the same square; as released, span
+    is scales[-1]. The first half of the pairs turns with the row, the second with the column.
     """
     quarter = head_width // 4
     frequencies = ROTARY_PERIOD ** (-torch.arange(quarter, dtype=torch.float64) / quarter)
     per_scale = []
     for side in scales:
-        positions = torch.arange(side, dtype=torch.float64) / side * scales[-1]
+        positions = torch.arange(side, dtype=torch.float64) / side * (span or scales[-1])
         angles = positions[:, None] * frequencies  # (side, d / 4)
         rows = angles[:, None].expand(side, side, quarter)
         columns = angles[None, :].expand(side, side, quarter)
@@ -124,7 +124,7 @@ def rotary_angles(scales: tuple[int, ...], head_width: int) -> Tensor:
     return torch.cat(per_scale).float()
 
 
-def rotary_turns(scales: tuple[int, ...], head_width: int) -> Tensor:
+def rotary_turns(scales: tuple[int, ...], head_width: int, span: int | None = None) -> Tensor:
     """Return cosine and sine of `rotary_angles`, (L, d / 2, 2) float32."""
-    angles = rotary_angles(scales, head_width).double()
+    angles = rotary_angles(scales, head_width, span).double()
     return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
