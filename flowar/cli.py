@@ -207,11 +207,12 @@ def _run(name: str, verb: Verb, words: list[str]) -> None:
 
 
 def explain_setting(name: str) -> str:
-    """Return what a setting is, in all verbs that have one of this name: a whole key, or its last part."""
+    """Return what a setting is, in all verbs that have one of this name: a whole key, its last part, or a section."""
     found: dict[Explained, list[str]] = {}
     for verb_name, verb in VERBS.items():
         for setting in explain(verb.schema):
-            if setting.kind and (setting.key == name or setting.key.rpartition(".")[2] == name):
+            is_named = setting.key == name or setting.key.rpartition(".")[2] == name
+            if setting.kind and (is_named or setting.key.startswith(f"{name}.")):
                 found.setdefault(setting, []).append(verb_name)
     if not found:
         keys = {setting.key for verb in VERBS.values() for setting in explain(verb.schema)}

@@ -35,7 +35,7 @@ Kind = Literal["all_reduce", "all_gather", "reduce_scatter"]
 GPUS = (
     ("H200", 140, 4800, 450), ("H100 PCIe", 79, 2000, 64), ("H100", 79, 3350, 450), ("A100 40GB", 39, 1555, 300),
     ("A100", 79, 2039, 300), ("L40S", 44, 864, 32), ("A40", 44, 696, 32), ("V100", 31, 900, 150),
-    # Of 24 GB. A10G: as AWS has it. GeForce cards send over PCIe through the host: 32 is more than they reach.
+    # Of 24 GB. GeForce cards send over PCIe, through the host's memory: 32 is more than they reach.
     ("A10", 22, 600, 32), ("RTX 4090", 23, 1008, 32), ("RTX 3090", 23, 936, 32),
 )  # fmt: skip
 

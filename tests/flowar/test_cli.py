@@ -82,7 +82,8 @@ def test_dry_run_prints_the_resolved_config_and_writes_nothing(shards, tmp_path,
     settings = [f"run_dir={tmp_path / 'run'}", f"data.path={shards}", "model.variant=flowar-demo", "vae.name=demo"]
     main(["train", *settings, "model.num_classes=2", "--dry-run"])
     printed = capsys.readouterr().out
-    assert "lr: 0.0004" in printed and "M parameters; dry run" in printed
+    assert "learning rate 0.0004 = optim.base_lr 5e-05 x batch_size 2048 / 256" in printed
+    assert "base_lr: 5.0e-05" in printed and "M parameters; dry run" in printed
     assert "24 images / batch of 2,048" in printed
     assert not (tmp_path / "run").exists()
 

@@ -22,4 +22,5 @@ def test_a_setting_is_explained_with_its_default_its_choices_and_the_verbs_that_
     micro = " ".join(explain_setting("micro_batch_size").split())
     assert "null: all of its part of the batch" in micro and "[a whole number, or null]" in micro
     assert "run_dir=... (has to be given)" in explain_setting("run_dir")
+    assert "init.model=null" in explain_setting("init") and "init.weights=ema" in explain_setting("init")
     assert explain_setting("optim.lrr") == "optim.lrr is not a setting; did you mean optim.lr?"
