@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from flowar.evaluation.digits import load_classifier, load_splits, to_model_range
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -24,7 +25,6 @@ from flowar.base.hashes import hash_weights
 from flowar.base.seeding import StepNoise, draw_image_noise
 from flowar.config.drawing import PRESETS, DrawConfig
 from flowar.config.load import decisive_settings
-from flowar.evaluation.digits import load_classifier, load_splits, to_model_range
 from flowar.evaluation.metrics import Frechet, groups, jackknife_error, normal_interval, statistics, statistics_without
 from flowar.latents.vae import load_vae, to_uint8
 from flowar.models.build import family_of

@@ -56,6 +56,8 @@ class EvaluateConfig(MeasureConfig):
     against: str | None = None  # other samples drawn with the same seed: the difference, with a paired interval
     run_dir: str | None = None  # training run that gets the numbers (evaluations.jsonl, wandb); None: the samples' own
     step: int | None = None  # of that run; None: that of the samples' checkpoint
+    # Measure real images through the samples' VAE too, which no sample can surpass; None: with extractor.name=own
+    ceiling: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL
 
 from flowar.base.errors import UserError
-from flowar.evaluation.digits import load_splits, to_model_range
+from flowar.evaluation.demo_images import load_splits, to_model_range
 from flowar.latents.vae import DEMO_VAE, from_uint8, load_vae, mar_autoencoder, sample_posterior, to_uint8
 from tests.conftest import DATA, load_vectors
 

@@ -13,13 +13,12 @@ from flowar.config.data import ExtractorConfig, VAEConfig
 from flowar.config.drawing import SampleConfig
 from flowar.config.load import load_config
 from flowar.config.measuring import EvaluateConfig, SweepConfig
-from flowar.evaluation.digits import DigitClassifier, save_classifier
-from flowar.evaluation.extractors import DEMO_EXTRACTOR
+from flowar.evaluation.extractors import OWN
 from flowar.models.folders import export_model
 from flowar.sampling.folder import read_hashes
 from flowar.sampling.job import choose_vae, open_job
 from flowar.sampling.weights import keep_weights
-from tests.conftest import training, written_by_0_1
+from tests.conftest import save_untrained_judge, training, written_by_0_1
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +71,8 @@ def test_what_is_given_counts_and_the_run_completes_it(run, tmp_path, given, tak
 
 @pytest.mark.slow
 def test_sweep_and_evaluate_take_it_too(run, image_folder, tmp_path, capsys):
-    save_classifier(DigitClassifier().eval(), tmp_path / "judge.safetensors")
-    judge = ExtractorConfig(name=DEMO_EXTRACTOR, weights=str(tmp_path / "judge.safetensors"))
+    save_untrained_judge(tmp_path / "judge.safetensors", ("dark", "light"))
+    judge = ExtractorConfig(name=OWN, weights=str(tmp_path / "judge.safetensors"))
     common = {"reference": str(reference(image_folder, tmp_path)), "extractor": judge, "interval_groups": 0}
     drawn = drawing(run, tmp_path / "samples")
     evaluate.main(EvaluateConfig(samples=str(tmp_path / "samples"), sample=drawn, **common))
