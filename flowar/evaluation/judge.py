@@ -141,7 +141,7 @@ def train_judge(
     side = SMALL_SIDE if max(images.read(0).shape[:2]) <= SMALL_SIDE else LARGE_SIDE
     train, held_out = split_classes(images.labels, seed)
     print(f"training a judge of {len(class_names):,} classes on {len(train):,} images of {images.root}", flush=True)
-    pixels, labels = read_pixels(images, train, side), torch.tensor([images.labels[place] for place in train])
+    pixels, labels = read_squares(images, train, side), torch.tensor([images.labels[place] for place in train])
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -162,7 +162,7 @@ def train_judge(
             schedule.step()
     model.eval()
     tested = torch.tensor([images.labels[place] for place in held_out])
-    found = classify(model, read_pixels(images, held_out, side))
+    found = classify(model, read_squares(images, held_out, side))
     about = AboutJudge(
         class_names=list(class_names), side=side, accuracy=(found == tested).double().mean().item(),
         num_held_out=len(held_out), num_images=len(train), images=str(images.root.absolute()),
@@ -171,7 +171,7 @@ def train_judge(
     return model.cpu(), about
 
 
-def read_pixels(images: ImageSet, places: Sequence[int], side: int) -> Tensor:
+def read_squares(images: ImageSet, places: Sequence[int], side: int) -> Tensor:
     """Return images as uint8 (N, 3, side, side); they may have different sizes."""
     pixels = torch.empty(len(places), 3, side, side, dtype=torch.uint8)
 
