@@ -73,6 +73,7 @@ def main(config: EvaluateConfig, dry_run: bool = False) -> None:
     notes: list[str] = []
     # What can be known before anything is computed.
     passport = find_passport(config)
+    config = dataclasses.replace(config, reference=config.reference or choose_reference(passport))
     judge = prepare_own_judge(config, passport, out_dir, device, dry_run)
     if dry_run and judge is not config.extractor and not Path(str(judge.weights)).is_file():
         print(f"would write {out_dir / EVALUATION_FILE}")
@@ -167,6 +168,23 @@ def find_passport(config: EvaluateConfig) -> Passport | None:
         places.append(find_model_folder(config.sample.model))
     found = next((place for place in places if place != Path() and (place / PASSPORT_FILE).is_file()), None)
     return read_passport(found) if found is not None else None
+
+
+def choose_reference(passport: Passport | None) -> str:
+    """Return the images that the samples' model was trained on, which are measured against by default; say so.
+
+    Raises:
+        UserError: if it is not known which, or they are not here.
+    """
+    if passport is None:
+        raise UserError("reference is required, as the samples' record names no dataset; give it as reference=...")
+    if not Path(passport.images).exists():
+        raise UserError(
+            f"reference is required, as {passport.images}, which the model was trained on, is not here; give it as "
+            "reference=..."
+        )
+    print(f"reference={passport.images}, the images that the model was trained on")
+    return passport.images
 
 
 def prepare_own_judge(

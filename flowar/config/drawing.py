@@ -100,9 +100,7 @@ class SamplingConfig(DrawConfig):
             raise UserError(f"num_images={self.num_images} must be at least 1")
         for given in self.classes or ():
             if isinstance(given, bool) or not isinstance(given, int | str):
-                raise UserError(
-                    f"classes holds {given!r}; give numbers or names of classes, such as classes=[3,sneaker]"
-                )
+                raise UserError(f"classes holds {given!r}; give numbers or names, such as classes=[3,sneaker]")
         chosen = [name for name in ("classes", "label_file", "unconditional") if getattr(self, name)]
         if len(chosen) > 1:
             raise UserError(f"{' and '.join(chosen)} are both given; give one of them")

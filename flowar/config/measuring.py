@@ -50,6 +50,8 @@ class MeasureConfig(FeatureWorkConfig):
 class EvaluateConfig(MeasureConfig):
     """FID and its kin of generated images, against real ones."""
 
+    # As the other verbs' reference; nothing: the images that the model was trained on, where they still are
+    reference: str = ""
     samples: str = MISSING  # what `flowar sample` wrote, any folder of images (searched deeply), .npz, *.tar, MDS
     sample: SampleConfig | None = free(None)  # draw the samples first, into the folder `samples`, for this extractor
     out_dir: str | None = None  # features, metrics.json, report.html; None: SAMPLES/evaluation, or beside a file

@@ -38,6 +38,7 @@ DECODERS = 8  # threads that decode images
 MAX_ROTATION = 0.2  # radians, of the augmentation
 MAX_SHIFT = 0.15  # of half the image
 MAX_ZOOM = 0.15
+MANY_IMAGES, MANY_STRENGTH = 10_000, 0.4  # with so many images the augmentation is weaker by this factor
 RETRAIN_JUDGE = "remove it and run the same command again, which trains another"
 
 
@@ -90,12 +91,14 @@ def to_side(images: Tensor, side: int) -> Tensor:
     return resized.round().clamp(0, 255).to(torch.uint8)
 
 
-def jitter(images: Tensor, generator: torch.Generator | None = None, *, flip: bool = False) -> Tensor:
+def jitter(
+    images: Tensor, generator: torch.Generator | None = None, *, flip: bool = False, strength: float = 1
+) -> Tensor:
     """Return the images, each turned, shifted and zoomed a little, at random; every other one mirrored if `flip`."""
     count = len(images)
 
     def draw(*size: int) -> Tensor:
-        return torch.rand(*size, generator=generator) * 2 - 1
+        return (torch.rand(*size, generator=generator) * 2 - 1) * strength
 
     angle = draw(count) * MAX_ROTATION
     zoom = 1 + draw(count, 2) * MAX_ZOOM
@@ -138,6 +141,7 @@ def train_judge(
     Raises:
         UserError: if an image can't be read.
     """
+    strength = 1.0 if len(images) < MANY_IMAGES else MANY_STRENGTH
     side = SMALL_SIDE if max(images.read(0).shape[:2]) <= SMALL_SIDE else LARGE_SIDE
     train, held_out = split_classes(images.labels, seed)
     print(f"training a judge of {len(class_names):,} classes on {len(train):,} images of {images.root}", flush=True)
@@ -154,7 +158,7 @@ def train_judge(
         for _ in progress.track(range(steps)):
             picked = torch.randint(len(train), (min(JUDGE_BATCH, len(train)),), generator=generator)
             batch = from_uint8(pixels[picked].to(device))
-            logits = model(jitter(batch, generator, flip=flip))[1]
+            logits = model(jitter(batch, generator, flip=flip, strength=strength))[1]
             loss = F.cross_entropy(logits, labels[picked].to(device), label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
