@@ -23,7 +23,8 @@ from flowar.config.jobs import DEMOS
 from flowar.config.load import load_config
 from flowar.config.starting import InitConfig
 from flowar.config.training import EMAConfig, PreviewConfig, TrainConfig
-from flowar.evaluation.digits import IMAGE_SIZE, load_classifier
+from flowar.evaluation.demo_images import IMAGE_SIZE
+from flowar.evaluation.judge import classify, load_judge
 from flowar.latents.batches import Batch
 from flowar.latents.shards import LatentShards
 from flowar.latents.vae import load_vae, to_uint8
@@ -108,8 +109,8 @@ def held_out_losses(model: Model, config: TrainConfig, data: Path) -> NDArray[np
 
 @torch.inference_mode()
 def shows_asked(model: Model, config: TrainConfig, task: Task, demo: Path) -> NDArray[np.float64]:
-    """Return whether each sample shows the digit it was asked for, by the demo's classifier, (SAMPLES,)."""
-    judge, vae = load_classifier(demo / "classifier.safetensors"), load_vae(config.vae.name, None)
+    """Return whether each sample shows the digit it was asked for, by the demo's judge, (SAMPLES,)."""
+    (judge, _), vae = load_judge(demo / "judge.safetensors"), load_vae(config.vae.name, None)
     family, generator = family_of(config.model), torch.Generator().manual_seed(0)
     found = []
     for begin in range(0, SAMPLES, AT_ONCE):
@@ -117,7 +118,7 @@ def shows_asked(model: Model, config: TrainConfig, task: Task, demo: Path) -> ND
         noise = torch.randn(AT_ONCE, *family.noise_shape(config.model), generator=generator)
         latents = family.generate(model, labels, noise, DEMO.draw, lambda shape: torch.randn(AT_ONCE, *shape))[-1]
         images = F.interpolate(to_uint8(vae.decode(latents)).float(), size=(IMAGE_SIZE, IMAGE_SIZE), mode="area")
-        answers = judge(images / 127.5 - 1)[1].argmax(dim=1)
+        answers = classify(judge, images.round().to(torch.uint8))
         found.append((answers == torch.tensor(task.digits)[labels]).double().numpy())
     return np.concatenate(found)
 

@@ -24,7 +24,8 @@ from flowar.base.hashes import hash_weights
 from flowar.base.seeding import StepNoise, draw_image_noise
 from flowar.config.drawing import PRESETS, DrawConfig
 from flowar.config.load import decisive_settings
-from flowar.evaluation.digits import load_classifier, load_splits, to_model_range
+from flowar.evaluation.demo_images import load_splits, to_model_range
+from flowar.evaluation.judge import load_judge
 from flowar.evaluation.metrics import Frechet, groups, jackknife_error, normal_interval, statistics, statistics_without
 from flowar.latents.vae import load_vae, to_uint8
 from flowar.models.build import family_of
@@ -87,7 +88,7 @@ class Judge:
 
     def __init__(self, demo: Path, folder: Path) -> None:
         self.model, self.vae = load_model(demo / "train"), load_vae("demo")
-        self.classifier = load_classifier(demo / "classifier.safetensors")
+        self.classifier = load_judge(demo / "judge.safetensors")[0]
         self.folder = folder / "drawn"
         self.folder.mkdir(parents=True, exist_ok=True)
         self.weights = hash_weights(self.model.state_dict())

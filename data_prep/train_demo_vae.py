@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
-from flowar.evaluation.digits import jitter, load_splits, to_model_range
+from flowar.evaluation.demo_images import load_splits, to_model_range
+from flowar.evaluation.judge import jitter
 
 STEPS = 1800
 BATCH = 64

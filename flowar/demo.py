@@ -1,6 +1,6 @@
-"""`flowar demo`: handwritten digits from images to a report, each part by the verb that does it at real scale.
+"""`flowar demo`: digits or clothes from images to a report, each part by the verb that does it at real scale.
 
-Read next: digits.py for the data and the judge, demo_report.py for the page.
+Read next: evaluation/demo_images.py for the data, evaluation/judge.py for who judges.
 """
 
 import json
@@ -23,17 +23,17 @@ from flowar.config.jobs import DemoConfig
 from flowar.config.load import describe_config, extend
 from flowar.config.measuring import EvaluateConfig
 from flowar.config.training import RecipeConfig, TrainConfig
-from flowar.evaluation.digits import (
+from flowar.evaluation.demo_images import (
+    FASHION_NAMES,
     IMAGE_SIZE,
     NUM_CLASSES,
-    accuracy,
-    load_classifier,
+    RealImages,
+    load_fashion,
     load_splits,
-    save_classifier,
-    train_classifier,
     write_image_folders,
 )
-from flowar.evaluation.extractors import DEMO_EXTRACTOR
+from flowar.evaluation.extractors import OWN
+from flowar.evaluation.judging import JUDGE_FILE
 from flowar.evaluation.page import EVALUATION_FILE
 from flowar.latents.vae import load_vae
 from flowar.models.build import family_of
@@ -44,6 +44,13 @@ from flowar.sampling.images import load_pngs
 from flowar.training.report import read_metrics
 
 DIGITS_PER_CLASS = 20  # images of each class in the contact sheet
+REAL_IMAGES = {  # by what the demo calls them
+    "digits": "scikit-learn's 1,797 handwritten digits",
+    "fashion": "Fashion-MNIST's 70,000 clothes",
+}
+FLIPS = {"digits": False, "fashion": False}  # no digit is its own mirror image, and all shoes there point to the left
+HEADINGS = {"digits": "handwritten digits", "fashion": "clothes"}
+SHOWN = {"digits": "digit", "fashion": "garment"}
 DEMO_METRICS = ("fid", "inception_score", "precision", "recall")
 
 
@@ -58,10 +65,10 @@ def main(config: DemoConfig, dry_run: bool = False) -> None:
         print(f"would write to {run_dir}")
         return
 
-    _say(1, "real images: scikit-learn's 1,797 handwritten digits, as PNG folders")
+    _say(1, f"real images: {REAL_IMAGES[config.data]}, as PNG folders")
     images = run_dir / "images"
     if not (run_dir / "data" / PASSPORT_FILE).exists():
-        write_image_folders(images)
+        write_image_folders(images, load_real(config), FASHION_NAMES if config.data == "fashion" else None)
     _say(2, "prepare: images -> VAE moments -> MDS shards")
     if not (run_dir / "data" / PASSPORT_FILE).exists():
         run_verb(
@@ -71,18 +78,14 @@ def main(config: DemoConfig, dry_run: bool = False) -> None:
                 out_dir=str(run_dir / "data"),
                 vae=training.vae,
                 image_size=IMAGE_SIZE,
-                flip=False,  # no digit is its own mirror image
+                flip=FLIPS[config.data],
                 num_workers=0,
                 device=training.device,
             ),
         )
     _say(3, f"train {training.model.variant} on the shards; kill it at any time; the same command resumes")
     run_verb("train", training)
-    _say(4, "train the judge: a small classifier of the real digits")
-    judge_file = run_dir / "classifier.safetensors"
-    if not judge_file.exists():
-        save_classifier(train_classifier(), judge_file)
-    _say(5, f"sample {config.num_samples} images, classes in turn")
+    _say(4, f"sample {config.num_samples} images, classes in turn")
     sampling = extend(
         SampleConfig,
         config.draw,
@@ -94,31 +97,28 @@ def main(config: DemoConfig, dry_run: bool = False) -> None:
         device=training.device,
     )
     run_verb("sample", sampling)
-    _say(6, "evaluate: samples against held-out digits, beside real training digits against the same")
-    numbers = measure_demo(config, judge_file)
-    draw_pictures(run_dir, training, sampling)
+    _say(5, "evaluate with a judge, a classifier of the real images: samples, and training images beside them")
+    numbers = measure_demo(config)
+    draw_pictures(run_dir, training, sampling, load_real(config)["held_out"])
     numbers["minutes"] = (time.perf_counter() - started) / 60
     write_text(run_dir / "numbers.json", json.dumps(numbers, indent=2) + "\n")
     report = write_demo_page(run_dir, config, numbers)
     print(
-        f"\nclassified as asked: {numbers['class_accuracy']:.1%} of {config.num_samples} samples (the classifier knows "
-        f"{numbers['judge_accuracy']:.1%} of the held-out real digits)\n"
-        f"Frechet distance to the held-out digits: samples {numbers['fid_samples']:.2f}, training digits "
+        f"\nclassified as asked: {numbers['class_accuracy']:.1%} of {config.num_samples} samples (the judge knows "
+        f"{numbers['judge_accuracy']:.1%} of the held-out real ones)\n"
+        f"Frechet distance to the held-out {config.data}: samples {numbers['fid_samples']:.2f}, training images "
         f"{numbers['fid_training']:.2f}, ratio {numbers['fid_samples'] / numbers['fid_training']:.2f}\n"
         f"{numbers['minutes']:.1f} minutes; open {report.resolve()}"
     )
 
 
-def measure_demo(config: DemoConfig, judge_file: Path) -> dict[str, float]:
+def measure_demo(config: DemoConfig) -> dict[str, float]:
     """Return the demo's numbers: how many samples show the class they were asked for, and distances to real digits."""
     run_dir = Path(config.run_dir)
-    judge = load_classifier(judge_file)
-    files = sorted((run_dir / "samples" / IMAGES_FOLDER).glob("*.png"))[: config.num_samples]
-    asked = torch.arange(len(files)) % NUM_CLASSES
-    numbers = {
-        "judge_accuracy": accuracy(judge, *load_splits()["held_out"]),
-        "class_accuracy": accuracy(judge, load_pngs(files).permute(0, 2, 3, 1).numpy(), asked.numpy()),
-    }
+    judge = ExtractorConfig(
+        name=OWN, weights=str(run_dir / JUDGE_FILE), images=str(run_dir / "images" / "train"), flip=FLIPS[config.data]
+    )
+    numbers: dict[str, float] = {}
     for name, images in (("samples", run_dir / "samples"), ("training", run_dir / "images" / "train")):
         out_dir = run_dir / f"evaluation_{name}"
         run_verb(
@@ -128,27 +128,33 @@ def measure_demo(config: DemoConfig, judge_file: Path) -> dict[str, float]:
                 reference=str(run_dir / "images" / "held_out"),
                 out_dir=str(out_dir),
                 protocol="torch-fidelity",
-                extractor=ExtractorConfig(name=DEMO_EXTRACTOR, weights=str(judge_file)),
+                extractor=judge,
+                ceiling=name == "samples",
                 device=config.train.device,
             ),
         )
-        found = read_record(out_dir / EVALUATION_FILE, "delete it and run the same command again")["metrics"]
-        numbers |= {f"{metric}_{name}": found[metric]["value"] for metric in DEMO_METRICS}
+        record = read_record(out_dir / EVALUATION_FILE, "delete it and run the same command again")
+        numbers |= {f"{metric}_{name}": record["metrics"][metric]["value"] for metric in DEMO_METRICS}
+        if name == "samples":
+            numbers["judge_accuracy"] = record["judge"]["accuracy_on_reference"]
+            numbers["class_accuracy"] = record["metrics"]["class_accuracy"]["value"]
+            ceiling = record["ceiling"]["metrics"]
+            numbers |= {f"{metric}_ceiling": ceiling[metric]["value"] for metric in (*DEMO_METRICS, "class_accuracy")}
     return numbers
 
 
-def draw_pictures(run_dir: Path, training: TrainConfig, sampling: SampleConfig) -> None:
-    """Write contact_sheet.png (a row per class), real_digits.png, loss_curve.png; growth.png if there are stages."""
+def draw_pictures(run_dir: Path, training: TrainConfig, sampling: SampleConfig, held_out: RealImages) -> None:
+    """Write contact_sheet.png (a row per class), real_images.png, loss_curve.png; growth.png if there are stages."""
     files = sorted((run_dir / "samples" / IMAGES_FOLDER).glob("*.png"))
     columns = min(DIGITS_PER_CLASS, len(files) // NUM_CLASSES)
     by_class = [file for label in range(NUM_CLASSES) for file in files[label::NUM_CLASSES][:columns]]
     save_grid(load_pngs(by_class), run_dir / "contact_sheet.png", columns=columns, enlarge=2)
 
-    images, labels = load_splits()["held_out"]
+    images, labels = held_out
     real = [image for label in range(NUM_CLASSES) for image in images[labels == label][:columns]]
     save_grid(
         torch.stack([torch.from_numpy(i) for i in real]).permute(0, 3, 1, 2),
-        run_dir / "real_digits.png",
+        run_dir / "real_images.png",
         columns=columns,
         enlarge=2,
     )
@@ -161,20 +167,26 @@ def draw_pictures(run_dir: Path, training: TrainConfig, sampling: SampleConfig) 
     save_loss_curve(read_metrics(training.run_dir), run_dir / "loss_curve.png")
 
 
+def load_real(config: DemoConfig) -> dict[str, RealImages]:
+    """Return the real images, {"train", "held_out"}."""
+    return load_fashion(config.images) if config.data == "fashion" else load_splits()
+
+
 def stages_of(training: RecipeConfig) -> list[str]:
     """Return the names of the stages in which the model draws an image."""
     return [name for name, _, _ in family_of(training.model).token_rows(training.model)]
 
 
 def _say(part: int, what: str) -> None:
-    print(f"\n[{part}/6] {what}", flush=True)
+    print(f"\n[{part}/5] {what}", flush=True)
 
 
 def write_demo_page(run_dir: Path, config: DemoConfig, numbers: dict[str, float]) -> Path:
     """Write report.html, all pictures inside, and return its path."""
     ratio = numbers["fid_samples"] / numbers["fid_training"]
     rows = "".join(
-        f"<tr><td>{name}</td><td>{numbers[f'{key}_samples']:.2f}</td><td>{numbers[f'{key}_training']:.2f}</td></tr>"
+        f"<tr><td>{name}</td><td>{numbers[f'{key}_samples']:.2f}</td><td>{numbers[f'{key}_ceiling']:.2f}</td>"
+        f"<td>{numbers[f'{key}_training']:.2f}</td></tr>"
         for name, key in (
             ("Fr&eacute;chet distance (lower is better)", "fid"),
             ("Inception score (10 at most)", "inception_score"),
@@ -187,20 +199,22 @@ def write_demo_page(run_dir: Path, config: DemoConfig, numbers: dict[str, float]
         growth = f"""<h2>One sample of each class, growing scale by scale</h2>
 <p class="note">From top to bottom: {escape(", ".join(stages))}; each brought to full size and decoded by the VAE.</p>
 {embed(run_dir / "growth.png")}"""
-    body = f"""<h1>{variant} on handwritten digits</h1>
-<p class="note">Trained from scratch on scikit-learn's digits; the
+    body = f"""<h1>{variant} on {HEADINGS[config.data]}</h1>
+<p class="note">Trained from scratch on {REAL_IMAGES[config.data]}; the
 last call of the demo took {numbers["minutes"]:.1f} minutes.</p>
 <h2>Numbers</h2>
-<p><b>{numbers["class_accuracy"]:.1%}</b> of {config.num_samples} samples show the digit they were asked for, by a
-classifier that was trained on the real training digits and knows {numbers["judge_accuracy"]:.1%} of the real held-out
-ones.</p>
-<table><tr><th>against the held-out digits</th><th>samples</th><th>real training digits</th></tr>{rows}</table>
+<p><b>{numbers["class_accuracy"]:.1%}</b> of {config.num_samples} samples show the {SHOWN[config.data]} they were
+asked for, by a classifier that was trained on the real training images and knows {numbers["judge_accuracy"]:.1%} of
+the real held-out ones, and {numbers["class_accuracy_ceiling"]:.1%} of those as the VAE gives them back.</p>
+<table><tr><th>against the held-out images</th><th>samples</th><th>held-out images through the VAE</th>
+<th>real training images</th></tr>{rows}</table>
 <p class="note">On the classifier's 64 features, by torch-fidelity. The samples are {ratio:.2f} times as far from the
-held-out digits as the training digits are.</p>
+held-out images as the training images are. More, with a table of what each class shows, in
+evaluation_samples/report.html.</p>
 <h2>Samples, a row per class</h2>
 {embed(run_dir / "contact_sheet.png")}
-<h2>Real held-out digits, a row per class</h2>
-{embed(run_dir / "real_digits.png")}
+<h2>Real held-out images, a row per class</h2>
+{embed(run_dir / "real_images.png")}
 {growth}
 <h2>Training loss</h2>
 {embed(run_dir / "loss_curve.png", "curve")}

@@ -22,13 +22,18 @@ from flowar.base.files import write_text
 from flowar.base.hashes import hash_weights
 from flowar.base.leases import CLAIMS_FOLDER, Leases, finish_together
 from flowar.base.records import read_record, write_record
-from flowar.base.run_folder import CHECKPOINTS, checkpoint_step, list_checkpoints, read_progress
+from flowar.base.run_folder import CHECKPOINTS, PASSPORT_FILE, checkpoint_step, list_checkpoints, read_progress
 from flowar.base.terminal import plain_console
+from flowar.config.data import ExtractorConfig
 from flowar.config.load import decisive_settings
 from flowar.config.measuring import EvaluateConfig, ReferenceConfig
-from flowar.evaluation.extractors import Extractor
+from flowar.evaluation.ceiling import open_ceiling
+from flowar.evaluation.classes import class_metric, class_names_of, judge_classes, match_classes
+from flowar.evaluation.extractors import OWN, Extractor
 from flowar.evaluation.image_sets import open_images
-from flowar.evaluation.page import BY_CLASS_FILE, EVALUATION_FILE, write_evaluation_page
+from flowar.evaluation.judge import AboutJudge, read_about_judge
+from flowar.evaluation.judging import JUDGE_FILE, choose_judge_file, prepare_judge
+from flowar.evaluation.page import BY_CLASS_FILE, EVALUATION_FILE, show_value, write_evaluation_page
 from flowar.evaluation.protocols import (
     Metric,
     load_more,
@@ -39,6 +44,7 @@ from flowar.evaluation.protocols import (
     prepare_more,
 )
 from flowar.evaluation.references import (
+    Reference,
     ReferenceSource,
     check_network,
     check_reference,
@@ -52,7 +58,8 @@ from flowar.evaluation.store import (
     FeatureStore,
     extract,
 )
-from flowar.models.folders import load_model
+from flowar.latents.schema import Passport, read_passport
+from flowar.models.folders import find_model_folder, load_model
 from flowar.sampling.folder import SAMPLES_FILE, read_samples
 from flowar.sampling.images import ImageSink
 from flowar.sampling.worker import draw_samples
@@ -63,10 +70,17 @@ def main(config: EvaluateConfig, dry_run: bool = False) -> None:
     """Measure samples, print a table, write metrics.json and report.html; with whoever was given the same command."""
     device = pick_device(config.device)
     samples, out_dir = Path(config.samples), choose_out_dir(config)
-    extractor = Extractor(config.extractor, device)
     notes: list[str] = []
-    more = load_more(config, device, notes)
     # What can be known before anything is computed.
+    passport = find_passport(config)
+    config = dataclasses.replace(config, reference=config.reference or choose_reference(passport))
+    judge = prepare_own_judge(config, passport, out_dir, device, dry_run)
+    if dry_run and judge is not config.extractor and not Path(str(judge.weights)).is_file():
+        print(f"would write {out_dir / EVALUATION_FILE}")
+        return
+    config = dataclasses.replace(config, extractor=judge)
+    extractor = Extractor(config.extractor, device)
+    more = load_more(config, device, notes)
     check_reference(Path(config.reference), extractor)
     run = find_run(config)
     if config.sample is not None:
@@ -81,8 +95,11 @@ def main(config: EvaluateConfig, dry_run: bool = False) -> None:
         return
 
     # Features, by all processes.
+    about = read_about_judge(Path(str(judge.weights))) if judge.name == OWN else None
+    matched = match_names(config, about, notes)
     found = prepare_features(samples, "samples", extractor, out_dir, config)
     reference = prepare_reference(config, extractor, out_dir)
+    rebuilt = prepare_ceiling(config, extractor, reference, found.num_images, out_dir, device, notes)
     against = None
     if config.against is not None:
         against = prepare_features(Path(config.against), "against", extractor, out_dir, config)
@@ -98,7 +115,7 @@ def main(config: EvaluateConfig, dry_run: bool = False) -> None:
     # Numbers, by one of them.
     stores = [str(store) for store in (found, reference, against, sorted(others.items()))]
     stores += [str(source.fingerprint()) for source in (reference, *(source for _, source in others.values()))]
-    kept = [found, reference.store, against]
+    kept = [found, reference.store, against, rebuilt]
     kept += [own for _, (store, source) in sorted(others.items()) for own in (store, source.store)]
     stores += [own.identity() for own in kept if own is not None]
     identity = hashlib.sha256(json.dumps([decisive_settings(config), stores, __version__]).encode()).hexdigest()
@@ -111,17 +128,22 @@ def main(config: EvaluateConfig, dry_run: bool = False) -> None:
         own = found.read()
         real = reference.read()
         metrics = measure_metrics(own, real, config, device, notes) + measure_more(others, config, device)
+        judged = {} if about is None else describe_judged(about, own, matched, real, notes)
+        if judged.get("classes") and about is not None:
+            metrics.append(class_metric(judged["classes"], about))
         if against is not None:
             metrics.append(measure_difference(own, against.read(["features"]), real, config, device))
         by_class = measure_classes(own, real)
         write_text(out_dir / BY_CLASS_FILE, json.dumps(by_class, indent=2) + "\n")
-        record = describe_evaluation(config, own, metrics, notes) | {"identity": identity}
+        if rebuilt is not None:
+            judged["ceiling"] = describe_ceiling(rebuilt, real, about, config, device, notes)
+        record = describe_evaluation(config, own, metrics, notes) | judged | {"identity": identity}
         json.dumps(record, allow_nan=False)  # what other programs can't read is not written
         write_evaluation_page(out_dir, record, by_class, own, real, found.images)
         if run is not None and is_of_run:
             values = {metric.name: metric.value for metric in metrics if math.isfinite(metric.value)}
-            about = {"num_samples": len(own), "protocol": config.protocol, "samples": str(samples.absolute())}
-            record_evaluation(run[0], {"step": run[1], **about, "reference": config.reference, **values})
+            of = {"num_samples": len(own), "protocol": config.protocol, "samples": str(samples.absolute())}
+            record_evaluation(run[0], {"step": run[1], **of, "reference": config.reference, **values})
         write_record(out_dir / EVALUATION_FILE, record)  # says that all is done
 
     was_done = is_done()
@@ -135,6 +157,141 @@ def main(config: EvaluateConfig, dry_run: bool = False) -> None:
                 )
             plain_console().print(evaluation_table(record))
             print(f"{out_dir / EVALUATION_FILE} and report.html {'were there already' if was_done else 'are written'}")
+
+
+def find_passport(config: EvaluateConfig) -> Passport | None:
+    """Return the passport of the dataset that the samples' model was trained on, or None where it is not at hand."""
+    places = [Path(config.run_dir)] if config.run_dir is not None else []
+    places.append(Path(str((read_sampling(config) or {}).get("model", ""))))
+    places.append(places[-1].parent.parent)  # the run of a checkpoint that is gone
+    if config.sample is not None:
+        places.append(find_model_folder(config.sample.model))
+    found = next((place for place in places if place != Path() and (place / PASSPORT_FILE).is_file()), None)
+    return read_passport(found) if found is not None else None
+
+
+def choose_reference(passport: Passport | None) -> str:
+    """Return the images that the samples' model was trained on, which are measured against by default; say so.
+
+    Raises:
+        UserError: if it is not known which, or they are not here.
+    """
+    if passport is None:
+        raise UserError("reference is required, as the samples' record names no dataset; give it as reference=...")
+    if not Path(passport.images).exists():
+        raise UserError(
+            f"reference is required, as {passport.images}, which the model was trained on, is not here; give it as "
+            "reference=..."
+        )
+    print(f"reference={passport.images}, the images that the model was trained on")
+    return passport.images
+
+
+def prepare_own_judge(
+    config: EvaluateConfig, passport: Passport | None, out_dir: Path, device: torch.device, dry_run: bool
+) -> ExtractorConfig:
+    """Return the extractor's settings, of a judge with its file, which is trained first where it is not there."""
+    reference = Path(config.reference)
+    file = choose_judge_file(config.extractor, reference, out_dir)
+    return prepare_judge(
+        config.extractor, file, reference, passport, device, config.lease_s, dry_run=dry_run
+    )  # fmt: skip
+
+
+def match_names(config: EvaluateConfig, about: AboutJudge | None, notes: list[str]) -> dict[int, int] | None:
+    """Return {label of the samples: class of the judge}; None, with a note, if they have no classes that it knows.
+
+    Raises:
+        UserError: if they have a class that the judge does not know.
+    """
+    if about is None:
+        return None
+    samples = Path(config.samples)
+    names = class_names_of(samples)
+    is_drawn = (samples / SAMPLES_FILE).is_file()
+    matched = match_classes(names, about, f"samples={samples}", strict=is_drawn)
+    if matched is None:
+        notes.append("no class accuracy: the samples have no classes that the judge knows")
+    return matched
+
+
+def prepare_ceiling(
+    config: EvaluateConfig,
+    extractor: Extractor,
+    reference: ReferenceSource,
+    count: int,
+    out_dir: Path,
+    device: torch.device,
+    notes: list[str],
+) -> FeatureStore | None:
+    """Return the features of real images through the samples' VAE, or None, with a note, where they can't be had.
+
+    Raises:
+        UserError: if they were asked for and can't be had.
+    """
+    if not (config.ceiling if config.ceiling is not None else config.extractor.name == OWN):
+        return None
+    given = config.sample.vae if config.sample is not None else None
+    real = reference.store.images if reference.store is not None else None
+    try:
+        images = open_ceiling(read_sampling(config), given, real, count, device)
+    except (UserError, OSError) as error:
+        if config.ceiling:
+            raise UserError(f"ceiling=true: {error}") from error
+        notes.append(f"no ceiling (real images through the VAE): {error}")
+        return None
+    folder = out_dir / "features" / f"{extractor.name}-{extractor.weights_sha256[:8]}-{images.identity}"
+    extract(images, extractor, folder, config)
+    return FeatureStore(folder, len(images), images.root)
+
+
+def describe_judged(
+    about: AboutJudge,
+    own: Features,
+    matched: dict[int, int] | None,
+    real: Reference,
+    notes: list[str],
+) -> dict[str, Any]:
+    """Return what metrics.json says of the judge, and what the judge says of samples and of real images."""
+    described: dict[str, Any] = {"judge": dataclasses.asdict(about), "classes": judge_classes(own, matched, about)}
+    if real.features is not None:
+        known = judge_reference(real.features, real.images, about)
+        if known is not None:
+            described["judge"]["accuracy_on_reference"] = known["class_accuracy"]
+        if real.features.record["identity"] == about.identity:
+            notes.append("the judge was trained on the reference itself, all but a tenth of it, which was held out")
+    notes.append("distances by a judge compare with those by the same judge alone, and with no published ones")
+    return described
+
+
+def judge_reference(real: Features, images: Path | None, about: AboutJudge) -> dict[str, Any] | None:
+    """Return what the judge says of the reference's images; None if they have no classes that it knows."""
+    try:
+        matched = match_classes(class_names_of(images), about, "the reference", strict=False) if images else None
+        return judge_classes(real, matched, about)
+    except UserError:  # some of its classes may be others: then nothing is said of it
+        return None
+
+
+def describe_ceiling(
+    rebuilt: FeatureStore,
+    real: Reference,
+    about: AboutJudge | None,
+    config: EvaluateConfig,
+    device: torch.device,
+    notes: list[str],
+) -> dict[str, Any] | None:
+    """Return the same numbers of real images through the VAE; None, with a note, if they are too few."""
+    features = rebuilt.read()
+    try:
+        metrics = measure_metrics(features, real, dataclasses.replace(config, interval_groups=0), device, [])
+    except UserError as error:
+        notes.append(f"no ceiling (real images through the VAE): {error}")
+        return None
+    judged = judge_reference(features, rebuilt.images, about) if about is not None else None
+    if judged is not None and about is not None:
+        metrics.append(class_metric(judged, about))
+    return {"num_images": len(features), "metrics": {metric.name: metric.as_record() for metric in metrics}}
 
 
 def read_evaluation(out_dir: Path) -> dict[str, Any]:
@@ -178,14 +335,17 @@ def evaluation_table(record: dict[str, Any]) -> Table:
     """Return the table of `flowar evaluate`."""
     network = record["extractor"]["name"]
     what = f"{record['num_samples']:,} samples, protocol {record['protocol']}, {network}"
+    ceiling = (record.get("ceiling") or {}).get("metrics", {})
     table = Table(
-        "metric", "value", "95% interval", "", title=f"{what}, against {record['reference']}",
+        "metric", "value", "95% interval", *(["real through the VAE"] if ceiling else []), "",
+        title=f"{what}, against {record['reference']}",
         caption="\n".join(record["notes"]),
     )  # fmt: skip
     for name, metric in record["metrics"].items():
         interval = f"{metric['low']:.4g} to {metric['high']:.4g}" if "low" in metric else ""
         value = "not a number" if metric["value"] is None else f"{metric['value']:.4f}"
-        table.add_row(name.replace("_", " "), value, interval, metric.get("note", ""))
+        real = [show_value(ceiling.get(name))] if ceiling else []
+        table.add_row(name.replace("_", " "), value, interval, *real, metric.get("note", ""))
     return table
 
 
@@ -248,9 +408,17 @@ def check_run(config: EvaluateConfig, run_dir: Path, step: int, notes: list[str]
 
 def make_reference(config: ReferenceConfig, dry_run: bool = False) -> None:
     """Make a reference, with whoever else was given the same command."""
-    extractor = Extractor(config.extractor, pick_device(config.device))
+    out_dir, device = Path(config.out_dir), pick_device(config.device)
     images = open_images(config.images, "images")
-    out_dir = Path(config.out_dir)
+    if config.extractor.name == OWN:
+        file = Path(config.extractor.weights or out_dir / JUDGE_FILE)
+        own = prepare_judge(
+            config.extractor, file, Path(config.images), None, device, config.lease_s, dry_run=dry_run
+        )  # fmt: skip
+        if dry_run and not file.is_file():
+            return
+        config = dataclasses.replace(config, extractor=own)
+    extractor = Extractor(config.extractor, device)
     target, partial = out_dir / f"features-{extractor.name}", out_dir / f"partial-{extractor.name}"
     print(f"{len(images):,} images in {config.images}, features by {extractor.name} into {target}")
     if target.exists():

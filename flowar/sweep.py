@@ -35,7 +35,7 @@ from flowar.evaluation.store import FeatureSink, read_features
 from flowar.models.build import family_of
 from flowar.models.folders import export_model, find_model_folder
 from flowar.sampling.folder import identify, read_samples
-from flowar.sampling.job import SamplingJob, choose_vae, open_job
+from flowar.sampling.job import SamplingJob, choose_vae, open_job, read_class_names, resolve_classes
 from flowar.sampling.worker import draw_missing
 from flowar.training.averages import save_average
 
@@ -87,8 +87,9 @@ def main(config: SweepConfig, dry_run: bool = False) -> None:
     """Sweep, with whoever else was given the same command; print the table, write sweep.json, a picture, a recipe."""
     device = pick_device(config.device)
     out_dir = Path(config.out_dir)
-    vae = choose_vae(config.sample.vae, find_model_folder(config.model))
-    config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, vae=vae))
+    model = find_model_folder(config.model)
+    vae, classes = choose_vae(config.sample.vae, model), resolve_classes(config.sample.classes, read_class_names(model))
+    config = dataclasses.replace(config, sample=dataclasses.replace(config.sample, vae=vae, classes=classes))
     settings = list_settings(config)
     rounds = plan_rounds(len(settings), config)
     plan = ", then ".join(f"{count} of {images:,} images" for count, images in rounds)

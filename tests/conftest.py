@@ -7,7 +7,7 @@ import random
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # these tests are about a CPU: bits, and processes without a GPU each
 os.environ["OMP_NUM_THREADS"] = "1"  # more would give other bits, and would wait for each other on a busy machine
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +82,20 @@ def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1 + (parameter.ndim == 1) * 0.5)
     return model
+
+
+def save_untrained_judge(file: Path, class_names: Sequence[str] = "0123456789") -> None:
+    """Write a judge with random weights: a feature extractor as good as any."""
+    from flowar.evaluation.judge import AboutJudge, Judge, save_judge
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        judge = Judge(len(class_names)).eval()
+    about = AboutJudge(
+        class_names=list(class_names), side=32, accuracy=0.1, num_held_out=10,
+        num_images=90, images="nowhere", identity="none", flip=False, seed=0,
+    )  # fmt: skip
+    save_judge(judge, about, file)
 
 
 def training(shards: Path, run_dir: Path, **changes: object) -> TrainConfig:

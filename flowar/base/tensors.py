@@ -14,15 +14,35 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from flowar.base.errors import UserError
+from flowar.base.records import parse_record, record_line
 
 HASHES = "xxh3"  # key of the file's metadata: the hash of each tensor, as JSON
+ABOUT_KEY = "about"  # key of the file's metadata: what else is to be known of the tensors, a record
 
 
-def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
-    """Write tensors by name, with their hashes."""
+def save_tensors(tensors: Mapping[str, Tensor], file: Path, about: Mapping[str, Any] | None = None) -> None:
+    """Write tensors by name, with their hashes, and what else is to be known of them."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     hashes = {name: hash_tensor(tensor) for name, tensor in plain.items()}
-    save_file(plain, file, metadata={HASHES: json.dumps(hashes)})
+    record = {} if about is None else {ABOUT_KEY: record_line(about)}
+    save_file(plain, file, metadata={HASHES: json.dumps(hashes), **record})
+
+
+def read_about(file: Path, cure: str) -> dict[str, Any]:
+    """Return what `save_tensors` wrote about the tensors of a file; nothing if that was nothing.
+
+    Args:
+        file: that exists.
+        cure: what to do about a damaged one; it ends the error's sentence.
+
+    Raises:
+        UserError: if it is not what was written.
+    """
+    try:
+        with safe_open(file, "pt") as opened:
+            return parse_record((opened.metadata() or {}).get(ABOUT_KEY, "{}"))
+    except (SafetensorError, OSError, ValueError, TypeError, RecursionError) as error:
+        raise UserError(f"{file} is damaged ({' '.join(str(error).split())}); {cure}") from error
 
 
 def load_tensors(file: Path, cure: str) -> dict[str, Tensor]:

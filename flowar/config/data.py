@@ -25,9 +25,15 @@ class VAEConfig:
 class ExtractorConfig:
     """Which network gives the features that images are measured by, and where its weights are."""
 
-    name: str = "inception-v3-compat"  # any of torch-fidelity's, or demo-classifier
-    weights: str | None = None  # None: in torch hub's folder (below TORCH_HOME), or fetched
+    # Any of torch-fidelity's, or own: a judge, a small classifier of the dataset's classes that is trained here
+    name: str = "inception-v3-compat"
+    # None: in torch hub's folder (below TORCH_HOME), or fetched; of own: the judge's file, None: with the reference
+    weights: str | None = None
     other_weights: bool = False  # accept others than the published ones; the numbers then compare with nothing else
+    # Of own: real images, a sub-folder per class, that train the judge if its file is not there; None: the images that
+    # the model was trained on, where they are, else the reference
+    images: str | None = free(None)
+    flip: bool | None = free(None)  # of own: train the judge on mirror images too; None: as the dataset was prepared
 
 
 @dataclass(frozen=True, kw_only=True)

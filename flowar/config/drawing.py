@@ -78,7 +78,9 @@ class SamplingConfig(DrawConfig):
     # None: the VAE that the model was trained with, as a run's config.yaml or an exported model's dataset.json says
     vae: VAEConfig | None = None
     num_images: int = free(64)  # classes in turn: image i shows class i modulo num_classes; a set can grow, not shrink
-    classes: tuple[int, ...] | None = None  # only these, in turn
+    # Only these, in turn, by number or by name, such as [3,sneaker]; a name of digits alone is written ['"7"']
+    classes: tuple[int | str, ...] | None = None
+    names: bool = False  # also put the class's name into the name of an image's file
     random_labels: bool = False  # or the class of each image is one of these, drawn; as ARFlow's authors do for FIDs
     label_file: str | None = None  # or image i shows the class in line i of this file, which starts anew at its end
     unconditional: bool = False  # or of no class
@@ -96,6 +98,9 @@ class SamplingConfig(DrawConfig):
         super().__post_init__()
         if self.num_images < 1:
             raise UserError(f"num_images={self.num_images} must be at least 1")
+        for given in self.classes or ():
+            if isinstance(given, bool) or not isinstance(given, int | str):
+                raise UserError(f"classes holds {given!r}; give numbers or names, such as classes=[3,sneaker]")
         chosen = [name for name in ("classes", "label_file", "unconditional") if getattr(self, name)]
         if len(chosen) > 1:
             raise UserError(f"{' and '.join(chosen)} are both given; give one of them")

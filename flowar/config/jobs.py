@@ -126,9 +126,13 @@ class DoctorConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """Handwritten digits from scratch to a report, in minutes."""
+    """Handwritten digits, or clothes, from scratch to a report, in minutes."""
 
     model: Literal["flowar", "arflow"] = "flowar"  # the family; train and draw start from what suits it: DEMOS
+    # Real images: scikit-learn's digits, or Fashion-MNIST's clothes, which need a VAE of their own as train.vae.name
+    data: Literal["digits", "fashion"] = "digits"
+    # Folder of Fashion-MNIST's idx files; None: where Debian's package dataset-fashion-mnist or torchvision puts them
+    images: str | None = None
     run_dir: str = "runs/demo"  # where all of it is written
     train: RecipeConfig = field(default_factory=lambda: _demo_training("flowar-demo"))  # how it is trained
     num_samples: int = 1440  # as many as training images, so that both Frechet distances have the same bias
@@ -140,6 +144,11 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if self.num_samples < 1:
             raise UserError(f"num_samples={self.num_samples} must be at least 1")
+        if self.data == "fashion" and self.train.vae.name == "demo":
+            raise UserError(
+                "data=fashion needs a VAE of clothes, as the demo's own knows digits alone; give one as "
+                "train.vae.name=FOLDER, in diffusers' layout"
+            )
         if self.train.model.family != self.model:
             raise UserError(
                 f"model={self.model}, but train.model.family={self.train.model.family}; give "

@@ -50,12 +50,16 @@ class MeasureConfig(FeatureWorkConfig):
 class EvaluateConfig(MeasureConfig):
     """FID and its kin of generated images, against real ones."""
 
+    # As the other verbs' reference; nothing: the images that the model was trained on, where they still are
+    reference: str = ""
     samples: str = MISSING  # what `flowar sample` wrote, any folder of images (searched deeply), .npz, *.tar, MDS
     sample: SampleConfig | None = free(None)  # draw the samples first, into the folder `samples`, for this extractor
     out_dir: str | None = None  # features, metrics.json, report.html; None: SAMPLES/evaluation, or beside a file
     against: str | None = None  # other samples drawn with the same seed: the difference, with a paired interval
     run_dir: str | None = None  # training run that gets the numbers (evaluations.jsonl, wandb); None: the samples' own
     step: int | None = None  # of that run; None: that of the samples' checkpoint
+    # Measure real images through the samples' VAE too, which no sample can surpass; None: with extractor.name=own
+    ceiling: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

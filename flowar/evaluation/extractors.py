@@ -18,7 +18,7 @@ from flowar.base.errors import UserError
 from flowar.base.hashes import hash_weights
 from flowar.config.data import ExtractorConfig
 
-DEMO_EXTRACTOR = "demo-classifier"
+OWN = "own"  # a judge, trained on the real images of a dataset: judge.py
 INCEPTION, DINOV2, VGG = "inception-v3-compat", "dinov2-vit-l-14", "vgg16"
 
 # file name in torch hub's folder of checkpoints, first digits of its sha256, where it is fetched from
@@ -47,18 +47,18 @@ class Extractor:
         """
         self.name = config.name
         self.device = device
-        if config.name == DEMO_EXTRACTOR and DEMO_EXTRACTOR not in FEATURE_EXTRACTORS_REGISTRY:
-            from flowar.evaluation.digits import DigitFeatures
+        if config.name == OWN and OWN not in FEATURE_EXTRACTORS_REGISTRY:
+            from flowar.evaluation.judge import JudgeFeatures
 
-            register_feature_extractor(DEMO_EXTRACTOR, DigitFeatures)
+            register_feature_extractor(OWN, JudgeFeatures)
         if config.name not in FEATURE_EXTRACTORS_REGISTRY:
             known = ", ".join(FEATURE_EXTRACTORS_REGISTRY)
-            raise UserError(f"extractor.name={config.name} is unknown; there are: {known}, {DEMO_EXTRACTOR}")
+            raise UserError(f"extractor.name={config.name} is unknown; there are: {known}, {OWN}")
         check_weights(config)
         is_checked = check_hub_weights(config) or (config.weights is not None and not config.other_weights)
         kind = FEATURE_EXTRACTORS_REGISTRY[config.name]
         layers = {"features": kind.get_default_feature_layer_for_metric("prc" if config.name == VGG else "fid")}
-        if config.name in (INCEPTION, DEMO_EXTRACTOR):
+        if config.name in (INCEPTION, OWN):
             layers["logits"] = kind.get_default_feature_layer_for_metric("isc")
         provided = [layer for layer in kind.get_provided_features_list() if layer in layers.values()]
         try:
@@ -113,8 +113,11 @@ def weights_as_data(is_needed: bool) -> Iterator[None]:
 def check_weights(config: ExtractorConfig) -> None:
     """Raise a UserError if the given weights are not there, or are not the published ones."""
     if config.weights is None:
-        if config.name == DEMO_EXTRACTOR:
-            raise UserError(f"extractor.name={DEMO_EXTRACTOR} needs extractor.weights=RUN_DIR/classifier.safetensors")
+        if config.name == OWN:
+            raise UserError(
+                f"extractor.name={OWN} needs the judge's file here, as extractor.weights=FILE; `flowar evaluate "
+                f"samples=... reference=... extractor.name={OWN}` trains one and says where it is"
+            )
         return
     if config.name.startswith("dinov2"):
         raise UserError(

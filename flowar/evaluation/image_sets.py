@@ -21,10 +21,12 @@ from flowar.base.records import read_record
 from flowar.base.tars import list_tar_images, read_bytes_at
 from flowar.latents.schema import INDEX_FILE
 from flowar.sampling.folder import (
+    CLASS_NAMES,
     HASHES_FILE,
     IMAGES_FOLDER,
     SAMPLES_FILE,
     HashBook,
+    class_of,
     drawn_names,
     hash_json,
     identify,
@@ -51,6 +53,7 @@ class ImageSet:
     labels: list[int]  # NO_LABEL where there is none
     identity: str  # a hash that changes if other images are put there
     read: Callable[[int], NDArray[np.uint8]] = field(repr=False)  # place -> uint8 (H, W, 3)
+    class_names: tuple[str, ...] = ()  # by label, where the images come with any
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -65,7 +68,7 @@ class ImageSet:
         Raises:
             UserError: if one can't be read, is damaged, or they have different sizes.
         """
-        images = list(mapped(self._read_checked, places))
+        images = list(mapped(self.read_checked, places))
         sizes = {image.shape for image in images}
         if len(sizes) > 1:
             (first, *_, last) = sorted(sizes)
@@ -75,7 +78,8 @@ class ImageSet:
             )
         return np.stack(images).transpose(0, 3, 1, 2)
 
-    def _read_checked(self, place: int) -> NDArray[np.uint8]:
+    def read_checked(self, place: int) -> NDArray[np.uint8]:
+        """Return an image as uint8 (H, W, 3); errors as `read_many`."""
         try:
             return self.read(place)
         except UserError:
@@ -152,8 +156,8 @@ def _open_samples(path: Path, setting: str) -> ImageSet:
         return read_rgb(read_drawn(path / IMAGES_FOLDER / name, {hashes[name]}, identity))
 
     numbers = [number for number, _ in found]
-    labels = [int(name.removesuffix(".png").rpartition("_class")[2]) for _, name in found]
-    return ImageSet(path, "samples", numbers, labels, identity, read)
+    labels = [class_of(name) for _, name in found]
+    return ImageSet(path, "samples", numbers, labels, identity, read, tuple(record.get(CLASS_NAMES, ())))
 
 
 def _open_folder(path: Path, setting: str) -> ImageSet:
@@ -173,6 +177,7 @@ def _open_folder(path: Path, setting: str) -> ImageSet:
         labels,
         hash_json(_listed(files)),
         lambda place: read_rgb(files[place].read_bytes()),
+        tuple(folders),
     )
 
 

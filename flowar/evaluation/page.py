@@ -32,6 +32,7 @@ CURVE_NEIGHBOURHOODS = (1, 2, 3, 5, 10)
 
 CURVE_IMAGES = 5_000  # of each side: distances grow with the square
 CLASSES_SHOWN = 10  # worst and best
+MOST_CONFUSION_CLASSES, MISTAKES_SHOWN = 20, 30  # up to so many classes the whole table; else the commonest mistakes
 
 
 def write_evaluation_page(
@@ -60,6 +61,8 @@ def write_evaluation_page(
         _numbers(record),
     ]
     parts += [f'<p class="note">{escape(note)}</p>' for note in record["notes"]]
+    if record.get("classes"):
+        parts += ["<h2>Classes, by the judge</h2>", _confusion(record)]
     images = _open_if_there(samples)
     if images is not None:
         save_grid(_take(images, range(min(SHEET_IMAGES, len(images)))), out_dir / "samples.png", columns=SHEET_COLUMNS)
@@ -89,18 +92,56 @@ def write_evaluation_page(
 def _numbers(record: dict[str, Any]) -> str:
     variant = (record["sampling"] or {}).get("variant")
     paper = dict(zip(("fid", "inception_score"), PAPER[variant], strict=True)) if variant in PAPER else {}
+    ceiling = (record.get("ceiling") or {}).get("metrics", {})
     rows = []
     for name, metric in record["metrics"].items():
         interval = f"{metric['low']:.4g} to {metric['high']:.4g}" if "low" in metric else ""
         published = f"{paper[name]:g}" if name in paper else ""
         value = "not a number" if metric["value"] is None else f"{metric['value']:.4f}"
-        rows.append([name.replace("_", " "), value, interval, published, metric.get("note", "")])
-    table = html_table(["metric", "value", "95% interval", f"paper, {variant}" if paper else "paper", ""], rows)
+        real = [show_value(ceiling.get(name))] if ceiling else []
+        rows.append([name.replace("_", " "), value, interval, *real, published, metric.get("note", "")])
+    columns = ["metric", "value", "95% interval", *(["real images through the VAE"] if ceiling else [])]
+    table = html_table([*columns, f"paper, {variant}" if paper else "paper", ""], rows)
+    said = ""
+    if ceiling:
+        said = (
+            f'<p class="note">The ceiling: {record["ceiling"]["num_images"]:,} images of the reference, encoded and '
+            "decoded by the samples' VAE. No sample can be better than the VAE lets it.</p>"
+        )
     return (
-        table + '<p class="note">Intervals of FID, sFID, FD and score: of the mean over seeds, for as many images and '
+        table
+        + said
+        + '<p class="note">Intervals of FID, sFID, FD and score: of the mean over seeds, for as many images and '
         "this reference, by leaving out groups of samples in turn. Of precision and recall: of shares of so many "
         "images. FID is larger for fewer images. The paper has 50,000 samples, and ADM's reference of ImageNet.</p>"
     )
+
+
+def show_value(metric: dict[str, Any] | None) -> str:
+    """Return the value of a metric of metrics.json for a table; nothing if there is no such metric."""
+    if metric is None:
+        return ""
+    return "not a number" if metric["value"] is None else f"{metric['value']:.4f}"
+
+
+def _confusion(record: dict[str, Any]) -> str:
+    """Return what the samples of each class show: a row for each class, or the commonest mistakes of many classes."""
+    judge, judged = record["judge"], record["classes"]
+    names, table = judge["class_names"], judged["confusion"]
+    on_reference = judge.get("accuracy_on_reference")
+    said = (
+        f'<p class="note"><b>{judged["class_accuracy"]:.1%}</b> of {judged["num_images"]:,} samples show the class '
+        f"they were asked for, by a classifier that was trained on {judge['num_images']:,} real images and knows "
+        f"{judge['accuracy']:.1%} of {judge['num_held_out']:,} held-out ones"
+        f"{'' if on_reference is None else f', and {on_reference:.1%} of the reference'}.</p>"
+    )
+    if len(names) <= MOST_CONFUSION_CLASSES:
+        rows = [[name, *(f"{table[name].get(other, 0) or ''}" for other in names)] for name in names if name in table]
+        return said + html_table(["asked for", *(f"shows {name}" for name in names)], rows)
+    mistakes = [(count, name, other) for name, row in table.items() for other, count in row.items() if name != other]
+    mistakes.sort(key=lambda mistake: (-mistake[0], mistake[1:]))
+    rows = [[name, other, f"{count:,}"] for count, name, other in mistakes[:MISTAKES_SHOWN]]
+    return said + html_table(["asked for", "shows", "samples"], rows)
 
 
 def _classes(by_class: dict[str, dict[str, float]]) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from flowar.base.errors import UserError
 from flowar.config.data import ExtractorConfig
 from flowar.config.measuring import EvaluateConfig
-from flowar.evaluation.extractors import DEMO_EXTRACTOR, DINOV2, VGG, Extractor, has_weights, missing_weights
+from flowar.evaluation.extractors import DINOV2, OWN, VGG, Extractor, has_weights, missing_weights
 from flowar.evaluation.image_sets import NO_LABEL
 from flowar.evaluation.metrics import (
     Frechet,
@@ -67,7 +67,7 @@ def load_more(config: EvaluateConfig, device: torch.device, notes: list[str]) ->
     Raises:
         UserError: if one that was asked for is not here.
     """
-    if config.extractor.name == DEMO_EXTRACTOR and config.more is None:
+    if config.extractor.name == OWN and config.more is None:
         return {}
     wanted = config.more if config.more is not None else (("dinov2", "vgg16")[: 1 + (config.protocol != "adm")])
     found = {}

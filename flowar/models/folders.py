@@ -165,7 +165,7 @@ def export_model(source: str | Path, weights: str, folder: Path) -> Model:
 def _download(hub_id: str) -> Path:
     """Return the local folder of a model on the Hugging Face hub."""
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=[MODEL_CONFIG_FILE, WEIGHTS_FILE]))
+        return Path(snapshot_download(hub_id, allow_patterns=[MODEL_CONFIG_FILE, WEIGHTS_FILE, PASSPORT_FILE]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         raise UserError(
             f"there is no folder {hub_id}, and the Hugging Face hub gave no model of that name: "

@@ -2,7 +2,7 @@
 
 OUT_DIR/
     samples.json                    what is drawn: the settings, hashes of the weights, versions; written first, by one
-    images/000123_class0045.png     image 123, of class 45
+    images/000123_class0045.png     image 123, of class 45; with names=true 000123_class0045_sneaker.png
     images.xxh64                    the hashes of all images, as `xxh64sum -c` reads them; written last
     hashes/                         of images that were drawn since; each file is written before its images
     grid.png                        the first images
@@ -17,6 +17,7 @@ import json
 import os
 import re
 import secrets
+import unicodedata
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,17 @@ SAMPLES_FILE = "samples.json"
 IMAGES_FOLDER = "images"
 HASHES_FILE, NEW_HASHES = "images.xxh64", "hashes"
 IDENTITY = "identity"  # in samples.json: a hash of what decides what image i is
-ABOUT = ("variant", "step", "flowar", "torch", IDENTITY)  # in samples.json, beside the settings; nothing of image i
-SAMPLE_NAME = re.compile(r"(\d{6,})_class(\d{4,})\.png")
+CLASS_NAMES = "class_names"  # in samples.json, by class number, where the model comes with its dataset's passport
+ABOUT = (
+    "variant",
+    "step",
+    "flowar",
+    "torch",
+    IDENTITY,
+    CLASS_NAMES,
+)  # in samples.json, beside the settings; nothing of image i
+SAMPLE_NAME = re.compile(r"(\d{6,})_class(\d{4,})(?:_[A-Za-z0-9-]+)?\.png")  # the name of the class may follow
+LONGEST_NAME = 40  # characters of a class's name in a file name
 HASH_LINE = re.compile(rf"([0-9a-f]{{16}})  {IMAGES_FOLDER}/({SAMPLE_NAME.pattern})")
 OWNER_KEY = "flowar"  # text in a PNG file: the identity of its samples, and its number
 SAMPLES_CURE = "restore it from a copy, or draw the samples again into another folder"
@@ -82,6 +92,19 @@ def drawn_names(folder: Path) -> list[str]:
 def number_of(name: str) -> int:
     """Return the number of an image with this name."""
     return int(name.partition("_")[0])
+
+
+def class_of(name: str) -> int:
+    """Return the class of an image with this name, whatever the class is called."""
+    match = SAMPLE_NAME.fullmatch(name)
+    assert match is not None  # `drawn_names` gives no others
+    return int(match[2])
+
+
+def file_safe(name: str) -> str:
+    """Return the name of a class as it stands in file names: letters, digits and hyphens; "" if nothing is left."""
+    plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    return re.sub(r"[^A-Za-z0-9]+", "-", plain)[:LONGEST_NAME].strip("-")
 
 
 def find_drawn(folder: Path) -> Path | None:

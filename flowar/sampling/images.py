@@ -23,6 +23,7 @@ from flowar.sampling.folder import (
     HashBook,
     check_owner,
     drawn_names,
+    file_safe,
     identify,
     merge_hashes,
     number_of,
@@ -56,7 +57,9 @@ class ImageSink:
 
     def name(self, number: int) -> str:
         """Return the name of an image's file."""
-        return f"{number:06d}_class{self.job.label(number):04d}.png"
+        label, names = self.job.label(number), self.job.class_names
+        called = file_safe(names[label]) if self.job.config.names and label < len(names) else ""
+        return f"{number:06d}_class{label:04d}{f'_{called}' if called else ''}.png"
 
     def start(self) -> None:
         """Make the folder; remove images of which nobody noted a hash: they may be anything, and are drawn again.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from flowar.base.run_folder import CHECKPOINTS, CONFIG_FILE, PASSPORT_FILE, is_c
 from flowar.base.seeding import Stream, derive_seed
 from flowar.config.data import VAEConfig
 from flowar.config.drawing import SampleConfig
-from flowar.config.load import load_described
+from flowar.config.load import did_you_mean, load_described
 from flowar.config.models import ModelConfig
 from flowar.config.training import TrainConfig
 from flowar.latents.batches import check_same_vae
@@ -28,6 +29,7 @@ from flowar.models.build import compile_blocks
 from flowar.models.family import Model
 from flowar.models.folders import load_model
 from flowar.sampling.folder import (
+    CLASS_NAMES,
     IDENTITY,
     SAMPLES_FILE,
     hash_json,
@@ -38,7 +40,12 @@ from flowar.sampling.folder import (
 )
 from flowar.sampling.weights import Weights, find_weights, say_if_outdated
 
-ABSENT_IN_0_1 = {"compile": False, "random_labels": False}  # settings that its samples.json does not name
+MOST_NAMED = 20  # classes that a message lists
+ABSENT_IN_0_1 = {
+    "compile": False,
+    "random_labels": False,
+    "names": False,
+}  # settings that its samples.json does not name
 LABELS_KEY = "labels_xxh64"  # in samples.json: a hash of what label_file holds; not known of samples of version 0.1
 
 
@@ -60,9 +67,18 @@ def open_job(config: SampleConfig, weights: Weights | None = None) -> "SamplingJ
     vae = load_vae(vae_config.name, vae_config.weights).to(device)
     fit_vae(weights.stored, model.config, vae)
     weights_sha256 = hash_weights(model.state_dict())
+    class_names = read_class_names(weights.stored)
+    config = dataclasses.replace(config, classes=resolve_classes(config.classes, class_names))
+    if config.names and len(class_names) < model.config.num_classes:
+        raise UserError(
+            f"names=true puts class names into file names, but {weights.stored} has none: no {PASSPORT_FILE} of the "
+            "dataset that it was trained on; leave names out"
+        )
     if config.compile:
         compile_blocks(model)
-    return SamplingJob(config, model, vae, device, choose_classes(config, model.config), weights, weights_sha256)
+    return SamplingJob(
+        config, model, vae, device, choose_classes(config, model.config), weights, weights_sha256, class_names
+    )
 
 
 def choose_vae(given: VAEConfig | None, folder: Path) -> VAEConfig:
@@ -89,6 +105,46 @@ def choose_vae(given: VAEConfig | None, folder: Path) -> VAEConfig:
     return found
 
 
+def read_class_names(folder: Path) -> tuple[str, ...]:
+    """Return the names of a model's classes, as the passport of its dataset says; () where it came without one."""
+    return tuple(read_passport(folder).class_names) if (folder / PASSPORT_FILE).is_file() else ()
+
+
+def resolve_classes(classes: Sequence[int | str] | None, names: Sequence[str]) -> tuple[int, ...] | None:
+    """Return the numbers of classes that are given by number or by name.
+
+    Args:
+        classes: a text is a name; only where no class has it, and it is made of digits, a number.
+        names: by class number.
+
+    Raises:
+        UserError: if no class has such a name.
+    """
+    if classes is None:
+        return None
+    by_name = {name: number for number, name in enumerate(names)}
+    numbers: list[int] = []
+    for given in classes:
+        if isinstance(given, int):
+            numbers.append(given)
+        elif given in by_name:
+            numbers.append(by_name[given])
+        elif given.isdecimal():
+            numbers.append(int(given))
+        elif not names:
+            raise UserError(f"classes={given} is a name, but the model came without names of its classes; give numbers")
+        else:
+            near = did_you_mean(given, names)
+            near = near if "did you mean" in near or len(names) <= MOST_NAMED else f"; the first is {names[0]}"
+            raise UserError(f"classes={given} is no class of the model{near}")
+    return tuple(numbers)
+
+
+def as_numbers(classes: Sequence[int | str] | None) -> tuple[int, ...] | None:
+    """Return classes of which all are given by number, as `resolve_classes` gives them."""
+    return None if classes is None else tuple(int(label) for label in classes)
+
+
 def choose_classes(config: SampleConfig, model: ModelConfig) -> tuple[int, ...]:
     """Return the classes that the images show in turn; with random_labels as many as there are images.
 
@@ -97,7 +153,7 @@ def choose_classes(config: SampleConfig, model: ModelConfig) -> tuple[int, ...]:
     """
     if config.unconditional:
         return (model.num_classes,)  # stands for "no class"
-    classes, source = config.classes, "classes"
+    classes, source = as_numbers(config.classes), "classes"
     if config.label_file is not None:
         source = f"label_file={config.label_file}"
         try:
@@ -127,6 +183,7 @@ class SamplingJob:
     classes: tuple[int, ...]
     weights: Weights
     weights_sha256: str
+    class_names: tuple[str, ...] = ()  # by class number, if the model came with them
 
     @property
     def out_dir(self) -> Path:
@@ -189,7 +246,9 @@ def describe_samples(job: SamplingJob) -> dict[str, Any]:
     networks = {"weights_sha256": job.weights_sha256, "vae_sha256": job.vae.weights_sha256, "vae_name": job.vae.name}
     # Stochastic solvers drew with other seeds in 0.1; nothing else needs to tell the two apart.
     stream = {"noise_stream": int(Stream.STEP_NOISE)} if job.config.solver == "euler-maruyama" else {}
-    labels = {LABELS_KEY: hash_json(job.classes)} if job.config.label_file is not None else {}
+    labels: dict[str, Any] = {LABELS_KEY: hash_json(job.classes)} if job.config.label_file is not None else {}
+    if job.class_names:
+        labels[CLASS_NAMES] = list(job.class_names)
     record = {**model, "flowar": __version__, "torch": torch.__version__, **networks, **settings, **stream}
     record |= {**job.config.annealing, **labels}
     return record | {IDENTITY: identify(record)}

@@ -12,7 +12,6 @@ from PIL import Image
 from data_prep import encode
 from flowar import evaluate, train
 from flowar.config.measuring import ReferenceConfig
-from flowar.evaluation.digits import DigitClassifier, save_classifier
 from flowar.evaluation.extractors import Extractor
 from flowar.evaluation.store import FeatureSink
 from flowar.latents.vae import load_vae
@@ -23,7 +22,7 @@ from flowar.sampling.images import ImageSink
 from flowar.sampling.job import open_job
 from flowar.sampling.worker import draw_job
 from tests.attacks.measured import NUM, drawing, judge
-from tests.conftest import randomise, training
+from tests.conftest import randomise, save_untrained_judge, training
 from tests.processes import fork_context
 
 
@@ -57,8 +56,7 @@ def measurable(tmp_path_factory):
     root = tmp_path_factory.mktemp("features")
     model = randomise(create_model("flowar-demo", ar_depth=2, flow_depth=1))
     save_model(model.config, model.state_dict(), root / "model")
-    torch.manual_seed(0)
-    save_classifier(DigitClassifier().eval(), root / "judge.safetensors")
+    save_untrained_judge(root / "judge.safetensors")
     random = np.random.default_rng(0)
     for name in ("real", "others"):
         (root / name).mkdir()

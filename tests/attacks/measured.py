@@ -5,13 +5,13 @@ import dataclasses
 from flowar.config.data import ExtractorConfig, VAEConfig
 from flowar.config.drawing import SampleConfig
 from flowar.config.measuring import EvaluateConfig, SweepConfig
-from flowar.evaluation.extractors import DEMO_EXTRACTOR
+from flowar.evaluation.extractors import OWN
 
 NUM = 20
 
 
 def judge(root):
-    return ExtractorConfig(name=DEMO_EXTRACTOR, weights=str(root / "judge.safetensors"))
+    return ExtractorConfig(name=OWN, weights=str(root / "judge.safetensors"))
 
 
 def drawing(root, out_dir, **changes):

@@ -26,7 +26,7 @@ from tests.attacks.test_checkpoints import Trap
 from tests.attacks.test_samples import cut, rewrite
 from tests.conftest import MORE, change_bytes, flip_bit, read_evaluations, training
 
-STORE = "features-demo-classifier"
+STORE = "features-own"
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def rename_shard(folder):
 DAMAGED_SHARD = (
     r"features_00000000_00000009_.*safetensors is damaged: .*; delete it and run the same `flowar sample` again"
 )
-DAMAGED_STORE = r"features.json is damaged \(.*; remove .*features-demo-classifier and run again"
+DAMAGED_STORE = r"features.json is damaged \(.*; remove .*features-own and run again"
 NOT_ITS_FEATURES = "holds features of samples .*, but .*samples.json says"
 DAMAGED_SAMPLES = r"samples.json is damaged"
 
@@ -158,9 +158,7 @@ def damaged_deflate(file):
     file.write_bytes(content)
 
 
-STATISTICS = (
-    r"statistics.npz is not a readable .npz: .*; remove .*features-demo-classifier and make the reference again"
-)
+STATISTICS = r"statistics.npz is not a readable .npz: .*; remove .*features-own and make the reference again"
 REMADE = "make-reference` .remove .* first. again"
 
 REFERENCES = {
@@ -173,7 +171,7 @@ REFERENCES = {
     "another's record": (lambda d, root: take(d, root / "ref_others", f"{STORE}/features.json"), STATISTICS),
     "no record": (
         lambda d, _: (d / STORE / "features.json").unlink(),
-        "features-demo-classifier has no features.json; remove",
+        "features-own has no features.json; remove",
     ),
 }
 

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from flowar.base.errors import UserError
-from flowar.evaluation.digits import DigitClassifier, load_classifier, save_classifier
+from flowar.evaluation.judge import load_judge
 from flowar.models.build import create_model
 from flowar.models.folders import load_model, save_model, save_model_whole
-from tests.conftest import ALL, flip_bit, randomise, tiny_config
+from tests.conftest import ALL, flip_bit, randomise, save_untrained_judge, tiny_config
 
 
 @pytest.fixture
@@ -92,9 +92,8 @@ def test_nothing_of_an_interrupted_export_goes_into_the_next(tmp_path):
 
 @pytest.fixture
 def judge_file(tmp_path):
-    torch.manual_seed(0)
-    save_classifier(DigitClassifier().eval(), tmp_path / "classifier.safetensors")
-    return tmp_path / "classifier.safetensors"
+    save_untrained_judge(tmp_path / "judge.safetensors")
+    return tmp_path / "judge.safetensors"
 
 
 def keep_one(file):
@@ -107,18 +106,25 @@ JUDGE_ATTACKS = {
     "nothing": lambda file: os.truncate(file, 0),
     "a bit of a weight": lambda file: flip_bit(file, file.stat().st_size - 1000),
     "one weight": keep_one,
+    "what is said of it": lambda file: save_file(load_file(file), file),
+    "another file": lambda file: file.write_text("a judge"),
 }
 
 
 @pytest.mark.parametrize("attack", JUDGE_ATTACKS)
-def test_a_damaged_classifier_of_the_demo_is_refused(judge_file, attack):
+def test_a_damaged_judge_is_refused(judge_file, attack):
     JUDGE_ATTACKS[attack](judge_file)
-    with pytest.raises(UserError, match=rf"{judge_file} is .*; remove it and run the same `flowar demo` again"):
-        load_classifier(judge_file)
+    with pytest.raises(UserError, match=rf"{judge_file} is .*; remove it and run the same command again, which trains"):
+        load_judge(judge_file)
 
 
-def test_a_classifier_of_the_demo_is_read_with_and_without_hashes(judge_file):
-    expected = load_classifier(judge_file).state_dict()
-    save_file(load_file(judge_file), judge_file)  # as version 0.1 wrote it
-    found = load_classifier(judge_file).state_dict()
-    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+def test_no_bit_of_what_is_said_of_a_judge_can_change_unseen(judge_file):
+    _, expected = load_judge(judge_file)
+    header = int.from_bytes(judge_file.read_bytes()[:8], "little")
+    for place in range(8, 8 + header, 37):
+        flip_bit(judge_file, place)
+        try:
+            assert load_judge(judge_file)[1] == expected
+        except UserError as error:
+            assert "remove it and run the same command again" in str(error)
+        flip_bit(judge_file, place)

@@ -6,7 +6,6 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from cluster import follow
@@ -19,10 +18,9 @@ from flowar.config.data import ExtractorConfig, VAEConfig
 from flowar.config.drawing import SamplingConfig
 from flowar.config.jobs import FollowConfig, FollowedConfig
 from flowar.config.load import describe_config
-from flowar.evaluation.digits import DigitClassifier, save_classifier
-from flowar.evaluation.extractors import DEMO_EXTRACTOR
+from flowar.evaluation.extractors import OWN
 from flowar.models.folders import load_model
-from tests.conftest import read_evaluations, training
+from tests.conftest import read_evaluations, save_untrained_judge, training
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +32,7 @@ def trained(tmp_path_factory, shards):
     for index in range(20):
         pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / "real" / f"{index}.png")
-    torch.manual_seed(0)
-    save_classifier(DigitClassifier().eval(), root / "judge.safetensors")
+    save_untrained_judge(root / "judge.safetensors")
     train.main(dataclasses.replace(training(shards, root / "run"), keep_checkpoints=3))
     return root
 
@@ -44,7 +41,7 @@ def trained(tmp_path_factory, shards):
 def followed(trained, tmp_path):
     """A copy of the run, and how to follow it."""
     root = shutil.copytree(trained, tmp_path / "trained")
-    judge = ExtractorConfig(name=DEMO_EXTRACTOR, weights=str(root / "judge.safetensors"))
+    judge = ExtractorConfig(name=OWN, weights=str(root / "judge.safetensors"))
     drawing = SamplingConfig(
         vae=VAEConfig(name="demo"), batch_size=8, chunk_batches=1, num_steps=2, features_only=True, extractor=judge
     )

@@ -5,7 +5,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from cluster.commands import submit_command as submit
@@ -20,10 +19,9 @@ from flowar.config.jobs import PipelineConfig
 from flowar.config.load import describe_config
 from flowar.config.measuring import EvaluateConfig, ExtractorConfig
 from flowar.config.training import ParallelConfig
-from flowar.evaluation.digits import DigitClassifier, save_classifier
-from flowar.evaluation.extractors import DEMO_EXTRACTOR
+from flowar.evaluation.extractors import OWN
 from flowar.training.report import read_metrics
-from tests.conftest import training
+from tests.conftest import save_untrained_judge, training
 from tests.flowar.ranks import run_ranks
 from tests.flowar.training.test_engines import LOSS_TOLERANCE
 
@@ -40,8 +38,7 @@ def images(tmp_path_factory):
         for index in range(20):
             pixels = (brightness + random.normal(0, 20, (32, 32, 3))).clip(0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(root / "images" / name / f"{index}.png")
-    torch.manual_seed(0)
-    save_classifier(DigitClassifier().eval(), root / "classifier.safetensors")
+    save_untrained_judge(root / "classifier.safetensors")
     return root
 
 
@@ -65,7 +62,7 @@ def pipeline(images, shards, root):
         ),
         evaluate=EvaluateConfig(
             samples=str(root / "samples"), reference=str(images / "images"),
-            extractor=ExtractorConfig(name=DEMO_EXTRACTOR, weights=str(images / "classifier.safetensors")),
+            extractor=ExtractorConfig(name=OWN, weights=str(images / "classifier.safetensors")),
         ),
         cluster={"prepare": {"nodes": 1}, "sample": {"nodes": 1, "array": ARRAY}, "evaluate": {"nodes": 1}},
     )  # fmt: skip

@@ -59,7 +59,7 @@ def test_arflow_goes_the_same_way(short, tmp_path):
     run_dir = tmp_path / "demo"
     for name in ("data", "images"):
         shutil.copytree(short[0] / name, run_dir / name)
-    shutil.copy(short[0] / "classifier.safetensors", run_dir)
+    shutil.copy(short[0] / "judge.safetensors", run_dir)
     printed = demo(run_dir, tmp_path / "log", "model=arflow", "train.epochs=0.2")
     assert "train arflow-demo on the shards" in printed and f"open {run_dir / 'report.html'}" in printed
     page = (run_dir / "report.html").read_text()

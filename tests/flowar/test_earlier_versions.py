@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY, register_feature_extractor
 
 from data_prep import check
 from flowar import evaluate, sample, train
@@ -16,10 +19,11 @@ from flowar.config.drawing import SampleConfig
 from flowar.config.load import load_config
 from flowar.config.measuring import EvaluateConfig
 from flowar.config.training import TrainConfig
-from flowar.evaluation.digits import DigitClassifier, save_classifier
-from flowar.evaluation.extractors import DEMO_EXTRACTOR
+from flowar.latents.vae import from_uint8
 from flowar.models.folders import load_model
 from tests.conftest import DATA
+
+DEMO_EXTRACTOR = "demo-classifier"  # what the demo's judge was called
 
 TOLERANCE = 2e-6  # of weights after ten steps on another kind of CPU than the one that made them
 
@@ -75,14 +79,54 @@ def test_samples_are_known_completed_and_enlarged(made, capsys):
     assert all(file.stat().st_mtime_ns == stamp for file, stamp in stamps.items() if file != files[3])
 
 
+class JudgeOf01(nn.Module):
+    """The network of the demo of version 0.1."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolutions = nn.Sequential(
+            nn.Conv2d(1, 32, 3, stride=2, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1), nn.BatchNorm2d(64), nn.ReLU(),
+            nn.Conv2d(64, 128, 3, stride=2, padding=1), nn.BatchNorm2d(128), nn.ReLU(),
+        )  # fmt: skip
+        self.features = nn.Linear(128 * 4 * 4, 64)
+        self.logits = nn.Linear(64, 10)
+        self.eval()
+
+
+class FeaturesOf01(FeatureExtractorBase):
+    """Its features: another network than those of torch-fidelity that features may be of."""
+
+    def __init__(self, name, features_list, feature_extractor_weights_path, **_):
+        super().__init__(name, features_list)
+        self.classifier = JudgeOf01()
+        self.classifier.load_state_dict(load_file(feature_extractor_weights_path))
+        self.requires_grad_(False)
+        self.eval()
+
+    @staticmethod
+    def get_provided_features_list():
+        return "features", "logits"
+
+    @staticmethod
+    def get_default_feature_layer_for_metric(metric):
+        return "logits" if metric == "isc" else "features"
+
+    def forward(self, images):
+        grey = from_uint8(images).mean(dim=1, keepdim=True)
+        return (self.classifier.features(self.classifier.convolutions(grey).flatten(1)),)
+
+
 @pytest.mark.parametrize("folder", ["samples", "features"])
 def test_samples_and_kept_features_are_evaluated(made, folder):
-    judge = DigitClassifier().eval()
+    judge = JudgeOf01()
     with torch.no_grad():
         for parameter in judge.parameters():  # the numbers that the features were made with
             numbers = torch.arange(parameter.numel())
             parameter.copy_((((numbers * 7919) % 1000 - 500) / 5000).view_as(parameter))
-    save_classifier(judge, made / "judge.safetensors")
+    save_file(judge.state_dict(), made / "judge.safetensors")
+    if DEMO_EXTRACTOR not in FEATURE_EXTRACTORS_REGISTRY:
+        register_feature_extractor(DEMO_EXTRACTOR, FeaturesOf01)
     extractor = ExtractorConfig(name=DEMO_EXTRACTOR, weights=str(made / "judge.safetensors"))
     settings = {"reference": str(made / "images"), "extractor": extractor, "interval_groups": 0}
     evaluate.main(EvaluateConfig(samples=str(made / folder), out_dir=str(made / "out"), **settings))

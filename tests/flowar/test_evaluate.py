@@ -15,20 +15,16 @@ from flowar.config.data import VAEConfig
 from flowar.config.drawing import SampleConfig
 from flowar.config.measuring import EvaluateConfig, ExtractorConfig, ReferenceConfig
 from flowar.evaluation import protocols
-from flowar.evaluation.digits import (
-    DigitClassifier,
-    load_classifier,
-    save_classifier,
-    to_model_range,
-    write_image_folders,
-)
-from flowar.evaluation.extractors import DEMO_EXTRACTOR
+from flowar.evaluation.demo_images import write_image_folders
+from flowar.evaluation.extractors import OWN
+from flowar.evaluation.judge import load_judge, save_judge
 from flowar.evaluation.store import list_shards, read_features
+from flowar.latents.vae import from_uint8
 from flowar.models.build import create_model
 from flowar.models.folders import save_model
 from flowar.sample import main as sample
 from flowar.sampling.packing import pack_images
-from tests.conftest import randomise
+from tests.conftest import randomise, save_untrained_judge
 from tests.processes import run_ranks
 
 NUM_TRAIN, NUM_HELD_OUT = 300, 200
@@ -44,13 +40,12 @@ def digits(tmp_path_factory):
             for file in sorted(folder.iterdir())[count // 10 :]:
                 file.unlink()
         assert len(list((root / split).rglob("*.png"))) == count
-    torch.manual_seed(0)
-    save_classifier(DigitClassifier().eval(), root / "classifier.safetensors")
+    save_untrained_judge(root / "classifier.safetensors")
     return root
 
 
 def judge(digits):
-    return ExtractorConfig(name=DEMO_EXTRACTOR, weights=str(digits / "classifier.safetensors"))
+    return ExtractorConfig(name=OWN, weights=str(digits / "classifier.safetensors"))
 
 
 def measure(digits, out_dir, **changes):
@@ -96,7 +91,7 @@ def measure_by_torch_fidelity(samples, reference, extractor, weights, subset):
 def test_metrics_equal_torch_fidelitys_own(digits, tmp_path):
     found = values(measure(digits, tmp_path))
     expected = measure_by_torch_fidelity(
-        digits / "train", digits / "held_out", DEMO_EXTRACTOR, digits / "classifier.safetensors", NUM_HELD_OUT
+        digits / "train", digits / "held_out", OWN, digits / "classifier.safetensors", NUM_HELD_OUT
     )
     for name, theirs in THEIR_NAMES.items():
         assert found[name] == pytest.approx(expected[theirs], rel=1e-4, abs=1e-9), name
@@ -214,11 +209,11 @@ def test_fd_dinov2_comes_from_torch_hubs_folder_and_is_left_out_with_a_note_else
             digits, tmp_path / "b", more=("dinov2",), samples=small["samples"], reference=tmp_path / "inception.npz"
         )
     # Not asked for by name, what can't be had is a note.
-    monkeypatch.setattr(protocols, "DEMO_EXTRACTOR", "")
+    monkeypatch.setattr(protocols, "OWN", "")
     record = measure(
         digits, tmp_path / "c", protocol="adm", samples=small["samples"], reference=tmp_path / "inception.npz"
     )
-    assert "no metrics by dinov2: reference=" in record["notes"][0] and "fd_dinov2" not in record["metrics"]
+    assert "no metrics by dinov2: reference=" in " ".join(record["notes"]) and "fd_dinov2" not in record["metrics"]
 
 
 def test_images_against_themselves_have_no_distance_and_full_precision(digits, tmp_path):
@@ -249,13 +244,13 @@ def test_blur_lowers_precision(digits, tmp_path):
 def test_saved_statistics_give_the_same_distance(digits, tmp_path):
     files = sorted((digits / "held_out").rglob("*.png"))
     images = np.stack([np.asarray(Image.open(file)) for file in files])
-    classifier = load_classifier(digits / "classifier.safetensors")
+    classifier, _ = load_judge(digits / "classifier.safetensors")
     with torch.no_grad():
-        statistics = fid_features_to_statistics(classifier(to_model_range(images))[0])
+        statistics = fid_features_to_statistics(classifier(from_uint8(torch.from_numpy(images).permute(0, 3, 1, 2)))[0])
     np.savez(tmp_path / "held_out.npz", mu=statistics["mu"], sigma=statistics["sigma"])
     record = measure(digits, tmp_path / "a", reference=tmp_path / "held_out.npz")
     assert values(record)["fid"] == pytest.approx(values(measure(digits, tmp_path / "b"))["fid"], rel=1e-4)
-    assert "precision" not in values(record) and "holds statistics alone" in record["notes"][0]
+    assert "precision" not in values(record) and "holds statistics alone" in " ".join(record["notes"])
 
     # ADM's files have both parts: statistics of all images, and some images.
     shifted = {"mu": statistics["mu"] + 1, "sigma": statistics["sigma"]}
@@ -275,9 +270,9 @@ def test_a_made_reference_serves_like_its_images(digits, tmp_path):
     )
     evaluate.make_reference(config)
     evaluate.make_reference(config)  # nothing to do
-    store = tmp_path / "ref" / "features-demo-classifier"
+    store = tmp_path / "ref" / "features-own"
     assert len(read_features(store, 100)) == 100 and len(list_shards(store)) == 1
-    assert sorted(entry.name for entry in (tmp_path / "ref").iterdir()) == ["features-demo-classifier"]
+    assert sorted(entry.name for entry in (tmp_path / "ref").iterdir()) == ["features-own"]
     found = measure(digits, tmp_path / "a", reference=tmp_path / "ref")
     by_images = measure(digits, tmp_path / "b")
     assert values(found)["fid"] == pytest.approx(values(by_images)["fid"], rel=1e-9)
@@ -285,13 +280,14 @@ def test_a_made_reference_serves_like_its_images(digits, tmp_path):
     assert (tmp_path / "a" / "neighbours.png").exists()
 
     other = tmp_path / "other.safetensors"
-    save_classifier(DigitClassifier().eval(), other)
-    with pytest.raises(UserError, match="holds features by weights .* of demo-classifier, but those used here are"):
+    network, about = load_judge(digits / "classifier.safetensors")
+    save_judge(randomise(network), about, other)
+    with pytest.raises(UserError, match="holds features by weights .* of own, but those used here are"):
         measure(
             digits,
             tmp_path / "c",
             reference=tmp_path / "ref",
-            extractor=ExtractorConfig(name=DEMO_EXTRACTOR, weights=str(other)),
+            extractor=ExtractorConfig(name=OWN, weights=str(other)),
         )
 
 
@@ -323,11 +319,11 @@ def test_a_reference_is_made_whole_or_not_at_all(digits, tmp_path, monkeypatch):
 
 def test_the_command_writes_numbers_with_intervals_and_a_page_without_links(digits, tmp_path, capsys):
     record = measure(digits, tmp_path, protocol="adm", interval_groups=20)
-    assert record["extractor"]["name"] == DEMO_EXTRACTOR and len(record["extractor"]["weights_sha256"]) == 64
+    assert record["extractor"]["name"] == OWN and len(record["extractor"]["weights_sha256"]) == 64
     for name in ("fid", "inception_score", "precision", "recall"):
         metric = record["metrics"][name]
         assert metric["low"] <= metric["value"] <= metric["high"]
-    assert "sorted by class" in record["notes"][0]  # train/0/..., train/1/...
+    assert "sorted by class" in " ".join(record["notes"])  # train/0/..., train/1/...
     printed = capsys.readouterr().out
     assert "recall" in printed and "report.html are written" in printed
     page = (tmp_path / "report.html").read_text()
@@ -340,7 +336,7 @@ def test_features_that_are_there_are_not_computed_again(digits, tmp_path, monkey
     measure(digits, tmp_path)
     monkeypatch.setattr(evaluate.Extractor, "__call__", None)
     measure(digits, tmp_path, protocol="adm")
-    shard = next(iter(list_shards(store_of(tmp_path / "features", "demo")).values()))
+    shard = next(iter(list_shards(store_of(tmp_path / "features", "own")).values()))
     content = bytearray(shard.read_bytes())
     content[-1] ^= 1
     shard.write_bytes(content)
@@ -401,7 +397,7 @@ def test_the_paired_difference_is_surer_than_two_distances(digits, drawn, tmp_pa
     [
         ({"extractor": ExtractorConfig(name="inseption")}, "extractor.name=inseption is unknown; there are: inception"),
         ({"extractor": ExtractorConfig(weights="/none")}, "extractor.weights=/none does not exist"),
-        ({"extractor": ExtractorConfig(name=DEMO_EXTRACTOR)}, "demo-classifier needs extractor.weights="),
+        ({"extractor": ExtractorConfig(name=OWN, images="/none")}, "extractor.images=/none does not exist"),
         ({"samples": "/none"}, "samples=/none does not exist"),
         ({"reference": "/none.npz"}, "reference=/none.npz does not exist"),
         ({"run_dir": "/none"}, "run_dir=/none must be a training run"),

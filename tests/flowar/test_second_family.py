@@ -13,13 +13,12 @@ from flowar.config.data import DataConfig, ExtractorConfig, VAEConfig
 from flowar.config.drawing import InfoConfig, SampleConfig
 from flowar.config.measuring import EvaluateConfig
 from flowar.config.training import ExportConfig, ParallelConfig, PlanConfig, PreviewConfig, ReplayConfig, TrainConfig
-from flowar.evaluation.digits import DigitClassifier, save_classifier
-from flowar.evaluation.extractors import DEMO_EXTRACTOR
+from flowar.evaluation.extractors import OWN
 from flowar.models.folders import load_model
 from flowar.planning.machines import find_machine
 from flowar.planning.steps import PlannedStep, time_step
 from flowar.training.report import read_metrics
-from tests.conftest import training
+from tests.conftest import save_untrained_judge, training
 from tests.flowar.ranks import run_ranks
 from tests.flowar.training.test_guard import images_of_step, poison
 from tests.linear_family import Linear, LinearConfig
@@ -78,8 +77,7 @@ def assert_same_weights(run_dir, needed):
 
 def test_it_is_exported_drawn_and_measured(finished, image_folder, tmp_path, capsys):
     export.export(ExportConfig(model=str(finished), out_dir=str(tmp_path / "model")))
-    torch.manual_seed(0)
-    save_classifier(DigitClassifier().eval(), tmp_path / "judge.safetensors")
+    save_untrained_judge(tmp_path / "judge.safetensors")
     drawing = SampleConfig(
         model=str(tmp_path / "model"), out_dir=str(tmp_path / "samples"), vae=VAEConfig(name="demo"), num_images=24,
         batch_size=8, num_steps=2, guidance=1.0,
@@ -87,7 +85,7 @@ def test_it_is_exported_drawn_and_measured(finished, image_folder, tmp_path, cap
     sample.main(drawing)
     sample.main(dataclasses.replace(drawing, preview=True))
     assert (tmp_path / "samples" / "preview" / "growth.png").exists()
-    judge = ExtractorConfig(name=DEMO_EXTRACTOR, weights=str(tmp_path / "judge.safetensors"))
+    judge = ExtractorConfig(name=OWN, weights=str(tmp_path / "judge.safetensors"))
     measuring = {"samples": str(tmp_path / "samples"), "reference": str(tmp_path / "samples" / "images")}
     evaluate.main(EvaluateConfig(extractor=judge, interval_groups=0, **measuring))
     record = json.loads((tmp_path / "samples" / "evaluation" / "metrics.json").read_text())

@@ -12,12 +12,12 @@ from flowar.config.data import VAEConfig
 from flowar.config.drawing import SampleConfig, SamplingConfig
 from flowar.config.load import load_config
 from flowar.config.measuring import ExtractorConfig, SweepConfig
-from flowar.evaluation.digits import DigitClassifier, save_classifier, write_image_folders
-from flowar.evaluation.extractors import DEMO_EXTRACTOR
+from flowar.evaluation.demo_images import write_image_folders
+from flowar.evaluation.extractors import OWN
 from flowar.evaluation.store import read_features
 from flowar.models.build import create_model
 from flowar.models.folders import save_model
-from tests.conftest import randomise
+from tests.conftest import randomise, save_untrained_judge
 from tests.processes import draw_deaths, run_with_deaths
 
 
@@ -26,7 +26,7 @@ def root(tmp_path_factory):
     """Digits, a judge and a model."""
     root = tmp_path_factory.mktemp("sweep")
     write_image_folders(root)
-    save_classifier(DigitClassifier().eval(), root / "judge.safetensors")
+    save_untrained_judge(root / "judge.safetensors")
     model = randomise(create_model("flowar-demo", ar_depth=2, flow_depth=1))
     save_model(model.config, model.state_dict(), root / "model")
     return root
@@ -42,7 +42,7 @@ def sweeping(root, out_dir, **changes):
         "num_images": (40, 80),
         "keep": 0.5,
         "interval_groups": 10,
-        "extractor": ExtractorConfig(name=DEMO_EXTRACTOR, weights=str(root / "judge.safetensors")),
+        "extractor": ExtractorConfig(name=OWN, weights=str(root / "judge.safetensors")),
     }
     paths = {"model": str(root / "model"), "reference": str(root / "held_out"), "out_dir": str(out_dir)}
     return SweepConfig(**paths, **(settings | changes))
@@ -78,7 +78,7 @@ def test_half_of_the_settings_go_on_and_the_best_becomes_a_recipe(root, alone):
         assert getattr(recipe, name) == getattr(drawn, name)
 
     # What was drawn in the first round belongs to the second; running again does nothing anew.
-    assert len(read_features(out_dir / "settings" / best["name"] / "features-demo-classifier", 80)) == 80
+    assert len(read_features(out_dir / "settings" / best["name"] / "features-own", 80)) == 80
     stamp = (out_dir / "settings" / best["name"] / "score_80.json").stat().st_mtime_ns
     sweep.main(config)
     assert (out_dir / "settings" / best["name"] / "score_80.json").stat().st_mtime_ns == stamp

@@ -83,9 +83,10 @@ def test_bad_settings_are_one_clear_line(overrides, message):
 @pytest.mark.parametrize(
     ("schema", "words", "message"),
     [
-        (SampleConfig, "classes=[boot]", r"classes=\[boot\] is wrong: it must be a list of whole numbers, or null; for "
-         r"example classes=\[1,2\]"),
-        (SampleConfig, "classes=5", r"classes=5 is wrong: it must be a list of whole numbers.*classes=\[1,2\]"),
+        (SampleConfig, "classes=[{a: 1}]", r"classes holds {'a': 1}; give numbers or names, such as "
+         r"classes=\[3,sneaker\]"),
+        (SampleConfig, "classes=[0.5]", r"classes=\[0.5\] is wrong: it must be a list of values, each .*"),
+        (SampleConfig, "classes=5", r"classes=5 is wrong: it must be a list of .*whole number.*classes=\[1\]"),
         (SampleConfig, "also=png", r"also=png is wrong: it must be a list of values, each one of npz, tar, mds; for "
          r"example also=\[npz\]"),
         (ClusterConfig, "environment=[1]", r"environment=\[1\] is wrong: it must be a section of names and values; for "

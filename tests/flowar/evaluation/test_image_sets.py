@@ -102,3 +102,13 @@ def test_mixed_sizes_and_broken_files_are_named(drawn):
     (drawn / "images" / "z.png").write_bytes(b"no image")
     with pytest.raises(UserError, match="image 12 can't be read"):
         open_images(drawn / "images", "samples").read_many(range(NUM + 1))
+
+
+def test_a_class_is_read_from_a_file_name_whatever_it_is_called():
+    from flowar.sampling.folder import SAMPLE_NAME, class_of, file_safe
+
+    for name in ("7", "a_b-3", "class0099", "x_class0004.png", "T-shirt/top", "été", "..", "a" * 300):
+        called = file_safe(name)
+        file = f"000012_class0345{f'_{called}' if called else ''}.png"
+        assert SAMPLE_NAME.fullmatch(file) and class_of(file) == 345, name
+    assert file_safe("T-shirt/top") == "T-shirt-top" and file_safe("衣") == ""

@@ -9,7 +9,7 @@ import torch
 from diffusers import AutoencoderDC, AutoencoderKL, AutoencoderRAE
 
 from flowar.base.errors import UserError
-from flowar.evaluation.digits import load_splits, to_model_range
+from flowar.evaluation.demo_images import load_splits, to_model_range
 from flowar.latents.ldm import ldm_shape
 from flowar.latents.schema import LatentScale
 from flowar.latents.vae import DEMO_VAE, MAR_CONFIG, from_uint8, load_vae, mar_autoencoder, sample_posterior, to_uint8

@@ -13,13 +13,12 @@ from flowar.config.data import ExtractorConfig, VAEConfig
 from flowar.config.drawing import SampleConfig
 from flowar.config.load import load_config
 from flowar.config.measuring import EvaluateConfig, SweepConfig
-from flowar.evaluation.digits import DigitClassifier, save_classifier
-from flowar.evaluation.extractors import DEMO_EXTRACTOR
+from flowar.evaluation.extractors import OWN
 from flowar.models.folders import export_model
 from flowar.sampling.folder import read_hashes
 from flowar.sampling.job import choose_vae, open_job
 from flowar.sampling.weights import keep_weights
-from tests.conftest import training, written_by_0_1
+from tests.conftest import save_untrained_judge, training, written_by_0_1
 
 
 @pytest.fixture(scope="module")
@@ -72,15 +71,17 @@ def test_what_is_given_counts_and_the_run_completes_it(run, tmp_path, given, tak
 
 @pytest.mark.slow
 def test_sweep_and_evaluate_take_it_too(run, image_folder, tmp_path, capsys):
-    save_classifier(DigitClassifier().eval(), tmp_path / "judge.safetensors")
-    judge = ExtractorConfig(name=DEMO_EXTRACTOR, weights=str(tmp_path / "judge.safetensors"))
+    save_untrained_judge(tmp_path / "judge.safetensors", ("dark", "light"))
+    judge = ExtractorConfig(name=OWN, weights=str(tmp_path / "judge.safetensors"))
     common = {"reference": str(reference(image_folder, tmp_path)), "extractor": judge, "interval_groups": 0}
     drawn = drawing(run, tmp_path / "samples")
     evaluate.main(EvaluateConfig(samples=str(tmp_path / "samples"), sample=drawn, **common))
     settings = {"guidance": (1.0,), "interval_ends": (1.0,), "num_steps": (2,), "num_images": (20,)}
     out_dir = str(tmp_path / "sweep")
     sweep.main(SweepConfig(model=str(run), out_dir=out_dir, **settings, **common))
-    assert capsys.readouterr().out.count(f"vae.name=demo, as {run / 'config.yaml'} says") == 2
+    assert (
+        capsys.readouterr().out.count(f"vae.name=demo, as {run / 'config.yaml'} says") == 3
+    )  # the ceiling of evaluate needs it too
     recipe = load_config(SampleConfig, tmp_path / "sweep" / "recipe.yaml", ("model=a", "out_dir=b"))
     assert recipe.vae == VAEConfig(name="demo")
     sweep.main(SweepConfig(model=str(run), out_dir=out_dir, **settings, **common))  # it is the same sweep

@@ -1,0 +1,75 @@
+"""The ceiling: real images encoded and decoded by the samples' VAE, which no sample of the model can surpass.
+
+Read next: latents/vae.py.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flowar.base.errors import UserError
+from flowar.config.data import VAEConfig
+from flowar.evaluation.image_sets import ImageSet, open_images
+from flowar.latents.vae import VAE, from_uint8, load_vae, to_uint8
+from flowar.sampling.folder import hash_json
+from flowar.sampling.job import choose_vae
+
+
+@dataclass(frozen=True)
+class RebuiltImages(ImageSet):
+    """Images as a VAE gives them back, from the means of its moments."""
+
+    vae: VAE | None = None
+    device: torch.device | None = None
+
+    @torch.inference_mode()
+    def read_many(self, places: range, mapped: Callable[..., Iterable[NDArray[np.uint8]]] = map) -> NDArray[np.uint8]:
+        """Return rebuilt images as uint8 (N, 3, H, W); errors as those of `ImageSet`."""
+        assert self.vae is not None
+        pixels = torch.from_numpy(super().read_many(places, mapped).copy()).to(self.device)
+        mean, _ = self.vae.encode(from_uint8(pixels)).chunk(2, dim=1)
+        rebuilt: NDArray[np.uint8] = to_uint8(self.vae.decode(mean * self.vae.latent_multiplier)).cpu().numpy()
+        return rebuilt
+
+
+def open_ceiling(
+    sampling: dict[str, Any] | None, given: VAEConfig | None, images: Path | None, count: int, device: torch.device
+) -> RebuiltImages:
+    """Return real images through the VAE of the samples.
+
+    Args:
+        sampling: the samples' record.
+        given: the VAE as the samples' settings name it, if they are at hand.
+        images: the real ones.
+        count: of the samples: as many images at most, evenly spaced, so that numbers have the same bias.
+        device: of the VAE.
+
+    Raises:
+        UserError: if the VAE or the images are not here or don't fit.
+    """
+    if sampling is None:
+        raise UserError("the samples have no record that names their VAE")
+    if images is None:
+        raise UserError("the reference holds statistics alone, not images")
+    real = open_images(images, "reference")
+    vae_config = choose_vae(given, Path(str(sampling.get("model", ""))))
+    vae = load_vae(vae_config.name, vae_config.weights).to(device)
+    if vae.weights_sha256 != sampling.get("vae_sha256"):
+        raise UserError(
+            f"VAE {vae_config.name} here has weights {vae.weights_sha256[:12]}, but the samples were decoded with "
+            f"{str(sampling.get('vae_sha256'))[:12]}"
+        )
+    height, width = real.read_checked(0).shape[:2]
+    if height % vae.stride or width % vae.stride:
+        raise UserError(f"the real images have {width} x {height} pixels, no multiple of the VAE's {vae.stride}")
+    places = torch.linspace(0, len(real) - 1, min(count, len(real))).round().long().tolist()
+    return RebuiltImages(
+        real.root, "rebuilt", list(range(len(places))), [real.labels[place] for place in places],
+        hash_json(real.identity, vae.weights_sha256, len(places)), lambda place: real.read(places[place]),
+        real.class_names, vae, device,
+    )  # fmt: skip
