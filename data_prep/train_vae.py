@@ -23,21 +23,17 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from data_prep.autoencoder import (
-    Discriminator,
-    Reconstruction,
     build_autoencoder,
-    hinge_loss,
     kl_divergence,
-    load_lpips,
     whiten,
 )
 from data_prep.sources import Source, open_source
 from data_prep.statistics import MomentSums
-from data_prep.training_images import ImageBatch, read_centres, read_step_batches, split_held_out
+from data_prep.training_images import read_centres, read_step_batches, split_held_out
+from data_prep.vae_training import LOSS_TERMS, VAETraining, describe_steps
 from flowar import __version__
 from flowar.base.devices import pick_device
 from flowar.base.distributed import (
@@ -49,7 +45,6 @@ from flowar.base.distributed import (
     limit_waiting,
     start_world,
     stop_world,
-    sum_over_ranks,
     world_size,
 )
 from flowar.base.errors import EXIT_AGAIN, EXIT_INTERRUPTED, UserError
@@ -60,27 +55,19 @@ from flowar.base.run_folder import (
     CONFIG_FILE,
     Progress,
     find_latest,
-    optimizer_key,
     read_progress,
-    weight_key,
 )
 from flowar.config.load import changed_settings, is_free, load_described, save_described
 from flowar.config.tokenizing import TrainVAEConfig
-from flowar.config.training import OptimConfig
-from flowar.latents.vae import VAE, from_uint8, to_uint8
-from flowar.models.folders import load_state
+from flowar.latents.vae import VAE, to_uint8
 from flowar.training.checkpoint import Checkpoints, Kept, find_whole, remove_unfinished
-from flowar.training.optim import ADAM_MOMENTS, LocalAdamW, learning_rate
 from flowar.training.owner import Owner, take_over
 from flowar.training.report import TrainingReport
-from flowar.training.step import autocast
 
 TRAINING_FOLDER = "training"  # in OUT_DIR: the run
 VAE_FILE, VAE_CONFIG_FILE, VAE_WEIGHTS_FILE = "vae.json", "config.json", "diffusion_pytorch_model.safetensors"
-WARMUP_SHARE = 0.05  # of the steps, in which the learning rate rises
-BETAS, WEIGHT_DECAY = (0.9, 0.99), 0.01
 PICTURE_COLUMNS, PICTURE_ROWS = 12, 3
-MEASURED_IMAGES = 1024  # by which the latents are made white
+WHITENED_BY = 1024  # by which the latents are made white
 MEASURED_AT_ONCE = 32
 
 
@@ -92,7 +79,7 @@ def main(config: TrainVAEConfig, dry_run: bool = False) -> None:
             f"batch_size={config.batch_size} is not a multiple of {world_size()} processes; use one that is"
         )
     if dry_run:
-        source = list_images(config)
+        source = list_source(config)
         parameters = sum(p.numel() for p in build_autoencoder(config).parameters())
         print(f"{describe_training(config, source)}; {parameters / 1e6:.1f} M parameters; dry run, nothing was written")
         return
@@ -125,18 +112,18 @@ def train_vae(config: TrainVAEConfig, world: World) -> None:
     """Do what `main` does, within a started world."""
     # Set up.
     out_dir, run_dir = Path(config.out_dir), Path(config.out_dir) / TRAINING_FOLDER
-    source = broadcast_object(list_images(config) if world.is_main else None)
+    source = broadcast_object(list_source(config) if world.is_main else None)
     assert source is not None
     identity = source.sha256()
     owner = broadcast_object(prepare_folder(config, identity) if world.is_main else None)
     assert owner is not None
     if world.is_main:
         print(describe_training(config, source))
-    if broadcast_object(is_finished(config)):
+    if broadcast_object(is_trained(config)):
         if world.is_main:
             print(f"{out_dir} is finished already; use it by vae.name={out_dir}, or train on with more steps")
         return
-    training = VAETraining(config, world)
+    training = VAETraining(config, world, run_dir)
 
     # Resume.
     restored = find_whole(training.load, run_dir, world)
@@ -195,7 +182,7 @@ def train_vae(config: TrainVAEConfig, world: World) -> None:
         print(finish_vae(config, training, source, identity))
 
 
-def list_images(config: TrainVAEConfig) -> Source:
+def list_source(config: TrainVAEConfig) -> Source:
     """Return the listing of the source."""
     return open_source(config.images, image_column=config.image_column, label_column=config.label_column)
 
@@ -268,7 +255,7 @@ def prepare_folder(config: TrainVAEConfig, listing_sha256: str) -> Owner:
     return owner
 
 
-def is_finished(config: TrainVAEConfig) -> bool:
+def is_trained(config: TrainVAEConfig) -> bool:
     """Return whether the VAE is there, trained for as many steps."""
     out_dir = Path(config.out_dir)
     if not (out_dir / VAE_CONFIG_FILE).exists():
@@ -277,141 +264,11 @@ def is_finished(config: TrainVAEConfig) -> bool:
     return bool(record["settings"]["steps"] == config.steps)
 
 
-LOSS_TERMS = ("l1", "kl", "lpips", "generator", "discriminator")  # as metrics.jsonl has them, before their weights
-
-
-class VAETraining:
-    """A VAE, its discriminator if it has one, and their optimizers, on this rank; every rank has all of it."""
-
-    def __init__(self, config: TrainVAEConfig, world: World) -> None:
-        self.config = config
-        self.world = world
-        torch.manual_seed(config.seed)
-        if config.precision == "tf32" and world.device.type == "cuda":
-            torch.set_float32_matmul_precision("high")
-        self.networks: dict[str, nn.Module] = {"vae": Reconstruction(build_autoencoder(config))}
-        if config.gan_weight:
-            self.networks["discriminator"] = Discriminator()
-        self.lpips = load_lpips(world.device) if config.lpips_weight else None
-        self.forward: dict[str, Any] = {}
-        self.optimizers: dict[str, LocalAdamW] = {}
-        for name, network in self.networks.items():
-            network.to(world.device)
-            self.forward[name] = network
-            if world.size > 1:
-                ids = [world.device.index] if world.device.type == "cuda" else None
-                self.forward[name] = DistributedDataParallel(network, device_ids=ids, gradient_as_bucket_view=True)
-            parameters = dict(network.named_parameters())
-            like = torch.optim.AdamW(parameters.values(), config.lr, BETAS, weight_decay=WEIGHT_DECAY)
-            self.optimizers[name] = LocalAdamW(parameters, like)
-        side = config.image_size // config.shape.stride
-        self.latent_shape = (config.shape.channels, side, side)
-        self.gan_from = math.ceil(config.gan_start * config.steps)
-
-    @property
-    def autoencoder(self) -> Any:
-        """diffusers' AutoencoderKL."""
-        return self.networks["vae"].autoencoder
-
-    def step(self, batch: ImageBatch, number: int, asked_to_stop: int) -> tuple[Tensor, int]:
-        """Train on one batch; return the terms of the loss, means over all ranks, and the signal to stop by, or 0.
-
-        Args:
-            batch: this rank's images.
-            number: of the step, from 0.
-            asked_to_stop: the signal that this rank got, or 0.
-
-        Raises:
-            UserError: if the loss is not finite.
-        """
-        config, device = self.config, self.world.device
-        images, noise = from_uint8(batch.images.to(device)), batch.noise.to(device)
-        judge = self.networks.get("discriminator") if number >= self.gan_from else None
-        with autocast(config.precision, device):
-            rebuilt, mean, log_variance = self.forward["vae"](images, noise)
-        rebuilt, values = rebuilt.float(), images[0].numel()
-        kl = kl_divergence(mean.float(), log_variance.float()).mean() / values
-        terms = {"l1": F.l1_loss(rebuilt, images), "kl": kl}
-        loss = terms["l1"] + config.kl_weight * kl
-        if self.lpips is not None:
-            terms["lpips"] = self.lpips((rebuilt + 1) * 127.5, (images + 1) * 127.5).mean()
-            loss = loss + config.lpips_weight * terms["lpips"]
-        if judge is not None:
-            judge.requires_grad_(False)
-            terms["generator"] = -judge(rebuilt).mean()
-            judge.requires_grad_(True)
-            loss = loss + config.gan_weight * terms["generator"]
-        loss.backward()
-        self._update("vae", number)
-        if judge is not None:
-            both = self.forward["discriminator"](torch.cat([images, rebuilt.detach()]))
-            terms["discriminator"] = hinge_loss(*both.chunk(2))
-            terms["discriminator"].backward()
-            self._update("discriminator", number)
-
-        numbers = torch.zeros(len(LOSS_TERMS) + self.world.size, device=device)
-        for place, name in enumerate(LOSS_TERMS):
-            numbers[place] = terms[name].detach() / self.world.size if name in terms else 0.0
-        numbers[len(LOSS_TERMS) + self.world.rank] = asked_to_stop
-        sum_over_ranks(numbers)
-        found = numbers.cpu()
-        if not found.isfinite().all():
-            latest = find_latest(Path(config.out_dir) / TRAINING_FOLDER)
-            raise UserError(
-                f"the loss is not finite in step {number + 1}; run the same command with a lower lr than {config.lr:g}"
-                f"{f', which resumes from {latest}' if latest else ''}"
-            )
-        return found[: len(LOSS_TERMS)], int(found[len(LOSS_TERMS) :].max())
-
-    def _update(self, name: str, number: int) -> None:
-        optimizer, config = self.optimizers[name], self.config
-        norm = optimizer.take_gradients()
-        optimizer.clip(norm, OptimConfig(max_grad_norm=config.max_grad_norm))
-        warmup = max(1.0, WARMUP_SHARE * config.steps)
-        optimizer.step(
-            learning_rate(number + 1, num_steps=config.steps + 1, warmup_steps=warmup, lr=config.lr, min_lr=0.0)
-        )
-
-    def state(self) -> dict[str, Tensor]:
-        """Return all tensors that a run resumes with, by the names that checkpoints give them."""
-        found = {}
-        for network, optimizer in self.optimizers.items():
-            for name, parameter in optimizer.parameters.items():
-                own = f"{network}.{name}"
-                found[weight_key(own)] = parameter.detach()
-                found |= {optimizer_key(own, key): optimizer.moments[name][key] for key in ADAM_MOMENTS}
-            found[f"optim.{network}.steps"] = optimizer.steps
-        return found
-
-    def load(self, folder: Path) -> Progress:
-        """Take over a checkpoint; return how far it was.
-
-        Raises:
-            DamagedCheckpointError: on all ranks, if it is not what was written.
-        """
-        load_state(self.state(), folder, self.world.control)
-        return read_progress(folder)
-
-
-def describe_steps(config: TrainVAEConfig, sums: Tensor, step: int, steps: int, seconds: float) -> dict[str, float]:
-    """Return the means over some steps as one record of metrics.jsonl."""
-    terms = dict(zip(LOSS_TERMS, (sums / steps).tolist(), strict=True))
-    weights = {"l1": 1.0, "kl": config.kl_weight, "lpips": config.lpips_weight, "generator": config.gan_weight}
-    shown = [name for name, weight in weights.items() if weight] + ["discriminator"] * bool(config.gan_weight)
-    return {
-        "step": step,
-        "loss": sum(weight * terms[name] for name, weight in weights.items()),
-        **{f"loss/{name}": terms[name] for name in shown},
-        "images_per_s": steps * config.batch_size / seconds,
-        "remaining_s": (config.steps - step) * seconds / steps,
-    }
-
-
 def finish_vae(config: TrainVAEConfig, training: VAETraining, source: Source, identity: str) -> str:
     """Make the latents white, write the VAE and how good it is; return that in words. config.json comes last."""
     out_dir, device = Path(config.out_dir), training.world.device
     autoencoder = training.autoencoder.eval()
-    some = np.unique(np.linspace(0, len(source) - 1, MEASURED_IMAGES).round().astype(np.int64))
+    some = np.unique(np.linspace(0, len(source) - 1, WHITENED_BY).round().astype(np.int64))
     figures = MomentSums.of(encode_images(autoencoder, read_centres(source, config, some), device).numpy()).figures()
     whiten(autoencoder, *(torch.tensor(figures[key], device=device).float() for key in ("latent_mean", "latent_std")))
 

@@ -25,7 +25,7 @@ from flowar.latents.batches import StepOrder
 from flowar.latents.vae import from_uint8
 from flowar.latents.workers import BATCHES_AHEAD, check_shared_memory, from_workers, leave_stopping_to_main
 
-HELD_OUT_SHARE, MOST_HELD_OUT = 0.05, 512  # of the images, which are never trained on, to measure the VAE by
+UNSEEN_SHARE, MOST_HELD_OUT = 0.05, 512  # of the images, which are never trained on, to measure the VAE by
 
 
 class ImageBatch(NamedTuple):
@@ -38,7 +38,7 @@ class ImageBatch(NamedTuple):
 def split_held_out(num_images: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Return the numbers of the images to train on, and of those to measure by, evenly spaced; one is both if alone."""
     everything = np.arange(num_images)
-    count = max(1, min(MOST_HELD_OUT, int(num_images * HELD_OUT_SHARE)))
+    count = max(1, min(MOST_HELD_OUT, int(num_images * UNSEEN_SHARE)))
     held_out = np.unique(np.linspace(0, num_images - 1, count).round().astype(np.int64))
     return (np.setdiff1d(everything, held_out) if num_images > 1 else everything), held_out
 

@@ -28,7 +28,7 @@ from flowar.config.data import ExtractorConfig
 from flowar.config.load import decisive_settings
 from flowar.config.measuring import EvaluateConfig, ReferenceConfig
 from flowar.evaluation.ceiling import open_ceiling
-from flowar.evaluation.classes import class_metric, class_names_of, judge_classes, match_classes
+from flowar.evaluation.classes import class_metric, class_names_of, judge_classes, to_judge_classes
 from flowar.evaluation.extractors import OWN, Extractor
 from flowar.evaluation.image_sets import open_images
 from flowar.evaluation.judge import AboutJudge, read_about_judge
@@ -209,7 +209,7 @@ def match_names(config: EvaluateConfig, about: AboutJudge | None, notes: list[st
     samples = Path(config.samples)
     names = class_names_of(samples)
     is_drawn = (samples / SAMPLES_FILE).is_file()
-    matched = match_classes(names, about, f"samples={samples}", strict=is_drawn)
+    matched = to_judge_classes(names, about, f"samples={samples}", strict=is_drawn)
     if matched is None:
         notes.append("no class accuracy: the samples have no classes that the judge knows")
     return matched
@@ -267,7 +267,7 @@ def describe_judged(
 def judge_reference(real: Features, images: Path | None, about: AboutJudge) -> dict[str, Any] | None:
     """Return what the judge says of the reference's images; None if they have no classes that it knows."""
     try:
-        matched = match_classes(class_names_of(images), about, "the reference", strict=False) if images else None
+        matched = to_judge_classes(class_names_of(images), about, "the reference", strict=False) if images else None
         return judge_classes(real, matched, about)
     except UserError:  # some of its classes may be others: then nothing is said of it
         return None

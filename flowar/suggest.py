@@ -17,7 +17,7 @@ from flowar.base.distributed import World, refuse_many_processes
 from flowar.base.errors import UserError
 from flowar.base.files import create_whole
 from flowar.config.load import did_you_mean
-from flowar.config.models import MODEL_VARIANTS, FlowARConfig, config_from_dict, variant_config
+from flowar.config.models import MODEL_VARIANTS, FlowARConfig, config_from_dict, suggested_grid
 from flowar.config.suggesting import SuggestConfig
 from flowar.config.training import OptimConfig, ParallelConfig
 from flowar.latents.batches import Batch
@@ -37,8 +37,7 @@ AUTHORS_EPOCHS, AUTHORS_BATCH, AUTHORS_WARMUP = 400, 2048, 100
 AUTHORS_BASE_LR = 5e-5  # of a batch of 256
 SMALL_LR = {"flowar-xxs": 2e-3, "flowar-xs": 1e-3}  # of batches of 64, found on Fashion-MNIST
 SMALL_BATCH, MIDDLE_BATCH = 64, 256
-MOST_TOKENS_ACROSS = 16  # side of the finest token map; the authors' for 256 px
-UNEVEN_STD, UNEVEN_MEAN, OFF_SCALE = 1.25, 0.25, 0.1  # channels that differ by more are normalised one by one
+UNEVEN_STD, UNEVEN_MEAN, UNEVEN_SCALE = 1.25, 0.25, 0.1  # channels that differ by more are normalised one by one
 MEASURED_STEPS = 5
 
 
@@ -76,13 +75,9 @@ def suggest(config: SuggestConfig, passport: Passport, device: torch.device) -> 
     is_gpu = device.type == "cuda"
     variant, why_variant = choose_variant(config, passport, is_gpu)
     small = variant in SMALL_LR
-    patch_size, scales = choose_scales(passport, coarse=not is_gpu)
-    row = variant_config(variant)
-    assert isinstance(row, FlowARConfig)
     shape: dict[str, Any] = {
         "variant": variant,
-        "scales": list(scales),
-        "patch_size": patch_size,
+        **suggested_grid(passport.latent_size, coarse=not is_gpu),
         "latent_channels": passport.latent_channels,
         "num_classes": len(passport.class_names),
     }
@@ -103,6 +98,7 @@ def suggest(config: SuggestConfig, passport: Passport, device: torch.device) -> 
     decay = max(0.9, min(0.9999, round(1 - 20 / steps, 5)))
     time_says = f"{steps:,} steps of {1000 * step_s:.0f} ms on {device}: about {steps * step_s / 60:.0f} min"
     normalize, why_normalize = choose_normalization(passport)
+    fits = f"for latents of side {passport.latent_size}, and the dataset's classes"
     parameters = count_parameters(model)["total"]
     run_dir = config.run_dir or f"runs/{Path(config.data.path).name}"
     found = [
@@ -111,10 +107,7 @@ def suggest(config: SuggestConfig, passport: Passport, device: torch.device) -> 
         Suggestion("data.normalize", normalize, why_normalize),
         Suggestion("vae.name", passport.vae_name, "the one that made the dataset"),
         Suggestion("model.variant", variant, f"{parameters / 1e6:.1f} M parameters: {why_variant}"),
-        Suggestion("model.scales", list(scales), f"sides of the token maps, up to {passport.latent_size} / patch_size"),
-        Suggestion("model.patch_size", patch_size, f"of latents with side {passport.latent_size}"),
-        Suggestion("model.latent_channels", passport.latent_channels, "the VAE's"),
-        Suggestion("model.num_classes", len(passport.class_names), "the dataset's"),
+        *(Suggestion(f"model.{name}", value, fits) for name, value in shape.items() if name != "variant"),
         Suggestion("epochs", epochs, f"{time_says}{'; as many as the authors' if is_whole else ''}"),
         Suggestion("batch_size", batch, "of all processes together"),
         Suggestion(
@@ -156,29 +149,12 @@ def choose_variant(config: SuggestConfig, passport: Passport, is_gpu: bool) -> t
     return name, f"for {passport.num_images:,} images; a larger one would learn them by heart"
 
 
-def choose_scales(passport: Passport, *, coarse: bool) -> tuple[int, tuple[int, ...]]:
-    """Return the patch size and the sides of the token maps for latents of this size.
-
-    Args:
-        passport: of the dataset.
-        coarse: take fewer, larger patches, where the machine is slow.
-    """
-    side = passport.latent_size
-    most = MOST_TOKENS_ACROSS if not coarse else 8 if side > 8 else 4
-    patch_size = next(size for size in range(1, side + 1) if side % size == 0 and side // size < 2 * most)
-    finest = side // patch_size
-    scales = [finest]
-    while scales[0] > 1:
-        scales.insert(0, math.ceil(scales[0] / 2))
-    return patch_size, tuple(scales)
-
-
 def choose_normalization(passport: Passport) -> tuple[str, str]:
     """Return data.normalize, and why."""
     ratio = passport.latent_multiplier / passport.measured_multiplier
     spread = max(passport.latent_std) / max(min(passport.latent_std), 1e-12)
     shift = max(abs(mean) for mean in passport.latent_mean) * passport.measured_multiplier
-    if abs(ratio - 1) <= OFF_SCALE and spread <= UNEVEN_STD and shift <= UNEVEN_MEAN:
+    if abs(ratio - 1) <= UNEVEN_SCALE and spread <= UNEVEN_STD and shift <= UNEVEN_MEAN:
         return "vae", f"latents have std {ratio:.2f} by the VAE's own number, and channels are alike"
     why = f"by the VAE's own number latents have std {ratio:.2f}; channels differ {spread:.1f} times in std"
     return "channel", f"{why}, {shift:.2f} std in mean"

@@ -218,7 +218,15 @@ def test_only_the_environment_knows_what_slurm_calls_things():
 @pytest.mark.parametrize(
     ("library", "files"),
     [
-        ("diffusers", ["flowar/latents/vae.py", "data_prep/train_demo_vae.py"]),
+        (
+            "diffusers",
+            [
+                "flowar/latents/vae.py",
+                "flowar/latents/ldm.py",
+                "data_prep/autoencoder.py",
+                "data_prep/train_demo_vae.py",
+            ],
+        ),
         ("deepspeed", ["flowar/training/zero_engine.py"]),
         ("flash_attn", ["flowar/models/attention.py"]),
     ],

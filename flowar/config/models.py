@@ -1,6 +1,7 @@
 """The shape of a model: what all families have in common, each family's own settings, and the table of known models."""
 
 import abc
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
@@ -11,6 +12,7 @@ from flowar.config.load import did_you_mean, load_values
 FlowBlockName = Literal["attn_mlp", "attn_cross_mlp"]
 ReadDecayName = Literal["running", "own"]
 
+MOST_ACROSS = 16  # side of the finest token map; the authors' for 256 px
 CUSTOM_VARIANT = "custom"  # a model that is no row of MODEL_VARIANTS
 
 
@@ -244,6 +246,23 @@ def fitting_scales(scales: tuple[int, ...], latent_size: int, patch_size: int) -
             + (", and model.patch_size" if rest else "")
         )
     return tuple(found)
+
+
+def suggested_grid(latent_size: int, *, coarse: bool) -> dict[str, Any]:
+    """Return patch_size and scales of a FlowAR that is to be trained on latents of this side.
+
+    Args:
+        latent_size: side of the latents.
+        coarse: take fewer, larger patches, where the machine is slow.
+    """
+    most = MOST_ACROSS if not coarse else 8 if latent_size > 8 else 4
+    patch_size = next(
+        size for size in range(1, latent_size + 1) if latent_size % size == 0 and latent_size // size < 2 * most
+    )
+    scales = [latent_size // patch_size]
+    while scales[0] > 1:
+        scales.insert(0, math.ceil(scales[0] / 2))
+    return {"scales": scales, "patch_size": patch_size}
 
 
 MODEL_CONFIGS: dict[str, type[ModelConfig]] = {"flowar": FlowARConfig, "arflow": ARFlowConfig}  # by family

@@ -39,7 +39,9 @@ def class_names_of(path: Path) -> tuple[str, ...] | None:
     return tuple(read_passport(model).class_names) if (model / PASSPORT_FILE).is_file() else ()
 
 
-def match_classes(names: Sequence[str] | None, about: AboutJudge, what: str, *, strict: bool) -> dict[int, int] | None:
+def to_judge_classes(
+    names: Sequence[str] | None, about: AboutJudge, what: str, *, strict: bool
+) -> dict[int, int] | None:
     """Return {label of the images: class of the judge}; None: the images have no classes that it could know.
 
     Args:

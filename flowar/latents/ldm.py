@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flowar.base.errors import UserError
 
 NORM_GROUPS = 32  # of all of them
-PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+LDM_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 
 # Names in such a state dict -> diffusers' names, replaced in this order; of the decoder's levels also their numbers.
 NAMES = (
@@ -72,7 +72,7 @@ def ldm_autoencoder(state_dict: Mapping[str, Tensor], shape: Mapping[str, Any] |
     """
     from diffusers import AutoencoderKL
 
-    weights = {name: tensor for name, tensor in state_dict.items() if name.startswith(PARTS)}
+    weights = {name: tensor for name, tensor in state_dict.items() if name.startswith(LDM_PARTS)}
     try:
         shape = shape or ldm_shape(weights) | {"scaling_factor": 1.0}
     except (KeyError, ValueError) as error:

@@ -16,7 +16,7 @@ class RepresentationAutoencoder(nn.Module):
     def __init__(self, autoencoder: Any) -> None:
         super().__init__()
         self.autoencoder = autoencoder
-        levels = int(autoencoder.config.patch_size).bit_length()  # vae.py counts these for the stride
+        levels = int(autoencoder.decoder_patch_size).bit_length()  # vae.py counts these for the stride
         self.config: dict[str, Any] = {
             "scaling_factor": 1.0,  # its own is applied in it
             "latent_channels": autoencoder.config.encoder_hidden_size,

@@ -7,6 +7,7 @@ from flowar import suggest
 from flowar.base.errors import UserError
 from flowar.config.data import DataConfig
 from flowar.config.load import load_config
+from flowar.config.models import suggested_grid
 from flowar.config.suggesting import SuggestConfig
 from flowar.config.training import TrainConfig
 from flowar.latents.batches import check_fits
@@ -38,19 +39,17 @@ def test_a_step_is_measured_by_training(config, shards):
 
 
 @pytest.mark.parametrize(
-    ("latent_size", "coarse", "expected"),
+    ("latent_size", "coarse", "patch_size", "scales"),
     [
-        (8, True, (2, (1, 2, 4))),
-        (32, True, (4, (1, 2, 4, 8))),
-        (16, False, (1, (1, 2, 4, 8, 16))),
-        (32, False, (2, (1, 2, 4, 8, 16))),
-        (7, True, (1, (1, 2, 4, 7))),
-        (7, False, (1, (1, 2, 4, 7))),
+        (8, True, 2, [1, 2, 4]),
+        (32, True, 4, [1, 2, 4, 8]),
+        (16, False, 1, [1, 2, 4, 8, 16]),
+        (32, False, 2, [1, 2, 4, 8, 16]),
+        (7, True, 1, [1, 2, 4, 7]),
     ],
 )
-def test_scales_follow_from_the_side_of_the_latents(shards, latent_size, coarse, expected):
-    passport = dataclasses.replace(read_passport(shards), moments_shape=[2, latent_size, latent_size])
-    assert suggest.choose_scales(passport, coarse=coarse) == expected
+def test_scales_follow_from_the_side_of_the_latents(latent_size, coarse, patch_size, scales):
+    assert suggested_grid(latent_size, coarse=coarse) == {"scales": scales, "patch_size": patch_size}
 
 
 @pytest.mark.parametrize(("images", "variant"), [(5_000, "flowar-xs"), (200_000, "flowar-s"), (1_281_167, "flowar-l")])

@@ -13,7 +13,7 @@ from flowar.config.data import ExtractorConfig
 from flowar.config.drawing import SampleConfig
 from flowar.config.measuring import EvaluateConfig
 from flowar.evaluation import judging
-from flowar.evaluation.classes import count_confusion, match_classes
+from flowar.evaluation.classes import count_confusion, to_judge_classes
 from flowar.evaluation.demo_images import load_fashion
 from flowar.evaluation.extractors import OWN
 from flowar.evaluation.image_sets import open_images
@@ -108,11 +108,11 @@ def test_images_become_squares_and_are_mirrored_only_if_asked():
 
 def test_classes_are_matched_by_name_and_a_strange_one_is_named():
     judge = about("bag", "boot", "7")
-    assert match_classes(("7", "bag"), judge, "samples", strict=True) == {0: 2, 1: 0}
-    assert match_classes((), judge, "samples", strict=True) == {0: 0, 1: 1, 2: 2}
-    assert match_classes(("first", "second"), judge, "samples", strict=False) is None
+    assert to_judge_classes(("7", "bag"), judge, "samples", strict=True) == {0: 2, 1: 0}
+    assert to_judge_classes((), judge, "samples", strict=True) == {0: 0, 1: 1, 2: 2}
+    assert to_judge_classes(("first", "second"), judge, "samples", strict=False) is None
     with pytest.raises(UserError, match="the first is 'boots'; did you mean boot"):
-        match_classes(("bag", "boots"), judge, "samples", strict=True)
+        to_judge_classes(("bag", "boots"), judge, "samples", strict=True)
     table = count_confusion(torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]), ["bag", "boot"])
     assert table == {"bag": {"bag": 1, "boot": 1}, "boot": {"boot": 1}}
 
