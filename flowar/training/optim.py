@@ -127,7 +127,13 @@ class LocalAdamW:
             places = [place_of[id(p)] for p in group["params"]]
             first, second = (local_tensors(self.moments[names[place]][key] for place in places) for key in ADAM_MOMENTS)
             self._groups.append(
-                _Group(places, local_tensors(group["params"]), (first, second), group["weight_decay"], group[LR_FACTOR])
+                _Group(
+                    places,
+                    local_tensors(group["params"]),
+                    (first, second),
+                    group["weight_decay"],
+                    group.get(LR_FACTOR, 1.0),
+                )
             )
         self._gradients: list[Tensor] = []
 

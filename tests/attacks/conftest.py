@@ -56,7 +56,7 @@ def measurable(tmp_path_factory):
     root = tmp_path_factory.mktemp("features")
     model = randomise(create_model("flowar-demo", ar_depth=2, flow_depth=1))
     save_model(model.config, model.state_dict(), root / "model")
-    save_untrained_judge(root / "judge.safetensors")
+    save_untrained_judge(root / "judge.safetensors", ("dark", "light", *"23456789"))
     random = np.random.default_rng(0)
     for name in ("real", "others"):
         (root / name).mkdir()

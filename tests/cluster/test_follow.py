@@ -32,7 +32,7 @@ def trained(tmp_path_factory, shards):
     for index in range(20):
         pixels = random.integers(0, 256, (32, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / "real" / f"{index}.png")
-    save_untrained_judge(root / "judge.safetensors")
+    save_untrained_judge(root / "judge.safetensors", ("dark", "light"))
     train.main(dataclasses.replace(training(shards, root / "run"), keep_checkpoints=3))
     return root
 

@@ -38,7 +38,7 @@ def images(tmp_path_factory):
         for index in range(20):
             pixels = (brightness + random.normal(0, 20, (32, 32, 3))).clip(0, 255).astype(np.uint8)
             Image.fromarray(pixels).save(root / "images" / name / f"{index}.png")
-    save_untrained_judge(root / "classifier.safetensors")
+    save_untrained_judge(root / "classifier.safetensors", ("dark", "light"))
     return root
 
 

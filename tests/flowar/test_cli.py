@@ -39,7 +39,7 @@ def test_help_lists_every_verb():
         (["train", "somewhere"], "'somewhere' is neither a .yaml file nor a setting"),
         (["train", "--lr", "1e-3"], "--lr is not an option; there are: --help, --dry-run. Settings are written without "
          "dashes, for example optim.lr=..."),
-        (["info", "flowar-xs"], "no model is called 'flowar-xs'; did you mean flowar-s?"),
+        (["info", "flowar-hh"], "no model is called 'flowar-hh'; did you mean flowar-h?"),
         pytest.param(
             ["prepare", "images=/none", "out_dir=/tmp/none"], "images=/none does not exist", marks=pytest.mark.slow
         ),

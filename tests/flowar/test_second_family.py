@@ -77,7 +77,7 @@ def assert_same_weights(run_dir, needed):
 
 def test_it_is_exported_drawn_and_measured(finished, image_folder, tmp_path, capsys):
     export.export(ExportConfig(model=str(finished), out_dir=str(tmp_path / "model")))
-    save_untrained_judge(tmp_path / "judge.safetensors")
+    save_untrained_judge(tmp_path / "judge.safetensors", ("dark", "light"))
     drawing = SampleConfig(
         model=str(tmp_path / "model"), out_dir=str(tmp_path / "samples"), vae=VAEConfig(name="demo"), num_images=24,
         batch_size=8, num_steps=2, guidance=1.0,
