@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 
 from flowar.base.devices import pick_device
 from flowar.base.distributed import World, refuse_many_processes
@@ -59,7 +60,7 @@ def main(config: SuggestConfig, dry_run: bool = False) -> None:
     if dry_run:
         print(f"would measure {device} and suggest a training on {config.data.path}")
         return
-    text = describe_suggestions(config, shards.passport, suggest(config, shards.passport, device))
+    text = describe_suggestions(shards.passport, suggest(config, shards.passport, device))
     if config.file is None:
         print(text, end="")
         return
@@ -84,10 +85,12 @@ def suggest(config: SuggestConfig, passport: Passport, device: torch.device) -> 
     model = config_from_dict(shape)
     batch = SMALL_BATCH if not is_gpu else MIDDLE_BATCH if passport.num_images < BY_IMAGES[-1][0] else AUTHORS_BATCH
     batch = min(batch, max(8, 2 ** int(math.log2(max(passport.num_images / 4, 8)))))
-    lr = SMALL_LR[variant] * batch / SMALL_BATCH if small else AUTHORS_BASE_LR * batch / 256
     precision = "bf16" if is_gpu else "fp32"
-    micro = min(batch // (config.gpus if is_gpu else 1), SMALL_BATCH)
-    step_s = measure_step(model, device, precision, micro) * batch / micro / (config.gpus if is_gpu else 1)
+    gpus = config.gpus if is_gpu else 1
+    share = max(1, batch // gpus)  # of one of them; the batch has to be cut into equal parts
+    batch, micro = share * gpus, max(size for size in range(1, min(share, SMALL_BATCH) + 1) if share % size == 0)
+    step_s = measure_step(model, device, precision, micro) * share / micro
+    lr = SMALL_LR[variant] * batch / SMALL_BATCH if small else AUTHORS_BASE_LR * batch / 256
 
     minutes = config.minutes or (GPU_MINUTES if is_gpu else CPU_MINUTES)
     most = math.ceil(AUTHORS_EPOCHS * passport.num_images / batch)
@@ -179,10 +182,16 @@ def measure_step(model: Any, device: torch.device, precision: str, batch_size: i
     return statistics.median(seconds[1:])
 
 
-def describe_suggestions(config: SuggestConfig, passport: Passport, found: list[Suggestion]) -> str:
+def write_value(value: Any) -> str:
+    """Return a value as YAML in one line, taken literally: no `${` in it is resolved."""
+    text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
+    return text.removesuffix("...\n").strip().replace("${", "\\${")
+
+
+def describe_suggestions(passport: Passport, found: list[Suggestion]) -> str:
     """Return the YAML text, sections together and each line with its reason."""
     lines = [
-        f"# flowar suggest data.path={config.data.path}: {passport.image_size} px, VAE {passport.vae_name}",
+        f"# By `flowar suggest`, for {passport.image_size} px by VAE {write_value(passport.vae_name)}",
         "# Train, and resume, with: flowar train THIS_FILE",
     ]
     section = ""
@@ -191,6 +200,5 @@ def describe_suggestions(config: SuggestConfig, passport: Passport, found: list[
         if before and before != section:
             lines.append(f"{before}:")
         section = before
-        text = str(value).lower() if isinstance(value, bool) else value
-        lines.append(f"{'  ' if before else ''}{name}: {text}  # {reason}")
+        lines.append(f"{'  ' if before else ''}{name}: {write_value(value)}  # {reason}")
     return "\n".join(lines) + "\n"

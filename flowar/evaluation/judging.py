@@ -1,7 +1,9 @@
 """Which images train a judge, and where it is kept; any number of processes train it once. Read next: judge.py."""
 
+import contextlib
 import dataclasses
 import os
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -83,8 +85,8 @@ def prepare_judge(
         file.parent.mkdir(parents=True, exist_ok=True)
         with Leases(file.with_name(f".{file.name}.claims"), lease_s) as leases:
             finish_together(leases, file.is_file, finish)
-            if not any(leases.folder.glob("*")):
-                leases.folder.rmdir() if leases.folder.is_dir() else None
+        with contextlib.suppress(OSError):  # others may be at it still
+            leases.folder.rmdir()
     except OSError as error:
         raise UserError(f"can't write the judge {file}: {error}; give another place as extractor.weights") from error
     return dataclasses.replace(extractor, weights=str(file))
@@ -126,7 +128,7 @@ def open_classes(path: Path, setting: str, passport: Passport | None) -> tuple[I
     if not names:
         known = tuple(passport.class_names) if passport is not None else ()
         names = known if len(known) > max(labels) else tuple(map(str, range(max(labels) + 1)))
-    counts = {label: images.labels.count(label) for label in labels} if len(labels) < 10_000 else {}
+    counts = Counter(images.labels)
     few = [label for label, count in sorted(counts.items()) if count < LEAST_OF_A_CLASS]
     if few:
         raise UserError(

@@ -3,7 +3,6 @@
 import fnmatch
 import math
 from collections.abc import Collection, Iterable, Sequence
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +27,7 @@ def freeze_parts(model: nn.Module, patterns: Sequence[str]) -> None:
     """
     parameters = dict(model.named_parameters())
     for pattern in patterns:
-        matching = [name for name in parameters if fnmatchcase(name, pattern)]
+        matching = [name for name in parameters if fnmatch.fnmatchcase(name, pattern)]
         if not matching:
             whole = f"{pattern.rstrip('.*')}.*"
             near = [whole] if fnmatch.filter(parameters, whole) else list(parameters)[:3]

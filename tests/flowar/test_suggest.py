@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from flowar import suggest
 from flowar.base.errors import UserError
@@ -20,7 +21,7 @@ def config(shards):
 
 
 def test_what_it_writes_trains_on_the_dataset_as_it_stands(config, shards, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(suggest, "measure_step", lambda *_: 0.5)
+    monkeypatch.setattr(suggest, "measure_step", lambda *_: 0.5)  # the length must not depend on this machine
     file = tmp_path / "own.yaml"
     suggest.main(dataclasses.replace(config, file=str(file), run_dir=str(tmp_path / "run")))
     training = load_config(TrainConfig, file)
@@ -74,3 +75,10 @@ def test_uneven_channels_are_normalised_one_by_one(shards):
 def test_an_unknown_variant_is_named(config):
     with pytest.raises(UserError, match="variant=flowar-xl is not a FlowAR; did you mean flowar-"):
         suggest.main(dataclasses.replace(config, variant="flowar-xl"))
+
+
+@pytest.mark.parametrize("value", ["a: b #c", "${oc.env:HOME}", "null", "x", 5e-05, [1, 2], True, 0.5])
+def test_every_value_is_read_back_as_it_is(value, tmp_path):
+    file = tmp_path / "one.yaml"
+    file.write_text(f"value: {suggest.write_value(value)}  # why\n")
+    assert OmegaConf.to_container(OmegaConf.load(file), resolve=True) == {"value": value}
