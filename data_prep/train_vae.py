@@ -12,7 +12,6 @@ autoencoder.py, training_images.py.
 
 import dataclasses
 import math
-import os
 import shutil
 import signal
 import sys
@@ -25,11 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from data_prep.autoencoder import (
-    build_autoencoder,
-    kl_divergence,
-    whiten,
-)
+from data_prep.autoencoder import build_autoencoder, kl_divergence, whiten
 from data_prep.sources import Source, open_source
 from data_prep.statistics import MomentSums
 from data_prep.training_images import read_centres, read_step_batches, split_held_out
@@ -40,14 +35,11 @@ from flowar.base.distributed import (
     StopSignals,
     World,
     broadcast_object,
-    has_lost_ranks,
-    leave_world,
     limit_waiting,
-    start_world,
-    stop_world,
+    training_world,
     world_size,
 )
-from flowar.base.errors import EXIT_AGAIN, EXIT_INTERRUPTED, UserError
+from flowar.base.errors import EXIT_AGAIN, UserError
 from flowar.base.pictures import save_grid
 from flowar.base.records import read_record, write_record
 from flowar.base.run_folder import (
@@ -83,29 +75,15 @@ def main(config: TrainVAEConfig, dry_run: bool = False) -> None:
         parameters = sum(p.numel() for p in build_autoencoder(config).parameters())
         print(f"{describe_training(config, source)}; {parameters / 1e6:.1f} M parameters; dry run, nothing was written")
         return
-    world = start_world(device, with_group=False)
-    try:
+    run_dir = Path(config.out_dir) / TRAINING_FOLDER
+    with training_world(
+        device,
+        with_group=False,
+        verb="train-vae",
+        timeout=f"timeout_s={config.timeout_s:g}",
+        latest=lambda: find_latest(run_dir),
+    ) as world:
         train_vae(config, world)
-    except RuntimeError as error:
-        if not has_lost_ranks(error):
-            raise
-        print(
-            f"flowar train-vae: rank {world.rank} has lost the others, one of them died or kept it waiting for more "
-            f"than timeout_s={config.timeout_s:g}: {' '.join(str(error).split())[:200]}; the same command resumes",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)  # a save in the background would wait for the others for much longer
-    except KeyboardInterrupt:
-        print("flowar train-vae: ended without saving; the same command resumes", flush=True)
-        os._exit(EXIT_INTERRUPTED)
-    except SystemExit:  # of all ranks
-        stop_world()
-        raise
-    except Exception:  # of this rank alone: ended groups would wait for the others
-        leave_world()
-        raise
-    stop_world()
 
 
 def train_vae(config: TrainVAEConfig, world: World) -> None:

@@ -6,7 +6,6 @@ order of their own), and one that resumes with another number of processes the s
 """
 
 import dataclasses
-import os
 import signal
 import sys
 from collections.abc import Iterator
@@ -20,14 +19,11 @@ from flowar.base.distributed import (
     StopSignals,
     World,
     broadcast_object,
-    has_lost_ranks,
-    leave_world,
     limit_waiting,
-    start_world,
-    stop_world,
+    training_world,
     world_size,
 )
-from flowar.base.errors import EXIT_AGAIN, EXIT_INTERRUPTED, UserError
+from flowar.base.errors import EXIT_AGAIN, UserError
 from flowar.base.run_folder import ANOMALIES, AVERAGES, CHECKPOINTS, METRICS_FILE, Progress, find_latest, step_name
 from flowar.config.models import ModelConfig
 from flowar.config.training import GuardConfig, TrainConfig
@@ -77,31 +73,11 @@ def main(config: TrainConfig, dry_run: bool = False) -> None:
         print(f"{config.model.variant}: {parameters / 1e6:.1f} M parameters; dry run, nothing was written")
         return
     needs_group = config.parallel.engine in ("ddp", "fsdp", "deepspeed")  # also for one process
-    world = start_world(device, with_group=needs_group)
-    try:
+    timeout = f"parallel.timeout_s={config.parallel.timeout_s:g}"
+    with training_world(
+        device, with_group=needs_group, verb="train", timeout=timeout, latest=lambda: find_latest(config.run_dir)
+    ) as world:
         train(config, world)
-    except RuntimeError as error:
-        if not has_lost_ranks(error):
-            raise
-        print(
-            f"flowar train: rank {world.rank} has lost the others, one of them died or kept it waiting for more than "
-            f"parallel.timeout_s={config.parallel.timeout_s:g}: {' '.join(str(error).split())[:200]}; the same command "
-            f"resumes from {find_latest(config.run_dir)}",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(1)  # a save in the background would wait for the others for much longer
-    except KeyboardInterrupt:
-        latest = find_latest(config.run_dir)
-        print(f"flowar train: ended without saving; the same command resumes from {latest or 'step 0'}", flush=True)
-        os._exit(EXIT_INTERRUPTED)  # nobody who presses Ctrl-C twice waits for a save in the background
-    except SystemExit:  # of all ranks
-        stop_world()
-        raise
-    except Exception:  # of this rank alone: ended groups would wait for the others; the error goes on
-        leave_world()
-        raise
-    stop_world()
 
 
 def train(config: TrainConfig, world: World) -> None:

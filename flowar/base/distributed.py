@@ -3,16 +3,19 @@
 Read next: parallel.py, train.py.
 """
 
+import contextlib
 import os
 import re
 import signal
+import sys
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from flowar.base.errors import STOP_SIGNALS, UserError
+from flowar.base.errors import EXIT_INTERRUPTED, STOP_SIGNALS, UserError
 from flowar.base.files import raise_open_files
 
 T = TypeVar("T")
@@ -125,6 +128,46 @@ def stop_world() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
         _background_groups.clear()
+
+
+@contextlib.contextmanager
+def training_world(
+    device: torch.device, *, with_group: bool, verb: str, timeout: str, latest: Callable[[], object]
+) -> Iterator[World]:
+    """Start the world of a training, and end it the right way whatever happens inside. A context.
+
+    Args:
+        device: of this process.
+        with_group: start process groups for a single process too.
+        verb: for messages.
+        timeout: the setting that limits how long ranks wait for each other, and its value.
+        latest: returns what the same command would resume from, or None.
+    """
+    world = start_world(device, with_group=with_group)
+    try:
+        yield world
+    except RuntimeError as error:
+        if not has_lost_ranks(error):
+            raise
+        print(
+            f"flowar {verb}: rank {world.rank} lost contact with the other ranks: one of them died, or stalled for "
+            f"more than {timeout}: {' '.join(str(error).split())[:200]}; the same command resumes from "
+            f"{latest() or 'step 0'}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)  # a save in the background would wait for the other ranks for much longer
+    except KeyboardInterrupt:
+        resumes = f"the same command resumes from {latest() or 'step 0'}"
+        print(f"flowar {verb}: stopped without saving; {resumes}", flush=True)
+        os._exit(EXIT_INTERRUPTED)  # a second Ctrl-C must not wait for a save in the background
+    except SystemExit:  # raised on all ranks
+        stop_world()
+        raise
+    except Exception:  # raised on this rank alone
+        leave_world()
+        raise
+    stop_world()
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -127,7 +127,7 @@ def train_and_interrupt(config, step, times):
     ("times", "code", "latest", "said"),
     [
         (1, EXIT_AGAIN, "step_00000007", "stopped by SIGINT after step 7, saved; run the same command to resume"),
-        (2, EXIT_INTERRUPTED, "step_00000006", "ended without saving; the same command resumes from"),
+        (2, EXIT_INTERRUPTED, "step_00000006", "stopped without saving; the same command resumes from"),
     ],
 )
 def test_ctrl_c_saves_and_a_second_one_ends_at_once(finished, tmp_path, times, code, latest, said):
