@@ -25,7 +25,8 @@ class VAEConfig:
 class ExtractorConfig:
     """Which network gives the features that images are measured by, and where its weights are."""
 
-    # Any of torch-fidelity's, or own: a judge, a small classifier of the dataset's classes that is trained here
+    # Any of torch-fidelity's; timm:NAME, a model of timm by its name; or own: a judge, a small classifier of the
+    # dataset's classes that is trained here
     name: str = "inception-v3-compat"
     # None: in torch hub's folder (below TORCH_HOME), or fetched; of own: the judge's file, None: with the reference
     weights: str | None = None

@@ -17,6 +17,7 @@ from flowar.base.devices import convolution_precision
 from flowar.base.errors import UserError
 from flowar.base.hashes import hash_weights
 from flowar.config.data import ExtractorConfig
+from flowar.evaluation.timm_features import TIMM, TimmFeatures
 
 OWN = "own"  # a judge, trained on the real images of a dataset: judge.py
 INCEPTION, DINOV2, VGG = "inception-v3-compat", "dinov2-vit-l-14", "vgg16"
@@ -51,9 +52,11 @@ class Extractor:
             from flowar.evaluation.judge import JudgeFeatures
 
             register_feature_extractor(OWN, JudgeFeatures)
+        if config.name.startswith(TIMM) and config.name not in FEATURE_EXTRACTORS_REGISTRY:
+            register_feature_extractor(config.name, TimmFeatures)
         if config.name not in FEATURE_EXTRACTORS_REGISTRY:
-            known = ", ".join(FEATURE_EXTRACTORS_REGISTRY)
-            raise UserError(f"extractor.name={config.name} is unknown; there are: {known}, {OWN}")
+            known = ", ".join((*FEATURE_EXTRACTORS_REGISTRY, OWN, f"{TIMM}NAME"))
+            raise UserError(f"extractor.name={config.name} is unknown; choose one of: {known}")
         check_weights(config)
         is_checked = check_hub_weights(config) or (config.weights is not None and not config.other_weights)
         kind = FEATURE_EXTRACTORS_REGISTRY[config.name]
@@ -62,7 +65,8 @@ class Extractor:
             layers["logits"] = kind.get_default_feature_layer_for_metric("isc")
         provided = [layer for layer in kind.get_provided_features_list() if layer in layers.values()]
         try:
-            with weights_as_data(config.name in PUBLISHED_WEIGHTS and not is_checked):
+            is_foreign = config.name in PUBLISHED_WEIGHTS or config.name.startswith(TIMM)
+            with weights_as_data(is_foreign and not is_checked):
                 self.network = create_feature_extractor(
                     config.name,
                     provided,
@@ -71,7 +75,7 @@ class Extractor:
                     verbose=False,
                 ).to(device)
         except OSError as error:  # urllib's URLError is one
-            given = ", or give the file as extractor.weights=" if config.name in PUBLISHED_WEIGHTS else ""
+            given = ", or give the file as extractor.weights=" if is_foreign else ""
             raise UserError(f"{missing_weights(config.name)}{given} (fetching failed: {error})") from error
         except (RuntimeError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
             source = config.weights or torch.hub.get_dir()
@@ -173,4 +177,6 @@ def missing_weights(name: str) -> str:
     if name in PUBLISHED_WEIGHTS:
         file, _, url = PUBLISHED_WEIGHTS[name]
         return f"the weights of {name} are not here: fetch {url} to {folder / 'checkpoints' / file}"
+    if name.startswith(TIMM):
+        return f"the weights of {name} are not here: timm fetches them on a machine with a network"
     return f"the weights of {name} are not here; torch-fidelity fetches them on a machine with a network"

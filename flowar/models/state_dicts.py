@@ -22,7 +22,11 @@ def load_strictly(model: nn.Module, state: dict[str, Tensor], source: str) -> No
     ]
     if shapes:
         raise UserError(f"{source} holds another model ({len(shapes)} shapes differ): {'; '.join(shapes[:3])}")
-    numbers = [f"{name} is {state[name].dtype}" for name in expected if not state[name].is_floating_point()]
+    numbers = [
+        f"{name} is {state[name].dtype}"
+        for name in expected
+        if expected[name].is_floating_point() and not state[name].is_floating_point()  # counters are integers
+    ]
     if numbers:
         raise UserError(f"{source} holds no weights: {'; '.join(numbers[:3])}; floating-point numbers are needed")
     model.load_state_dict(state)
