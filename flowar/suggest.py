@@ -17,7 +17,7 @@ from flowar.base.distributed import World, refuse_many_processes
 from flowar.base.errors import UserError
 from flowar.base.files import create_whole
 from flowar.config.load import did_you_mean
-from flowar.config.models import MODEL_VARIANTS, FlowARConfig, config_from_dict, suggested_grid
+from flowar.config.models import MODEL_VARIANTS, FlowARConfig, config_from_dict, suggested_shape
 from flowar.config.suggesting import SuggestConfig
 from flowar.config.training import OptimConfig, ParallelConfig
 from flowar.latents.batches import Batch
@@ -75,9 +75,11 @@ def suggest(config: SuggestConfig, passport: Passport, device: torch.device) -> 
     is_gpu = device.type == "cuda"
     variant, why_variant = choose_variant(config, passport, is_gpu)
     small = variant in SMALL_LR
+    row = MODEL_VARIANTS[variant]
+    assert isinstance(row, FlowARConfig)
     shape: dict[str, Any] = {
         "variant": variant,
-        **suggested_grid(passport.latent_size, coarse=not is_gpu),
+        **suggested_shape(row, passport.latent_size, passport.latent_channels, coarse=not is_gpu),
         "latent_channels": passport.latent_channels,
         "num_classes": len(passport.class_names),
     }

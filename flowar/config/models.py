@@ -13,6 +13,8 @@ FlowBlockName = Literal["attn_mlp", "attn_cross_mlp"]
 ReadDecayName = Literal["running", "own"]
 
 MOST_ACROSS = 16  # side of the finest token map; the authors' for 256 px
+# The flow Transformer has to carry the noise of a whole token, so it is suggested to be wider than that.
+FLOW_OVER_TOKEN_WIDTH, HEAD_WIDTH = 4 / 3, 64
 CUSTOM_VARIANT = "custom"  # a model that is not in MODEL_VARIANTS
 
 
@@ -248,21 +250,27 @@ def fitting_scales(scales: tuple[int, ...], latent_size: int, patch_size: int) -
     return tuple(found)
 
 
-def suggested_grid(latent_size: int, *, coarse: bool) -> dict[str, Any]:
-    """Return patch_size and scales of a FlowAR that is to be trained on latents of this side.
+def suggested_shape(variant: FlowARConfig, latent_size: int, latent_channels: int, *, coarse: bool) -> dict[str, Any]:
+    """Return scales, patch_size and, if it must be wider, flow_width of a FlowAR to be trained on latents of a size.
 
     Args:
+        variant: the model that it starts from.
         latent_size: side of the latents.
-        coarse: take fewer, larger patches, where the machine is slow.
+        latent_channels: their channels.
+        coarse: choose fewer, larger patches, because the machine is slow.
     """
-    most = MOST_ACROSS if not coarse else 8 if latent_size > 8 else 4
+    most = MOST_ACROSS if not coarse else 4 if latent_size <= 32 else 8
     patch_size = next(
         size for size in range(1, latent_size + 1) if latent_size % size == 0 and latent_size // size < 2 * most
     )
     scales = [latent_size // patch_size]
     while scales[0] > 1:
         scales.insert(0, math.ceil(scales[0] / 2))
-    return {"scales": scales, "patch_size": patch_size}
+    shape: dict[str, Any] = {"scales": scales, "patch_size": patch_size}
+    width = math.ceil(latent_channels * patch_size**2 * FLOW_OVER_TOKEN_WIDTH / HEAD_WIDTH) * HEAD_WIDTH
+    if width > variant.flow_width:
+        shape |= {"flow_width": width, "flow_heads": width // HEAD_WIDTH}
+    return shape
 
 
 MODEL_CONFIGS: dict[str, type[ModelConfig]] = {"flowar": FlowARConfig, "arflow": ARFlowConfig}  # by family
