@@ -14,6 +14,7 @@ from flowar.config.load import load_config
 from flowar.demo import main
 from flowar.latents.schema import read_passport
 from flowar.models.costs import count_parameters
+from tests.commands import PAGES, ROOT, commands_of, snippets
 from tests.conftest import MORE
 from tests.processes import join, start
 
@@ -68,6 +69,25 @@ def test_arflow_goes_the_same_way(short, tmp_path):
     assert "<h1>arflow-demo on handwritten digits</h1>" in page
     assert len(re.findall(r'src="data:image/png', page)) == 3 and not (run_dir / "growth.png").exists()
     assert json.loads((run_dir / "numbers.json").read_text())["fid_samples"] > 0
+
+
+@pytest.mark.slow
+def test_what_the_docs_do_with_the_demo_works(short, tmp_path, monkeypatch):
+    """Commands are run, trainings dry; snippets of Python run as they are."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(short[0])
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    of_demo = [command.words for page in PAGES for command in commands_of(page) if "runs/demo" in str(command)]
+    shown = [words for words in of_demo if words[0] in ("train", "sample")]
+    assert {words[0] for words in shown} == {"train", "sample"}
+    for words in shown:
+        cli.main([*words, "--dry-run"] if words[0] == "train" else words)
+    snippets_of_python = [body for page in PAGES for body in snippets(page, "python")]
+    assert len(snippets_of_python) >= 3
+    for body in snippets_of_python:
+        exec(compile(body, "docs", "exec"), {})
+    assert Image.open("three.png").size == (32, 32)
 
 
 @pytest.mark.slow
