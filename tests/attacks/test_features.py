@@ -339,7 +339,7 @@ def test_samples_that_name_another_run_are_not_added_to_it(root, runs, tmp_path)
 def test_samples_of_a_checkpoint_that_is_gone_go_only_to_a_run_that_is_named(root, runs, tmp_path):
     notes = evaluate_copy(root, runs, tmp_path, {"step": 2})
     assert read_evaluations(runs / "a") == []
-    assert [note for note in notes if "it has no checkpoint of step 2 any more; to add it, give run_dir=" in note]
+    assert [note for note in notes if "it no longer has a checkpoint of step 2; to add it, give run_dir=" in note]
     shutil.rmtree(tmp_path / "samples")
     evaluate_copy(root, runs, tmp_path, {"step": 2}, run_dir=str(runs / "a"))
     assert [record["step"] for record in read_evaluations(runs / "a")] == [2]

@@ -261,7 +261,7 @@ OWNER_ATTACKS = {
 def test_a_damaged_owner_of_a_run_is_named(run_dir, attack):
     shutil.rmtree(run_dir / "checkpoints" / "step_00000006")
     OWNER_ATTACKS[attack](run_dir / "owner.json")
-    with pytest.raises(UserError, match="owner.json is damaged .*; if no process trains there, delete it"):
+    with pytest.raises(UserError, match="owner.json is damaged .*; if no process is training there, delete it"):
         status([str(run_dir)])
     with pytest.raises(UserError, match="owner.json"):
         find_trainer(run_dir)

@@ -91,7 +91,7 @@ def test_bad_input_is_one_clear_error(followed, tmp_path):
     _, file, _ = followed
     cluster = tmp_path / "cluster.yaml"
     cluster.write_text("scheduler: local\n")
-    with pytest.raises(UserError, match="one config file at a time"):
+    with pytest.raises(UserError, match="got 2 config files"):
         submit(["evaluate", str(file), "b.yaml", "--follow", str(tmp_path), "--cluster", str(cluster)])
     with pytest.raises(UserError, match="--follow .*/none does not exist"):
         submit(["evaluate", str(file), "--follow", str(tmp_path / "none"), "--cluster", str(cluster)])

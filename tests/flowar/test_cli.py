@@ -35,10 +35,10 @@ def test_help_lists_every_verb():
         (["trian"], "'trian' is not a verb; did you mean train?"),
         (["train", "run_dir=a", "data.pth=b"], "data.pth is not a setting; did you mean data.path?"),
         (["train", "none.yaml"], "there is no config file none.yaml"),
-        (["train", "a.yaml", "b.yaml"], "one config file at a time"),
+        (["train", "a.yaml", "b.yaml"], "got 2 config files, a.yaml, b.yaml; give one"),
         (["train", "somewhere"], "'somewhere' is neither a .yaml file nor a setting"),
-        (["train", "--lr", "1e-3"], "--lr is not an option; there are: --help, --dry-run. Settings are written without "
-         "dashes, for example optim.lr=..."),
+        (["train", "--lr", "1e-3"], "--lr is not an option; options are: --help, --dry-run. Settings are written "
+         "without dashes, for example optim.lr=..."),
         (["info", "flowar-hh"], "no model is called 'flowar-hh'; did you mean flowar-h?"),
         pytest.param(
             ["prepare", "images=/none", "out_dir=/tmp/none"], "images=/none does not exist", marks=pytest.mark.slow

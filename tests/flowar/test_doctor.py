@@ -75,7 +75,7 @@ def test_what_is_wrong_with_one_node_is_said_and_the_node_is_named_to_exclude(tm
     seen = nodes()
     seen[5] |= changes
     assert list(find_problems(seen, config(tmp_path))) == ["n2"]
-    with pytest.raises(UserError, match=r"1 of 4 nodes are not fit; leave them out: cluster.exclude=n2$"):
+    with pytest.raises(UserError, match=r"1 of 4 nodes are not fit; exclude them: cluster.exclude=n2$"):
         report(seen, config(tmp_path))
     assert f"n2: {expected}" in capsys.readouterr().out
 
@@ -127,8 +127,8 @@ def test_a_node_that_never_comes_is_named_before_the_long_time_that_ranks_wait_e
         (tmp_path / "said")
         .read_text()
         .startswith(
-            "rank 0 waited for others for 1 s, or lost them; of 4 ranks: rank_00000 on n1 is waiting for the others to "
-            "come; ranks 1 of n1 never came; ranks 2, 3 of n2 never came; leave out"
+            "rank 0 waited timeout_s=1 s for the others, or lost them; of 4 ranks: rank_00000 on n1 is waiting for the "
+            "others to start; ranks 1 of n1 never started; ranks 2, 3 of n2 never started; exclude"
         )
     )
 

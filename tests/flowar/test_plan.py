@@ -244,7 +244,7 @@ def test_the_table_can_be_read_at_80_columns(capsys, monkeypatch, memory_gib):
     cells = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in table if line[0] == "│"}
     assert tuple(cells) == plan.ROWS and all(len(row) == len(plan.ENGINES) for row in cells.values())
     assert all(cell.strip() and "…" not in cell for row in cells.values() for cell in row)
-    assert ("no room" in cells["micro batch"][0]) == ("That has no room: set" in printed) == (memory_gib < 1)
+    assert ("no room" in cells["micro batch"][0]) == ("That does not fit: set" in printed) == (memory_gib < 1)
 
 
 def test_the_images_are_those_of_the_dataset_where_it_is_there(shards, tmp_path, capsys):
@@ -261,8 +261,8 @@ def test_the_images_are_those_of_the_dataset_where_it_is_there(shards, tmp_path,
 def test_the_plan_names_every_engine_what_is_imagined_and_where_more_gpus_do_not_pay(capsys, uncompiled):
     plan.main(tiny_plan(nodes=2, search=True))
     found = capsys.readouterr().out
-    assert all(engine in found for engine in plan.ENGINES) and "The quickest of what fits" in found
-    assert "Simulated, precision=bf16" in found and "twice the GPUs don't pay, take nodes=1" in found
+    assert all(engine in found for engine in plan.ENGINES) and "The fastest ways that fit" in found
+    assert "Simulated, precision=bf16" in found and "twice the GPUs don't pay off, use nodes=1" in found
     plan.main(tiny_plan(gpus_per_node=1))
     assert "single" in capsys.readouterr().out
 

@@ -30,7 +30,7 @@ def test_what_it_writes_trains_on_the_dataset_as_it_stands(config, shards, tmp_p
     assert training.count_steps(24) in (1200, 1201)  # 400 epochs of 24 images would be more than 15 minutes
     assert all("#" in line for line in file.read_text().splitlines() if ":" in line and not line.endswith(":"))
     assert f"flowar train {file}" in capsys.readouterr().out
-    with pytest.raises(UserError, match="is there already; give a new one"):
+    with pytest.raises(UserError, match="already exists; give a new name"):
         suggest.main(dataclasses.replace(config, file=str(file)))
 
 
