@@ -160,7 +160,7 @@ def test_samples_are_judged_beside_real_images_through_the_vae(shards, image_fol
     evaluate.main(EvaluateConfig(samples=drawing.out_dir, out_dir=str(tmp_path / "b"), extractor=own))
     assert f"reference={image_folder}, the images that the model was trained on" in capsys.readouterr().out
     assert json.loads((tmp_path / "b" / "metrics.json").read_text())["reference"] == str(image_folder)
-    with pytest.raises(UserError, match="reference is required, as the samples' record names no dataset"):
+    with pytest.raises(UserError, match="reference is required: the samples' record names no dataset"):
         evaluate.main(EvaluateConfig(samples=str(tmp_path / "real"), out_dir=str(tmp_path / "c"), extractor=own))
 
 

@@ -30,7 +30,7 @@ def described(process):
 
 def test_a_run_in_use_on_this_machine_is_refused(tmp_path, living):
     owned_by(tmp_path, **described(living))
-    with pytest.raises(UserError, match=f"in use by process {living.pid} on this machine; end that one first"):
+    with pytest.raises(UserError, match=f"in use by process {living.pid} on this machine; stop it first"):
         take_over(tmp_path)
 
 
@@ -53,6 +53,6 @@ def test_a_job_that_was_started_again_takes_over_from_its_living_self(tmp_path, 
 def test_who_was_taken_over_from_learns_it(tmp_path):
     before = take_over(tmp_path)
     owned_by(tmp_path, host="n2", pid=4, machine="n2", job="18")
-    with pytest.raises(UserError, match=r"was taken over by process 4 on n2 \(job 18\); this one stops"):
+    with pytest.raises(UserError, match=r"was taken over by process 4 on n2 \(job 18\); this process stops"):
         before.check()
     assert take_over(tmp_path).token != before.token and os.environ.get("FLOWAR_JOB") is None

@@ -116,7 +116,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_with_the_same_weights_o
     main(config)
     shutil.rmtree(run_dir / "checkpoints")
     save_model(config.model, randomise(create_model(config.model), seed=5).state_dict(), source)
-    with pytest.raises(UserError, match="began with other weights of init.model"):
+    with pytest.raises(UserError, match="started from other weights than init.model"):
         main(config)
 
 
@@ -215,7 +215,7 @@ def test_what_cannot_start_from_an_init_is_refused_with_what_to_change(shards, s
     ):
         main(config)
     flowar = starting(shards, tmp_path / "run", source)
-    with pytest.raises(UserError, match="init.weights=raw is a choice among the weights of a run"):
+    with pytest.raises(UserError, match="init.weights=raw chooses among the weights of a run"):
         main(dataclasses.replace(flowar, init=InitConfig(model=str(source), weights="raw")))
     content = bytearray((source / "model.safetensors").read_bytes())
     content[-5] ^= 1
