@@ -290,7 +290,7 @@ def test_another_vae_than_the_models_is_refused(demo_shaped, shards, tmp_path):
 def test_classes_can_be_chosen_and_are_checked(demo_shaped, tmp_path):
     main(sampling(demo_shaped, tmp_path / "a", classes=(7, 2), num_images=3))
     assert [name[-8:-4] for name in read(tmp_path / "a")] == ["0007", "0002", "0007"]
-    with pytest.raises(UserError, match="classes holds 10; classes lie in 0 to 9"):
+    with pytest.raises(UserError, match="classes holds 10; give class numbers of the model, 0 to 9"):
         main(sampling(demo_shaped, tmp_path / "b", classes=(10,)))
 
 
@@ -373,6 +373,6 @@ def test_broken_weights_give_an_error_and_no_black_images(demo_shaped, tmp_path)
     with torch.no_grad():
         model.flow.output_projection.bias.fill_(float("nan"))
     save_model(model.config, model.state_dict(), tmp_path / "model")
-    with pytest.raises(UserError, match=r"images 0 to 4 are not finite; the weights of .* are broken"):
+    with pytest.raises(UserError, match=r"images 0 to 4 are not finite: the weights of .* are broken"):
         main(sampling(tmp_path / "model", tmp_path / "out"))
     assert not list((tmp_path / "out" / "images").iterdir())

@@ -108,11 +108,12 @@ def test_samples_stay_those_of_the_step_that_they_were_begun_with(run, shards, t
     (newer / "state.json").write_text(json.dumps(state | {"step": source.step + 1}))
     shutil.rmtree(source.folder)
     sample.main(begun)
-    assert f"drawing with step {source.step}, as the samples in {out} were begun; for step" in capsys.readouterr().out
+    said = f"drawing with step {source.step}, which the samples in {out} were started with; for step"
+    assert said in capsys.readouterr().out
     sample.main(drawing(run, tmp_path / "same", num_images=20))
     assert read_hashes(out / "images.xxh64") == read_hashes(tmp_path / "same" / "images.xxh64")
     assert (out / "model").exists() and not (tmp_path / "same" / "model").exists()  # the only copy that is left, or not
     sample.main(drawing(living, out, num_images=30))  # more of the same
     shutil.rmtree(out / "model")
-    with pytest.raises(UserError, match=f"holds images of step {source.step}, and {source.folder} is not there any"):
+    with pytest.raises(UserError, match=f"holds images of step {source.step}, but {source.folder} no longer exists"):
         sample.main(drawing(living, out, num_images=40))
