@@ -70,7 +70,7 @@ DAMAGED_SHARD = (
     r"features_00000000_00000009_.*safetensors is damaged: .*; delete it and run the same `flowar sample` again"
 )
 DAMAGED_STORE = r"features.json is damaged \(.*; remove .*features-own and run again"
-NOT_ITS_FEATURES = "holds features of samples .*, but .*samples.json says"
+NOT_ITS_FEATURES = "holds features of samples .*, but .*samples.json describes"
 DAMAGED_SAMPLES = r"samples.json is damaged"
 
 SAMPLES = {
@@ -99,7 +99,7 @@ SAMPLES = {
     "fewer samples": (
         lambda d, _: rewrite(d / "samples.json", '"num_images": 20', '"num_images": 10'), DAMAGED_SAMPLES,
     ),
-    "no samples.json": (lambda d, _: (d / "samples.json").unlink(), "but no samples.json, which says of which"),
+    "no samples.json": (lambda d, _: (d / "samples.json").unlink(), "but no samples.json, which records"),
 }  # fmt: skip
 
 

@@ -160,7 +160,7 @@ def test_absent_weights_are_named_with_where_to_put_them(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", no_network)
     file = tmp_path / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
-    with pytest.raises(UserError, match=f"fetch https://github.com/toshas/.* to {file}, or give the file as"):
+    with pytest.raises(UserError, match=f"download https://github.com/toshas/.* to {file}, or set extractor.weights"):
         evaluate.Extractor(ExtractorConfig(), torch.device("cpu"))
 
 
@@ -250,7 +250,7 @@ def test_saved_statistics_give_the_same_distance(digits, tmp_path):
     np.savez(tmp_path / "held_out.npz", mu=statistics["mu"], sigma=statistics["sigma"])
     record = measure(digits, tmp_path / "a", reference=tmp_path / "held_out.npz")
     assert values(record)["fid"] == pytest.approx(values(measure(digits, tmp_path / "b"))["fid"], rel=1e-4)
-    assert "precision" not in values(record) and "holds statistics alone" in " ".join(record["notes"])
+    assert "precision" not in values(record) and "holds only statistics" in " ".join(record["notes"])
 
     # ADM's files have both parts: statistics of all images, and some images.
     shifted = {"mu": statistics["mu"] + 1, "sigma": statistics["sigma"]}
@@ -282,7 +282,7 @@ def test_a_made_reference_serves_like_its_images(digits, tmp_path):
     other = tmp_path / "other.safetensors"
     network, about = load_judge(digits / "classifier.safetensors")
     save_judge(randomise(network), about, other)
-    with pytest.raises(UserError, match="holds features by weights .* of own, but those used here are"):
+    with pytest.raises(UserError, match="holds features by weights .* of own, but this machine has weights"):
         measure(
             digits,
             tmp_path / "c",
@@ -388,14 +388,19 @@ def test_the_paired_difference_is_surer_than_two_distances(digits, drawn, tmp_pa
     assert metrics["fid_difference"]["value"] == pytest.approx(metrics["fid"]["value"] - values(other)["fid"])
     widths = [own["high"] - own["low"] for own in (metrics["fid_difference"], metrics["fid"], other["metrics"]["fid"])]
     assert 0 < widths[0] < (widths[1] ** 2 + widths[2] ** 2) ** 0.5
-    with pytest.raises(UserError, match=f"against=.* holds {NUM_HELD_OUT} images, samples=.* 60, or of other numbers"):
+    with pytest.raises(
+        UserError, match=rf"against=.* \({NUM_HELD_OUT} images\) and samples=.* \(60 images\) must hold the same"
+    ):
         measure(digits, tmp_path / "c", samples=drawn / "a_images", against=str(digits / "held_out"))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"extractor": ExtractorConfig(name="inseption")}, "extractor.name=inseption is unknown; there are: inception"),
+        (
+            {"extractor": ExtractorConfig(name="inseption")},
+            "extractor.name=inseption is unknown; choose one of inception",
+        ),
         ({"extractor": ExtractorConfig(weights="/none")}, "extractor.weights=/none does not exist"),
         ({"extractor": ExtractorConfig(name=OWN, images="/none")}, "extractor.images=/none does not exist"),
         ({"samples": "/none"}, "samples=/none does not exist"),
@@ -414,5 +419,5 @@ def test_too_few_images_and_foreign_files_are_refused(digits, tmp_path):
     with pytest.raises(UserError, match="holds 1 images, but at least 20 are needed"):
         measure(digits, tmp_path / "out", samples=tmp_path / "few")
     np.savez(tmp_path / "a.npz", other=np.zeros(3))
-    with pytest.raises(UserError, match=r"a.npz holds other; mu and sigma \(statistics\) or images in arr_0"):
+    with pytest.raises(UserError, match=r"a.npz holds other; give an .npz with mu and sigma, or with images in arr_0"):
         measure(digits, tmp_path / "out2", reference=tmp_path / "a.npz")

@@ -86,12 +86,12 @@ def test_missing_half_drawn_and_foreign_things_are_one_clear_error(drawn, tmp_pa
     with pytest.raises(UserError, match="is not an .npz with images in arr_0: it holds other"):
         open_images(tmp_path / "a.npz", "samples")
     np.savez(tmp_path / "b.npz", np.zeros((2, 3, 4, 4)))
-    with pytest.raises(UserError, match=r"arr_0 is float64 \(2, 3, 4, 4\); uint8 images"):
+    with pytest.raises(UserError, match=r"arr_0 of float64 \(2, 3, 4, 4\); give one with uint8"):
         open_images(tmp_path / "b.npz", "samples")
-    with pytest.raises(UserError, match="is MDS without a column image"):
+    with pytest.raises(UserError, match="is an MDS dataset without a column image"):
         open_images(shards, "samples")
     (drawn / "images" / "000003_class0000.png").unlink()
-    with pytest.raises(UserError, match="holds 11 images, 12 of them hashed, but 12 were asked for; run the same"):
+    with pytest.raises(UserError, match="holds 11 images, 12 of them hashed, but 12 were requested; run the same"):
         open_images(drawn, "samples")
 
 

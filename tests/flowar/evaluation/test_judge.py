@@ -69,7 +69,7 @@ def test_a_judge_is_trained_once_and_a_damaged_one_refused(clothes, tmp_path, mo
         prepare_judge(
             dataclasses.replace(settings, images=str(tmp_path / "others")), file, clothes, None, CPU, 60
         )  # fmt: skip
-    with pytest.raises(UserError, match="has no classes that could train a judge; give a folder with one sub-folder"):
+    with pytest.raises(UserError, match="has no classes that could train a judge; set extractor.images to a folder"):
         prepare_judge(settings, tmp_path / "other", tmp_path / "others", None, CPU, 60)
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(UserError, match="is damaged .*; remove it and run the same command again"):
@@ -135,7 +135,7 @@ def test_samples_are_judged_beside_real_images_through_the_vae(shards, image_fol
     assert "0 still to draw" in capsys.readouterr().out
     files = sorted(file.name for file in (tmp_path / "samples" / "images").iterdir())
     assert files[:2] == ["000000_class0001_light.png", "000001_class0000_dark.png"]
-    with pytest.raises(UserError, match="classes=lihgt is no class of the model; did you mean light"):
+    with pytest.raises(UserError, match="classes=lihgt is not a class of the model; did you mean light"):
         sample(dataclasses.replace(drawing, classes=("lihgt",)))
     evaluate.main(
         EvaluateConfig(
