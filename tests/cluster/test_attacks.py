@@ -94,11 +94,11 @@ def test_what_slurm_can_not_do_is_refused_before(slurm, tmp_path, monkeypatch):
     monkeypatch.setenv("FLOWAR_SECRET", SECRET)
     one = ["--cluster", str(slurm.cluster_file), "cluster.nodes=1"]
     for name, sign in (("a%jb", "%"), ("a\\b", r"\\\\"), ("a\nb", r"\\n")):
-        with pytest.raises(UserError, match=f"Slurm can't have '{sign}' in it; give another path"):
+        with pytest.raises(UserError, match=f"Slurm can't handle '{sign}' in it; give another path"):
             submit(
                 ["doctor", f"run_dir='{tmp_path}/{name}'" if sign == "%" else f'run_dir="{tmp_path}/{name!r}"', *one]
             )
-    with pytest.raises(UserError, match="environment.KEY is passed .*but cluster.sbatch.export=NONE keeps it from"):
+    with pytest.raises(UserError, match="environment.KEY is passed .*but cluster.sbatch.export=NONE doesn't pass it"):
         submit(["doctor", f"run_dir={tmp_path}/run", *one, KEY, "cluster.sbatch.export=NONE"])
     with pytest.raises(UserError, match="cluster.environment.a b is not the name of a variable"):
         submit(["doctor", f"run_dir={tmp_path}/run", *one, "cluster.environment.a b=1"])

@@ -95,7 +95,7 @@ def test_bad_input_is_one_clear_error(followed, tmp_path):
         submit(["evaluate", str(file), "b.yaml", "--follow", str(tmp_path), "--cluster", str(cluster)])
     with pytest.raises(UserError, match="--follow .*/none does not exist"):
         submit(["evaluate", str(file), "--follow", str(tmp_path / "none"), "--cluster", str(cluster)])
-    with pytest.raises(UserError, match="--follow measures checkpoints: flowar submit evaluate, not train"):
+    with pytest.raises(UserError, match="--follow works with `flowar submit evaluate`, not with train"):
         submit(["train", str(file), "--follow", str(tmp_path), "--cluster", str(cluster)])
     with pytest.raises(UserError, match="evaluate.reference is required"):
         submit(["evaluate", "--follow", str(tmp_path), "--cluster", str(cluster)])

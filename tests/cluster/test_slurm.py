@@ -143,7 +143,7 @@ def disturb_in_turn(slurm, job, run_dir, disturbances):
         seen.append(newest_step(run_dir))
         starts = len(resumed) + (2 if disturb is out_of_time else 1)
         disturb(slurm, job)
-        slurm.wait_for(lambda starts=starts: len(steps_printed(job, RESUMED)) == starts, "going on")
+        slurm.wait_for(lambda starts=starts: len(steps_printed(job, RESUMED)) == starts, "a resumed start")
     slurm.wait_for_checkpoint(run_dir, job, after=steps_printed(job, RESUMED)[-1])
     cancel([str(run_dir)])
     slurm.wait_for(lambda: not run("squeue", "-h", "-j", job.ids[0]), "the end of the job")
@@ -231,7 +231,7 @@ def test_three_nodes_then_two(slurm, shards, undisturbed, tmp_path, capsys, monk
     first = slurm.submit("train", config, run_dir, "cluster.nodes=3")
     monkeypatch.chdir("/")
     slurm.wait_for_checkpoint(run_dir, first)
-    with pytest.raises(UserError, match=rf"is in use by job {first.ids[0]} \(train\); wait for it, or end it with"):
+    with pytest.raises(UserError, match=rf"is in use by job {first.ids[0]} \(train\); wait for it, or cancel it with"):
         resume_command([str(run_dir), "nodes=2"])
     capsys.readouterr()
     status([str(run_dir)])

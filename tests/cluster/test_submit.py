@@ -68,9 +68,13 @@ def test_errors_in_the_settings_are_found_before_submission(slurm, shards, tmp_p
     refused([*words, "cluster.node=3"], "node is not a setting; did you mean nodes", slurm.cluster_file)
     refused([*words, "cluster.nodes=3"], "batch_size=8 is not a multiple of 3 processes; try", slurm.cluster_file)
     refused([*words, "data.path=/nowhere"], "/nowhere", slurm.cluster_file)
-    refused([*words, "cluster.array=2"], "only prepare, sample, .* share their work", slurm.cluster_file)
+    refused(
+        [*words, "cluster.array=2"],
+        "can't share its work between jobs, only prepare, sample, .* can",
+        slurm.cluster_file,
+    )
     refused([*words, "cluster.time_min=1"], "stop_before_end_s=60 is not less than", slurm.cluster_file)
-    refused(["trian"], "'trian' can't be submitted; did you mean train", slurm.cluster_file)
+    refused(["trian"], "'trian' can't be submitted as a job; did you mean train", slurm.cluster_file)
     refused(words, "there is no config file", tmp_path / "none.yaml")
     assert not (tmp_path / "run").exists()
 
@@ -115,9 +119,11 @@ def test_a_task_that_got_less_than_was_asked_for_says_so():
     from flowar.config.jobs import ClusterConfig
 
     task = TaskEnvironment("7", restarts=0, rank=0, num_tasks=1, hosts=("n1",), cpus_asked=10_000)
-    with pytest.raises(UserError, match=r"cpus_per_task=10000 was asked for, but this task may use \d+ CPUs on node"):
+    with pytest.raises(
+        UserError, match=r"cpus_per_task=10000 was requested, but this task can use only \d+ CPUs on node"
+    ):
         check_resources(task, ClusterConfig())
-    with pytest.raises(UserError, match=r"gpus_per_node=99 was asked for, but torch sees \d+ on node"):
+    with pytest.raises(UserError, match=r"gpus_per_node=99 was requested, but torch sees \d+ on node"):
         check_resources(dataclasses.replace(task, cpus_asked=1), ClusterConfig(gpus_per_node=99))
 
 
