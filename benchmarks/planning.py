@@ -123,10 +123,10 @@ def scale() -> dict[tuple[str, bool], list[float]]:
 def say_scaling(picture: Path | None) -> None:
     """Print the table of scaling, and draw it."""
     found = scale()
-    print("| images/s (of what 8 GPUs do, each) | " + " | ".join(map(str, GPUS)) + " |")
+    print("| images/s (per GPU, relative to 8) | " + " | ".join(map(str, GPUS)) + " |")
     print("|---" * (len(GPUS) + 1) + "|")
     for (name, weak), rates in found.items():
-        kind = "weak, 32 samples a GPU" if weak else "strong, batch 2,048"
+        kind = "weak, 32 samples per GPU" if weak else "strong, batch 2,048"
         cells = [f"{rate:,.0f} ({rate / gpus / (rates[0] / 8):.0%})" for rate, gpus in zip(rates, GPUS, strict=True)]
         print(f"| FlowAR-{name.upper()}, {kind} | " + " | ".join(cells) + " |")
         if weak:
