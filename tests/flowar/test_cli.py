@@ -70,7 +70,7 @@ def test_help_of_every_program_prints_help_and_starts_nothing(program, capsys, m
     assert ended.value.code == 0 and "usage: " in capsys.readouterr().out
 
 
-def test_the_demo_vae_is_not_trained_into_a_folder_that_is_there(tmp_path, capsys, monkeypatch):
+def test_the_demo_vae_is_not_trained_into_an_existing_folder(tmp_path, capsys, monkeypatch):
     for words, message in (([str(tmp_path)], "exists already; give a new folder"), ([], "required: out_dir")):
         monkeypatch.setattr(sys, "argv", ["train_demo_vae", *words])
         with pytest.raises(SystemExit):
@@ -88,7 +88,7 @@ def test_dry_run_prints_the_resolved_config_and_writes_nothing(shards, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
-def test_an_error_of_a_dry_run_stands_alone(capsys):
+def test_an_error_of_a_dry_run_is_printed_alone(capsys):
     with pytest.raises(SystemExit, match="data.path=/nowhere does not exist"):
         main(["train", "run_dir=a", "data.path=/nowhere", "--dry-run"])
     assert capsys.readouterr().out == ""

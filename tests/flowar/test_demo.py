@@ -33,7 +33,7 @@ def short(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_demo_ends_in_a_report_and_runs_again_in_place(short, tmp_path):
-    """The way, not the quality."""
+    """Checks the steps, not the quality."""
     run_dir, printed = short
     report = run_dir / "report.html"
     assert f"open {report}" in printed
@@ -54,8 +54,8 @@ def test_the_demo_ends_in_a_report_and_runs_again_in_place(short, tmp_path):
 
 
 @pytest.mark.slow
-def test_arflow_goes_the_same_way(short, tmp_path):
-    """On the data and the judge of the other demo: what is there is not made again."""
+def test_arflow_goes_through_the_same_steps(short, tmp_path):
+    """Uses the data and the judge of the other demo, as existing parts are not made again."""
     run_dir = tmp_path / "demo"
     for name in ("data", "images"):
         shutil.copytree(short[0] / name, run_dir / name)

@@ -32,7 +32,7 @@ NUM_TRAIN, NUM_HELD_OUT = 300, 200
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    """Some of the demo's images, and an untrained classifier, which is a feature extractor as good as any here."""
+    """Some of the demo's images, and an untrained classifier, which is good enough as a feature extractor here."""
     root = tmp_path_factory.mktemp("digits")
     write_image_folders(root)
     for split, count in (("train", NUM_TRAIN), ("held_out", NUM_HELD_OUT)):
@@ -119,7 +119,7 @@ def store_of(folder, start):
 
 @pytest.mark.slow
 def test_inception_metrics_equal_torch_fidelitys_with_one_and_with_three_ranks(digits, inception, tmp_path):
-    """On few images: an Inception takes a third of a second for each here."""
+    """On few images, as an Inception takes a third of a second per image on a CPU."""
     for name, count in (("train", 20), ("held_out", 8)):
         (tmp_path / name).mkdir()
         for number, file in enumerate(sorted((digits / name).rglob("*.png"))[:: 15 if name == "train" else 25]):
@@ -184,7 +184,7 @@ dependencies = ["torch"]
 
 
 def test_fd_dinov2_comes_from_torch_hubs_folder_and_is_left_out_with_a_note_elsewhere(digits, tmp_path, monkeypatch):
-    """With a tiny network where torch hub would keep DINOv2: its weights can't be had here."""
+    """Uses a tiny network in the place of DINOv2 in torch hub's folder, as tests download no weights."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     small = {"samples": digits / "held_out" / "3", "reference": digits / "held_out" / "4"}
     with pytest.raises(UserError, match="extractor.weights=x: dinov2-vit-l-14 is read from torch hub's folder"):
@@ -208,7 +208,7 @@ def test_fd_dinov2_comes_from_torch_hubs_folder_and_is_left_out_with_a_note_else
         measure(
             digits, tmp_path / "b", more=("dinov2",), samples=small["samples"], reference=tmp_path / "inception.npz"
         )
-    # Not asked for by name, what can't be had is a note.
+    # If it is not requested by name, missing weights are only a note.
     monkeypatch.setattr(protocols, "OWN", "")
     record = measure(
         digits, tmp_path / "c", protocol="adm", samples=small["samples"], reference=tmp_path / "inception.npz"
@@ -292,7 +292,7 @@ def test_a_made_reference_serves_like_its_images(digits, tmp_path):
 
 
 def test_images_of_the_evaluation_itself_are_not_measured(digits, tmp_path):
-    """By default it lies beside a plain folder, so that a second protocol finds the same images."""
+    """By default the evaluation is beside a plain folder, so that a second protocol finds the same images."""
     shutil.copytree(digits / "held_out", tmp_path / "images")
     settings = {"samples": str(tmp_path / "images"), "reference": str(digits / "train"), "extractor": judge(digits)}
     for protocol in ("adm", "torch-fidelity", "adm"):
@@ -332,7 +332,7 @@ def test_the_command_writes_numbers_with_intervals_and_a_page_without_links(digi
     assert sorted(by_class) == [str(label) for label in range(10)] and all(own["fid"] > 0 for own in by_class.values())
 
 
-def test_features_that_are_there_are_not_computed_again(digits, tmp_path, monkeypatch):
+def test_existing_features_are_not_computed_again(digits, tmp_path, monkeypatch):
     measure(digits, tmp_path)
     monkeypatch.setattr(evaluate.Extractor, "__call__", None)
     measure(digits, tmp_path, protocol="adm")
@@ -377,7 +377,7 @@ def test_packed_samples_give_the_same_distance(digits, drawn, tmp_path, kind):
 
 
 @pytest.mark.slow
-def test_the_paired_difference_is_surer_than_two_distances(digits, drawn, tmp_path):
+def test_a_paired_difference_has_a_narrower_interval_than_two_distances(digits, drawn, tmp_path):
     same = measure(digits, tmp_path / "same", samples=drawn / "a_images", against=str(drawn / "a_features"))
     assert values(same)["fid_difference"] == pytest.approx(0, abs=1e-6)
     record = measure(
