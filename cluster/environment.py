@@ -119,7 +119,7 @@ def check_resources(task: TaskEnvironment, cluster: ClusterConfig) -> None:
             "srun gets --cpus-per-task and that the node's TaskPlugin is right, or exclude the node"
         )
     if cluster.gpus_per_node:
-        import torch  # only where there are GPUs: this takes seconds
+        import torch  # takes seconds, so only on GPU nodes
 
         gpus = torch.cuda.device_count()
         if gpus < cluster.gpus_per_node:

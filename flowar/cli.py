@@ -1,4 +1,4 @@
-"""The `flowar` command: hands `flowar VERB ...` to that verb's function. Holds no logic; imports torch only to run.
+"""The `flowar` command: passes `flowar VERB ...` to that verb's function. Holds no logic; imports torch only to run.
 
 A new verb is one row of VERBS and one file. Read next: config/load.py, then the file of the verb you use.
 """
@@ -50,17 +50,17 @@ class Verb:
 
 VERBS = {
     "prepare": Verb(
-        "data_prep.encode:main", PrepareConfig, "images -> MDS shards of VAE moments, by any number of workers",
+        "data_prep.encode:main", PrepareConfig, "encode images as VAE moments in MDS shards, with many workers",
         "flowar prepare images=/data/imagenet/train out_dir=/data/in256 vae.name=mar vae.weights=kl16.ckpt",
         folder=("out_dir",), has_jobs_beside=True, shares_work=True,
     ),
     "train-vae": Verb(
-        "data_prep.train_vae:main", TrainVAEConfig, "a VAE for your own images; run it again to resume",
+        "data_prep.train_vae:main", TrainVAEConfig, "train a VAE for your own images; run it again to resume",
         "flowar train-vae images=photos out_dir=vaes/photos image_size=64  # then vae.name=vaes/photos",
         folder=("out_dir",),
     ),
     "check": Verb(
-        "data_prep.check:main", CheckConfig, "is a folder still what was written? dataset, run, model, samples",
+        "data_prep.check:main", CheckConfig, "check that a dataset, run, model or samples are undamaged",
         "flowar check /data/in256 vae.name=mar vae.weights=kl16.ckpt", ("path",),
         folder=("path",), has_jobs_beside=True,
     ),
@@ -70,11 +70,11 @@ VERBS = {
         folder=("run_dir",),
     ),
     "suggest": Verb(
-        "flowar.suggest:main", SuggestConfig, "training settings for a dataset and this machine, with reasons",
+        "flowar.suggest:main", SuggestConfig, "suggest settings to train on a dataset and this machine",
         "flowar suggest data.path=data/photos file=photos.yaml  # then: flowar train photos.yaml",
     ),
     "plan": Verb(
-        "flowar.plan:main", PlanConfig, "memory, communication and time of a run, before renting anything",
+        "flowar.plan:main", PlanConfig, "predict memory, communication and time of a run on any GPUs",
         "flowar plan configs/train/flowar_h.yaml nodes=8 search=true",
     ),
     "replay": Verb(
@@ -82,65 +82,65 @@ VERBS = {
         "flowar replay runs/l/anomalies/batch_00012345", ("bundle",),
     ),
     "sample": Verb(
-        "flowar.sample:main", SampleConfig, "draw images, class by class, as PNG files",
+        "flowar.sample:main", SampleConfig, "draw images, classes in turn, as PNG files",
         "flowar sample model=runs/l out_dir=samples/l num_images=50000 vae.weights=kl16.ckpt",
         folder=("out_dir",), shares_work=True,
     ),
     "evaluate": Verb(
-        "flowar.evaluate:main", EvaluateConfig, "FID, Inception score, precision and recall of images",
+        "flowar.evaluate:main", EvaluateConfig, "measure FID, Inception score, precision and recall of images",
         "flowar evaluate samples=samples/l reference=VIRTUAL_imagenet256_labeled.npz",
         folder=("out_dir", "samples"), shares_work=True,
     ),
     "make-reference": Verb(
-        "flowar.evaluate:make_reference", ReferenceConfig, "statistics and features of real images, for evaluate",
+        "flowar.evaluate:make_reference", ReferenceConfig, "compute the statistics of real images, for evaluate",
         "flowar evaluate make-reference images=imagenet/val out_dir=references/val",
         folder=("out_dir",), has_jobs_beside=True, shares_work=True,
     ),
     "sweep": Verb(
-        "flowar.sweep:main", SweepConfig, "guidance, interval, steps, averages: the best FID, and what it costs",
+        "flowar.sweep:main", SweepConfig, "find the guidance, interval, steps and average with the best FID",
         "flowar sweep model=runs/l reference=references/in256 out_dir=sweeps/l sample.vae.weights=kl16.ckpt",
         folder=("out_dir",), shares_work=True,
     ),
     "export": Verb(
-        "flowar.export:export", ExportConfig, "weights of a training run -> model.safetensors and config.json",
+        "flowar.export:export", ExportConfig, "export a run's weights as model.safetensors and config.json",
         "flowar export runs/l models/l", ("model", "out_dir"),
     ),
     "ema": Verb(
-        "flowar.export:average", AverageConfig, "an average of any length, from the ones that a run kept (EDM2)",
+        "flowar.export:average", AverageConfig, "compute an average of any length from a run's averages (EDM2)",
         "flowar ema runs/l models/l_008 std=0.08", ("run_dir", "out_dir"),
     ),
     "convert": Verb(
-        "flowar.export:convert_checkpoint", ConvertConfig, "the authors' FlowAR-*.pth or ARFlow -> a model folder",
+        "flowar.export:convert_checkpoint", ConvertConfig, "convert the authors' FlowAR or ARFlow to a model folder",
         "flowar convert FlowAR-L.pth models/flowar-l", ("checkpoint", "out_dir"),
     ),
     "info": Verb(
-        "flowar.info:main", InfoConfig, "parameters by part, token counts and FLOPs of a model",
+        "flowar.info:main", InfoConfig, "show parameters by part, token counts and FLOPs of a model",
         "flowar info flowar-h num_steps=50 guidance_interval=[0,0.7]", ("model.variant",),
     ),
     "bench": Verb(
-        "flowar.bench:main", BenchConfig, "how fast a model trains and draws here, against a plain baseline",
+        "flowar.bench:main", BenchConfig, "measure how fast a model trains and draws, against a baseline",
         "flowar bench what=sample model.variant=flowar-l depth=2 batch_size=4",
     ),
     "doctor": Verb(
-        "flowar.doctor:main", DoctorConfig, "are the nodes, GPUs, network and file system fit for a run?",
+        "flowar.doctor:main", DoctorConfig, "check that nodes, GPUs, network and files are fit for a run",
         "flowar doctor run_dir=runs/doctor data=/data/in256  # in a job: flowar submit doctor ... --cluster FILE",
         folder=("run_dir",),
     ),
     "demo": Verb(
-        "flowar.demo:main", DemoConfig, "handwritten digits from images to a report, in minutes on a laptop",
+        "flowar.demo:main", DemoConfig, "train on handwritten digits, up to a report, in minutes on a laptop",
         "flowar demo run_dir=runs/demo",
     ),
 }  # fmt: skip
 
 
-# Verbs with a command line of their own: the function that takes the words after the verb, and their help.
+# Verbs with their own command line: the function that takes the words after the verb, and the help.
 JOB_VERBS = {
-    "submit": ("cluster.commands:submit_command", "a verb, or a pipeline of them, as a Slurm job"),
+    "submit": ("cluster.commands:submit_command", "run a verb, or a pipeline of verbs, as a Slurm job"),
     "resume": (
         "cluster.commands:resume_command",
-        "start a run's latest job again, with the same code; other nodes are fine",
+        "start a run's latest job again with the same code, on any nodes",
     ),
-    "status": ("cluster.status:status", "one table: jobs, states, nodes, step, loss, time left, restarts"),
+    "status": ("cluster.status:status", "show jobs, states, nodes, step, loss, time left, restarts"),
     "logs": ("cluster.status:logs", "print what a task of a job printed"),
     "cancel": ("cluster.status:cancel", "cancel a run's jobs for good"),
 }
@@ -197,7 +197,9 @@ def _run(name: str, verb: Verb, words: list[str]) -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would be done, and exit")
     if "preview" in _names_of_flags(verb.schema):
-        parser.add_argument("--preview", action="store_true", help="draw only a few example pictures; preview=true")
+        parser.add_argument(
+            "--preview", action="store_true", help="draw a few pictures to look at; same as preview=true"
+        )
     options = parse_options(parser, words, verb.schema)
     given = [*options.words, "preview=true"] if getattr(options, "preview", False) else options.words
     config = parse_words(verb.schema, given, verb.positionals)

@@ -48,7 +48,7 @@ REAL_IMAGES = {  # name in the demo's settings -> description
     "digits": "scikit-learn's 1,797 handwritten digits",
     "fashion": "Fashion-MNIST's 70,000 clothes",
 }
-FLIPS = {"digits": False, "fashion": False}  # no digit is its own mirror image, and all shoes there point to the left
+FLIPS = {"digits": False, "fashion": False}  # mirrored digits are wrong, and all shoes point left
 HEADINGS = {"digits": "handwritten digits", "fashion": "clothes"}
 SHOWN = {"digits": "digit", "fashion": "garment"}
 DEMO_METRICS = ("fid", "inception_score", "precision", "recall")
@@ -97,7 +97,7 @@ def main(config: DemoConfig, dry_run: bool = False) -> None:
         device=training.device,
     )
     run_verb("sample", sampling)
-    _say(5, "evaluate with a judge, a classifier of the real images: samples, and training images beside them")
+    _say(5, "evaluate samples, and training images for comparison, with a judge: a classifier of the real images")
     numbers = measure_demo(config)
     draw_pictures(run_dir, training, sampling, load_real(config)["held_out"])
     numbers["minutes"] = (time.perf_counter() - started) / 60

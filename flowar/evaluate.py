@@ -304,7 +304,7 @@ def read_evaluation(out_dir: Path) -> dict[str, Any]:
 
 
 def choose_out_dir(config: EvaluateConfig) -> Path:
-    """Return the folder of this evaluation: inside the folder of `flowar sample`, else beside the samples."""
+    """Return the folder of this evaluation: inside the output of `flowar sample`, otherwise beside the samples."""
     if config.out_dir is not None:
         return Path(config.out_dir)
     samples = Path(config.samples)

@@ -24,7 +24,7 @@ ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
 BEST = 8  # rows of a search that are shown
 PAYING = 1.5  # twice the GPUs must be at least this many times as fast
 ROWS = (
-    "weights", "gradients", "optimizer", "averages", "gathered", "activations", "all of it", "micro batch",
+    "weights", "gradients", "optimizer", "averages", "gathered", "activations", "total", "micro batch",
     "collectives", "GB sent", "sending, s", "GPU, s", "host, s", "step, s", "images/s", "MFU", "days",
 )  # fmt: skip
 
@@ -40,7 +40,7 @@ def count_images(config: PlanConfig) -> tuple[int, str]:
         return config.num_images, "num_images"
     if path is not None and Path(path).exists():
         return read_passport(path).num_images, f"data.path={path}"
-    why = "no data.path is given" if path is None else f"data.path={path} is not here"
+    why = "no data.path is given" if path is None else f"data.path={path} does not exist"
     return IMAGENET_IMAGES, f"ImageNet's, as {why}; num_images=... sets another number"
 
 
@@ -62,9 +62,9 @@ def column_of(setting: PlannedStep, machine: Machine, wanted_micro: int | None, 
     setting = dataclasses.replace(setting, micro=micro or 1)
     memory = setting.memory
     cells = {name: f"{value / GIB:.2f}" for name, value in vars(memory).items()}
-    cells |= {"all of it": f"{memory.total / GIB:.1f}", "micro batch": f"{setting.micro}"}
+    cells |= {"total": f"{memory.total / GIB:.1f}", "micro batch": f"{setting.micro}"}
     if not fits(setting, machine):
-        return cells | {"micro batch": f"{setting.micro}: no room"}
+        return cells | {"micro batch": f"{setting.micro}: too big"}
     step = time_step(setting, machine)
     sent = collectives_of(setting.layout, sizes_of(setting.model), setting.parts)
     return cells | {
@@ -120,7 +120,7 @@ def show_search(setting: PlannedStep, machine: Machine, nodes: int, console: Con
             way_of(way.setting),
         )
     console.print(table)
-    print(f"{len(found)} ways fit." + "".join(f"\nNo room: {each}." for each in refused))
+    print(f"{len(found)} ways fit." + "".join(f"\nDoesn't fit: {each}." for each in refused))
 
 
 def main(config: PlanConfig, dry_run: bool = False) -> None:

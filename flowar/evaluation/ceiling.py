@@ -61,8 +61,8 @@ def open_ceiling(
     vae = load_vae(vae_config.name, vae_config.weights).to(device)
     if vae.weights_sha256 != sampling.get("vae_sha256"):
         raise UserError(
-            f"VAE {vae_config.name} here has weights {vae.weights_sha256[:12]}, but the samples were decoded with "
-            f"{str(sampling.get('vae_sha256'))[:12]}"
+            f"VAE {vae_config.name} has weights {vae.weights_sha256[:12]} on this machine, but the samples were "
+            f"decoded with {str(sampling.get('vae_sha256'))[:12]}"
         )
     height, width = real.read_checked(0).shape[:2]
     if height % vae.stride or width % vae.stride:

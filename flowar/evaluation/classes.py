@@ -85,7 +85,7 @@ def judge_classes(found: Features, matched: dict[int, int] | None, about: AboutJ
     strange = [label for label in found.labels[has_class].unique().tolist() if label not in matched]
     if strange:
         raise UserError(
-            f"an image is of class {strange[0]}, but the judge knows 0 to {len(about.class_names) - 1}, trained on "
+            f"an image has class {strange[0]}, but the judge knows 0 to {len(about.class_names) - 1}, trained on "
             f"{about.images}; set extractor.images to images with the same classes, and another extractor.weights"
         )
     asked = torch.tensor([matched[label] for label in found.labels[has_class].tolist()])

@@ -150,7 +150,7 @@ class TorchEngine:
             load_state({key(name): tensor for name, tensor in local.items()}, folder, self.world.control)
 
     def full(self, local: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yield every name and whole tensor, on all ranks, of tensors that lie like `local_weights`."""
+        """Yield every name and whole tensor, on all ranks, from tensors that are laid out like `local_weights`."""
         for name, parameter in self.parameters.items():
             if self.name == "fsdp":
                 shard = local[name]
@@ -197,7 +197,7 @@ def shard_model(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, par
 
 
 def has_norm_weight(module: nn.Module) -> bool:
-    """Return whether a module is a norm with a weight of its own."""
+    """Return whether a module is a norm that has a weight."""
     return isinstance(module, nn.RMSNorm | nn.LayerNorm) and module.weight is not None
 
 

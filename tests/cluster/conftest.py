@@ -85,7 +85,7 @@ class Slurm:
 
 
 def newest_step(run_dir: Path) -> int:
-    """Return the step of the newest checkpoint; 0 if there is none."""
+    """Return the step of the newest checkpoint; 0 without a checkpoint."""
     latest = find_latest(run_dir)
     return 0 if latest is None else checkpoint_step(latest)
 

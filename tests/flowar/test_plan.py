@@ -242,7 +242,7 @@ def test_the_table_can_be_read_at_80_columns(capsys, monkeypatch, memory_gib):
     cells = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in table if line[0] == "│"}
     assert tuple(cells) == plan.ROWS and all(len(row) == len(plan.ENGINES) for row in cells.values())
     assert all(cell.strip() and "…" not in cell for row in cells.values() for cell in row)
-    assert ("no room" in cells["micro batch"][0]) == ("That does not fit: set" in printed) == (memory_gib < 1)
+    assert ("too big" in cells["micro batch"][0]) == ("That does not fit: set" in printed) == (memory_gib < 1)
 
 
 def test_the_number_of_images_is_the_datasets_if_it_exists(shards, tmp_path, capsys):

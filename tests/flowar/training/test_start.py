@@ -50,7 +50,7 @@ def kept_source(shards, tmp_path_factory):
 
 @pytest.fixture
 def source(kept_source, tmp_path):
-    """A copy of it."""
+    """A copy of the model folder."""
     return shutil.copytree(kept_source, tmp_path / "source")
 
 
