@@ -367,10 +367,7 @@ def find_run(config: EvaluateConfig) -> tuple[Path, int] | None:
     if isinstance(step, int) and (run_dir / CHECKPOINTS).is_dir():
         return run_dir, step
     if config.run_dir is not None:
-        raise UserError(
-            f"got run_dir={run_dir} and step={config.step}; run_dir must be a training run, and step one of its "
-            "steps; give both"
-        )
+        raise UserError(f"run_dir={run_dir} must be a training run, and step={config.step} one of its steps; give both")
     return None
 
 

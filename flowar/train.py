@@ -191,7 +191,7 @@ def train(config: TrainConfig, world: World) -> None:
                 if world.is_main:
                     owner.check()  # before anything of the run is changed
                 bundle = keep_anomaly(engine, inputs, Anomaly(step, problem, numbers), run.step, config)
-                where = f"kept in {bundle}" if bundle else f"not kept, as guard.max_kept={config.guard.max_kept} are"
+                where = f"kept in {bundle}" if bundle else f"not kept: guard.max_kept={config.guard.max_kept} reached"
                 report.say(f"step {step} skipped: {problem}; {where}")
             progress = guard.note_in(progress)
             meter.update_done()

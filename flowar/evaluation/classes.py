@@ -64,9 +64,9 @@ def to_judge_classes(
     if unknown:
         hint = did_you_mean(unknown[0], about.class_names[:20])
         raise UserError(
-            f"{what} has {len(unknown):,} classes that the judge does not know, first {unknown[0]!r}{hint}; the judge "
-            f"was trained on {about.images}; set extractor.images to images with the same classes, and another "
-            "extractor.weights"
+            f"{what} has {len(unknown):,} classes that the judge does not know (the first is {unknown[0]!r}{hint}); "
+            f"the judge was trained on {about.images}; set extractor.images to images with the same classes, and "
+            "another extractor.weights"
         )
     return {label: known[name] for label, name in enumerate(names)}
 

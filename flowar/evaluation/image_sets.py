@@ -196,7 +196,7 @@ def _open_npz(path: Path, setting: str) -> ImageSet:
         images = _map_member(path, "arr_0.npy")
     except Exception as error:  # damaged archives raise any kind
         raise UserError(
-            f"{setting}={path} is not an .npz with images in arr_0: {error}; copy it again, or make it again"
+            f"{setting}={path} is not an .npz with images in arr_0: {error}; copy or make it again"
         ) from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise UserError(

@@ -61,7 +61,7 @@ def search(setting: PlannedStep, machine: Machine, nodes: int) -> tuple[list[Fou
         found += [Found(way, time_step(way, machine)) for way in fitting]
         if not fitting:
             least = min(ways, key=lambda way: way.memory.total)
-            refused.append(f"{way_of(least)} takes {least.memory.total / GIB:.0f} GiB")
+            refused.append(f"{way_of(least)} needs {least.memory.total / GIB:.0f} GiB")
     return sorted(found, key=lambda each: each.step.total), refused
 
 

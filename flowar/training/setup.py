@@ -87,7 +87,7 @@ def plan_run(config: TrainConfig, world: World) -> RunPlan:
         how = f"{engine}, {world.device}, {config.precision}, attention {config.attention}"
         print(
             f"{passport.num_images:,} images / batch of {config.batch_size:,} = "
-            f"{passport.num_images / config.batch_size:,.1f} steps an epoch, "
+            f"{passport.num_images / config.batch_size:,.1f} steps per epoch, "
             f"{config.epochs:g} epochs = {num_steps:,} steps, {warmup_steps:,.0f} of them warm-up; batch = {micro:,} x "
             f"{parts} parts x {world.size} processes ({how})"
         )

@@ -210,7 +210,9 @@ def test_status_of_a_run_without_a_scheduler_shows_the_run(run_dir, tmp_path, ca
     try:
         wait_until((run_dir / "owner.json").exists, [process], tmp_path / "log")
         assert f"process {process.pid} train RUNNING" in shown(run_dir, capsys)
-        with pytest.raises(UserError, match=f"no job was submitted for .*; process {process.pid} trains .* save and"):
+        with pytest.raises(
+            UserError, match=f"no job was submitted for .*; process {process.pid} is training .* save and"
+        ):
             resume_command([str(run_dir)])
         cancel([str(run_dir)])
         assert f"`kill {process.pid}` makes it save and stop" in capsys.readouterr().out

@@ -328,7 +328,9 @@ def test_two_commands_with_other_seeds_started_together_never_mix(root, tmp_path
 
 def test_a_set_grows_and_a_smaller_number_is_refused(job, drawn):
     draw(job, drawn, num_images=NUM + 1)
-    with pytest.raises(UserError, match=r"num_images=6 is less than the 7 that out_dir=.*; set num_images=7, or give"):
+    with pytest.raises(
+        UserError, match=r"num_images=6 is less than the 7 images that out_dir=.*; set num_images=7, or give"
+    ):
         draw(job, drawn)
     small = with_folder(job, drawn)
     draw_missing(small, ImageSink(small))  # one of the smaller call that is still at work

@@ -52,10 +52,12 @@ def refused(words, match, cluster):
 def test_what_slurm_would_refuse_is_refused_before_submission(slurm, shards, tmp_path):
     words = train_words(shards, tmp_path / "run")
     one = "cluster.nodes=1"
-    refused([*words, one, "cluster.partition=gpu"], r"partition=gpu; there are: local, h100\)$", slurm.cluster_file)
+    refused(
+        [*words, one, "cluster.partition=gpu"], r"partition=gpu; the partitions are local, h100\)$", slurm.cluster_file
+    )
     refused(
         [*words, one, "cluster.partition=h100", "cluster.account=yours"],
-        "cluster.account=yours may not use cluster.partition=h100, which is for: my_account$",
+        "cluster.account=yours may not use cluster.partition=h100; use one of its accounts, my_account, or",
         slurm.cluster_file,
     )
     refused([*words, "cluster.nodes=5", "batch_size=10"], "Slurm refuses the train job: .*node", slurm.cluster_file)
@@ -191,7 +193,7 @@ def test_processes_on_this_machine_by_the_local_scheduler(shards, tmp_path, caps
     assert len(read_metrics(tmp_path / "run")) == 6
     status([str(tmp_path / "run")])
     assert "FINISHED" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"has no log of rank 7; there are: \d+_0_log.err"):
+    with pytest.raises(UserError, match=r"has no log of rank 7; choose one of \d+_0_log.err"):
         logs([str(tmp_path / "run"), "--rank", "7"])
 
 

@@ -187,7 +187,9 @@ def test_fd_dinov2_comes_from_torch_hubs_folder_and_is_left_out_with_a_note_else
     """Uses a tiny network in the place of DINOv2 in torch hub's folder, as tests download no weights."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     small = {"samples": digits / "held_out" / "3", "reference": digits / "held_out" / "4"}
-    with pytest.raises(UserError, match="extractor.weights=x: dinov2-vit-l-14 is read from torch hub's folder"):
+    with pytest.raises(
+        UserError, match="extractor.weights=x can't be used: dinov2-vit-l-14 is read from torch hub's folder"
+    ):
         evaluate.Extractor(ExtractorConfig(name="dinov2-vit-l-14", weights="x"), torch.device("cpu"))
     notes = []
     config = EvaluateConfig(samples="a", reference="b")
@@ -204,7 +206,7 @@ def test_fd_dinov2_comes_from_torch_hubs_folder_and_is_left_out_with_a_note_else
     metric = record["metrics"]["fd_dinov2"]
     assert metric["value"] > 0 and metric["low"] < metric["value"] < metric["high"]
     np.savez(tmp_path / "inception.npz", mu=np.zeros(64), sigma=np.eye(64))
-    with pytest.raises(UserError, match="has Inception's statistics; for dinov2-vit-l-14 give images, or what"):
+    with pytest.raises(UserError, match="has Inception's statistics; for dinov2-vit-l-14 give images, or a reference"):
         measure(
             digits, tmp_path / "b", more=("dinov2",), samples=small["samples"], reference=tmp_path / "inception.npz"
         )

@@ -192,24 +192,24 @@ def test_a_search_lists_the_fastest_first_and_says_what_does_not_fit(uncompiled)
     assert time_step(found[0].setting, H100).total == found[0].step.total
     assert "micro_batch_size=" in way_of(found[0].setting)
     nothing, refused = search(setting, dataclasses.replace(H100, memory=1000), 2)
-    assert not nothing and len(refused) == 12 and "micro_batch_size=1 takes 0 GiB" in refused[0]
+    assert not nothing and len(refused) == 12 and "micro_batch_size=1 needs 0 GiB" in refused[0]
     assert largest_micro(setting, dataclasses.replace(H100, memory=1000)) == 0
 
 
-@pytest.mark.parametrize("is_tried_all_the_same", [False, True])
-def test_training_refuses_at_once_what_does_not_fit(shards, tmp_path, monkeypatch, is_tried_all_the_same):
+@pytest.mark.parametrize("is_tried_anyway", [False, True])
+def test_training_refuses_at_once_what_does_not_fit(shards, tmp_path, monkeypatch, is_tried_anyway):
     config = training(shards, tmp_path / "run", epochs=1, micro_batch_size=8)
-    config = dataclasses.replace(config, parallel=ParallelConfig(check_memory=not is_tried_all_the_same))
+    config = dataclasses.replace(config, parallel=ParallelConfig(check_memory=not is_tried_anyway))
     need = PlannedStep.of(config, 1, 1).memory.total
     monkeypatch.setattr(room, "device_memory", lambda device: need - 1)
-    if is_tried_all_the_same:
+    if is_tried_anyway:
         train.main(config)
     else:
-        with pytest.raises(UserError, match="micro_batch_size=8 takes .* GiB on each GPU.*set micro_batch_size=.*or "):
+        with pytest.raises(UserError, match="micro_batch_size=8 needs .* GiB on each GPU.*set micro_batch_size=.*or "):
             train.main(config)
         with pytest.raises(UserError, match="parallel.checkpoint_every_blocks=1; or parallel.check_memory=false"):
             train.main(config, dry_run=True)
-    assert (tmp_path / "run").exists() == is_tried_all_the_same
+    assert (tmp_path / "run").exists() == is_tried_anyway
     monkeypatch.setattr(room, "device_memory", lambda device: need)
     room.check_room(config, World(0, 1, torch.device("cpu"), None))
     assert device_memory(torch.device("cpu")) is None
