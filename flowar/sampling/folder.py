@@ -231,8 +231,8 @@ def check_owner(file: Path, content: bytes, identity: str) -> None:
         raise UserError(f"{file} is damaged: {error}; delete it and run the same `flowar sample` again") from error
     if owner not in (None, f"{identity}/{number_of(file.name)}"):
         raise UserError(
-            f"{file} is image {owner}, but {file.parent.parent / SAMPLES_FILE} describes samples {identity}; delete "
-            "the image and run the same `flowar sample` again, or restore the record that belongs to the images"
+            f"{file} should be image {identity}/{number_of(file.name)} by {file.parent.parent / SAMPLES_FILE}, but is "
+            f"{owner}; delete it and run the same `flowar sample` again, or restore the record of these images"
         )
 
 

@@ -33,7 +33,7 @@ def freeze_parts(model: nn.Module, patterns: Sequence[str]) -> None:
             near = [whole] if fnmatch.filter(parameters, whole) else list(parameters)[:3]
             raise UserError(
                 f"optim.frozen={pattern} matches no parameter; patterns work as for file names, * matches anything; "
-                f"for example {', '.join(near)}"
+                f"try, for example, {', '.join(near)}"
             )
         for name in matching:
             parameters[name].requires_grad_(False)

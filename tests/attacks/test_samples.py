@@ -119,7 +119,7 @@ def keep_three(file):
 
 NOT_ITS_HASH = r"000002_class0002.png does not have the hash in .*images.xxh64; delete it and run the same `flowar sam"
 IN_THE_RECORD = r"samples.json is damaged \(.*; restore it from a copy, or draw the samples again"
-OF_OTHERS = r"is image [0-9a-f]{16}/\d, but .*samples.json describes samples"
+OF_OTHERS = r"should be image [0-9a-f]{16}/\d by .*samples.json, but is"
 OTHER_SETTINGS = "holds images drawn with other settings: seed was 1, now 0; give another out_dir"
 IN_THE_HASHES = r"images.xxh64 is damaged \(.*; restore it from a copy, or delete it and run the same `flowar sample`"
 IMAGE_2 = "images/000002_class0002.png"

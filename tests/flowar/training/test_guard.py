@@ -192,7 +192,7 @@ def test_a_rank_that_fails_says_why_and_ends_although_process_groups_do_not(shar
     ranks = processes.start_ranks(train_until_one_fails, words, world_size=2, log=tmp_path / "log")
     processes.join(ranks, tmp_path / "log", code=1)
     text = (tmp_path / "log").read_text()
-    assert "flowar train: shard 7 is damaged" in text and "rank 0 has lost the others" in text
+    assert "flowar train: shard 7 is damaged" in text and "rank 0 lost the other ranks" in text
 
 
 @pytest.mark.slow
@@ -210,4 +210,4 @@ def test_a_rank_that_stalls_or_dies_ends_the_others_with_a_message(shards, tmp_p
     stop(ranks)
     assert code not in (0, None)
     text = (tmp_path / "log").read_text()
-    assert "rank 0 has lost the others" in text and "resumes from" in text
+    assert "rank 0 lost the other ranks" in text and "resumes from" in text
