@@ -1,4 +1,4 @@
-"""What a training run's folder says of itself, however the run was started. Read next: status.py."""
+"""Read the state of a training run from its folder, however the run was started. Read next: status.py."""
 
 import contextlib
 import time
@@ -35,12 +35,12 @@ class RunCells(NamedTuple):
 
 
 class Trainer(NamedTuple):
-    """The process that trains in a run folder, or that did so last."""
+    """The process that trains in a run folder, or the last one that did."""
 
     state: str
     pid: int
     host: str
-    job: str  # the scheduler's number; empty where it was started without one
+    job: str  # the scheduler's number; empty if it was started without a scheduler
 
 
 def is_run(folder: Path) -> bool:
@@ -70,12 +70,12 @@ def read_run(run_dir: Path) -> RunCells:
             raise
         raise UserError(
             f"{file} is damaged ({type(error).__name__}: {error}): each line must be a JSON object with step, loss, "
-            "images_per_s and remaining_s; remove the lines that are not"
+            "images_per_s and remaining_s; remove all other lines"
         ) from error
 
 
 def total_steps(run_dir: Path) -> int | None:
-    """Return how many steps a run takes, by its settings and its dataset's passport; None: it has not written them."""
+    """Return how many steps a run takes, from its settings and its dataset's passport; None if it has neither yet."""
     from flowar.latents.schema import read_passport
 
     if not (run_dir / CONFIG_FILE).is_file() or not (run_dir / PASSPORT_FILE).is_file():
@@ -85,10 +85,10 @@ def total_steps(run_dir: Path) -> int | None:
 
 
 def find_trainer(run_dir: Path) -> Trainer:
-    """Return who trains in a run folder.
+    """Return the process that trains in a run folder.
 
     Raises:
-        UserError: if owner.json, which says so, is missing or damaged.
+        UserError: if owner.json, which names it, is missing or damaged.
     """
     file = run_dir / OWNER_FILE
     try:
@@ -97,7 +97,7 @@ def find_trainer(run_dir: Path) -> Trainer:
         return Trainer(state, int(owner["pid"]), str(owner["host"]), str(owner["job"]))
     except FileNotFoundError:
         raise UserError(
-            f"{run_dir} has no {OWNER_FILE}, so nothing was trained there yet; start `flowar train`"
+            f"{run_dir} has no {OWNER_FILE}, so no training has started there yet; start `flowar train`"
         ) from None
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
@@ -115,16 +115,16 @@ def _state(owner: dict[str, Any], run_dir: Path) -> str:
 
 
 def advise(run_dir: Path, trainer: Trainer) -> str:
-    """Return in a sentence what can be done with a run that no scheduler started."""
+    """Return a sentence on what you can do with a run that no scheduler started."""
     latest = _latest(run_dir)
     where = {
-        "RUNNING": f"process {trainer.pid} trains {run_dir}; `kill {trainer.pid}` has it save and stop",
+        "RUNNING": f"process {trainer.pid} is training {run_dir}; `kill {trainer.pid}` makes it save and stop",
         "STOPPED": f"process {trainer.pid} has ended; the same `flowar train` command resumes {run_dir}",
-        "UNKNOWN": f"process {trainer.pid} of {trainer.host} trained {run_dir} last; look there whether it lives",
-        "FINISHED": f"{run_dir} is trained to its end",
+        "UNKNOWN": f"process {trainer.pid} on {trainer.host} trained {run_dir} last; check there if it still runs",
+        "FINISHED": f"{run_dir} is fully trained",
     }[trainer.state]
     if latest is None:
-        return f"{where}. It has no complete checkpoint yet, so that nothing can be drawn or measured"
+        return f"{where}. It has no complete checkpoint yet, so it can't be sampled or evaluated"
     return f"{where}. `flowar sample model={run_dir}` draws with its checkpoint of step {latest[0]:,}"
 
 
@@ -134,7 +134,7 @@ def _checkpoint(run_dir: Path) -> str:
 
 
 def _latest(run_dir: Path) -> tuple[int, timedelta] | None:
-    """Return the step and age of the newest complete checkpoint, or None; one that is just deleted doesn't count."""
+    """Return the step and age of the newest complete checkpoint, or None; retries if it is just being deleted."""
     while (latest := find_latest(run_dir)) is not None:
         with contextlib.suppress(FileNotFoundError):
             return checkpoint_step(latest), _age(latest / STATE_FILE)
