@@ -12,7 +12,7 @@ import torch
 
 from flowar.base.distributed import refuse_many_processes
 from flowar.base.files import write_text
-from flowar.base.pages import REPORT_FILE, embed, write_page
+from flowar.base.pages import REPORT_FILE, embed, html_table, write_page
 from flowar.base.pictures import save_grid, save_loss_curve
 from flowar.base.records import read_record
 from flowar.base.run_folder import PASSPORT_FILE
@@ -184,16 +184,16 @@ def _say(part: int, what: str) -> None:
 def write_demo_page(run_dir: Path, config: DemoConfig, numbers: dict[str, float]) -> Path:
     """Write report.html, all pictures inside, and return its path."""
     ratio = numbers["fid_samples"] / numbers["fid_training"]
-    rows = "".join(
-        f"<tr><td>{name}</td><td>{numbers[f'{key}_samples']:.2f}</td><td>{numbers[f'{key}_ceiling']:.2f}</td>"
-        f"<td>{numbers[f'{key}_training']:.2f}</td></tr>"
+    columns = ["samples", "held-out images through the VAE", "real training images"]
+    rows = [
+        [name, *(f"{numbers[f'{key}_{which}']:.2f}" for which in ("samples", "ceiling", "training"))]
         for name, key in (
-            ("Fr&eacute;chet distance (lower is better)", "fid"),
+            ("Fr\u00e9chet distance (lower is better)", "fid"),
             ("Inception score (10 at most)", "inception_score"),
             ("precision", "precision"),
             ("recall", "recall"),
         )
-    )
+    ]
     stages, growth, variant = stages_of(config.train), "", escape(config.train.model.variant)
     if len(stages) > 1:
         growth = f"""<h2>One sample of each class, growing scale by scale</h2>
@@ -206,8 +206,7 @@ last call of the demo took {numbers["minutes"]:.1f} minutes.</p>
 <p><b>{numbers["class_accuracy"]:.1%}</b> of {config.num_samples} samples show the {SHOWN[config.data]} they were
 asked for, by a classifier that was trained on the real training images and knows {numbers["judge_accuracy"]:.1%} of
 the real held-out ones, and {numbers["class_accuracy_ceiling"]:.1%} of those as the VAE gives them back.</p>
-<table><tr><th>against the held-out images</th><th>samples</th><th>held-out images through the VAE</th>
-<th>real training images</th></tr>{rows}</table>
+{html_table(["against the held-out images", *columns], rows)}
 <p class="note">On the classifier's 64 features, by torch-fidelity. The samples are {ratio:.2f} times as far from the
 held-out images as the training images are. More, with a table of what each class shows, in
 evaluation_samples/report.html.</p>

@@ -1,4 +1,4 @@
-"""The page of `flowar evaluate`: numbers beside the paper's, samples, nearest real images, precision and recall."""
+"""The page of `flowar evaluate`: numbers beside published ones, samples, nearest real images, precision and recall."""
 
 import json
 from html import escape
@@ -11,18 +11,11 @@ from torch import Tensor
 from flowar.base.errors import UserError
 from flowar.base.pages import REPORT_FILE, embed, html_table, write_page
 from flowar.base.pictures import SMALLEST_SHOWN, save_curve, save_grid
+from flowar.evaluation.expected import EXPECTED, show_published
 from flowar.evaluation.image_sets import ImageSet, open_images
 from flowar.evaluation.metrics import precision_recall
 from flowar.evaluation.references import Reference
 from flowar.evaluation.store import Features
-
-# FID and Inception score in the paper (arXiv:2412.15205, table 1): ImageNet at 256 px, 50,000 images, ADM's reference.
-PAPER = {
-    "flowar-s": (3.61, 234.1),
-    "flowar-b": (2.90, 272.5),
-    "flowar-l": (1.90, 281.4),
-    "flowar-h": (1.65, 296.5),
-}
 
 # What an evaluation leaves; the first one is written last.
 EVALUATION_FILE, BY_CLASS_FILE = "metrics.json", "metrics_by_class.json"
@@ -32,6 +25,10 @@ CURVE_NEIGHBOURHOODS = (1, 2, 3, 5, 10)
 
 CURVE_IMAGES = 5_000  # of each side: distances grow with the square
 CLASSES_SHOWN = 10  # worst and best
+PUBLISHED_NOTE = (
+    " Published numbers are of 50,000 samples against ADM's reference of ImageNet at 256 px; the weights that the "
+    "authors released, measured by others, differ from the paper."
+)
 MOST_CONFUSION_CLASSES, MISTAKES_SHOWN = 20, 30  # up to so many classes the whole table; else the commonest mistakes
 
 
@@ -91,17 +88,17 @@ def write_evaluation_page(
 
 def _numbers(record: dict[str, Any]) -> str:
     variant = (record["sampling"] or {}).get("variant")
-    paper = dict(zip(("fid", "inception_score"), PAPER[variant], strict=True)) if variant in PAPER else {}
+    sources = EXPECTED.get(variant, ())
     ceiling = (record.get("ceiling") or {}).get("metrics", {})
     rows = []
     for name, metric in record["metrics"].items():
         interval = f"{metric['low']:.4g} to {metric['high']:.4g}" if "low" in metric else ""
-        published = f"{paper[name]:g}" if name in paper else ""
+        published = [show_published(name, source) for source in sources]
         value = "not a number" if metric["value"] is None else f"{metric['value']:.4f}"
         real = [show_value(ceiling.get(name))] if ceiling else []
-        rows.append([name.replace("_", " "), value, interval, *real, published, metric.get("note", "")])
+        rows.append([name.replace("_", " "), value, interval, *real, *published, metric.get("note", "")])
     columns = ["metric", "value", "95% interval", *(["real images through the VAE"] if ceiling else [])]
-    table = html_table([*columns, f"paper, {variant}" if paper else "paper", ""], rows)
+    table = html_table([*columns, *(f"{variant}: {source.source}" for source in sources), ""], rows)
     said = ""
     if ceiling:
         said = (
@@ -113,7 +110,7 @@ def _numbers(record: dict[str, Any]) -> str:
         + said
         + '<p class="note">Intervals of FID, sFID, FD and score: of the mean over seeds, for as many images and '
         "this reference, by leaving out groups of samples in turn. Of precision and recall: of shares of so many "
-        "images. FID is larger for fewer images. The paper has 50,000 samples, and ADM's reference of ImageNet.</p>"
+        f"images. FID is larger for fewer images.{PUBLISHED_NOTE if sources else ''}</p>"
     )
 
 
