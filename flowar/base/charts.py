@@ -14,7 +14,7 @@ NUM_COLOURS = 7  # --c0 to --c6 in the page's style
 
 
 class Line(NamedTuple):
-    """One curve: x rises, values that are not finite leave a gap."""
+    """One curve: x is not below 0 and rises; values of y that are not finite leave a gap."""
 
     name: str
     x: Sequence[float]
@@ -48,8 +48,8 @@ def line_chart(title: str, lines: Sequence[Line], x_name: str, marks: Mapping[fl
     values = [value for line in lines for value in line.y if math.isfinite(value)]
     if not values:
         return f'<figure><figcaption>{escape(title)}</figcaption><p class="note">no values yet</p></figure>'
-    x_axis = _axis([x for line in lines for x in line.x], fits_data=True)
-    y_axis = _axis(values)
+    last = max(x for line in lines for x in line.x)
+    x_axis, y_axis = Axis(0, last if last > 0 else 1), _axis(values)
     drawn = [*_grid(x_axis, y_axis), *_marks(x_axis, marks or {})]
     for number, line in enumerate(lines):
         colour, strength = f"var(--c{number % NUM_COLOURS})", ' class="strong"' if line.is_strong else ""
@@ -74,15 +74,13 @@ def _legend(lines: Sequence[Line]) -> str:
     return f'<div class="legend">{"".join(entries)}</div>'
 
 
-def _axis(values: Sequence[float], *, fits_data: bool = False) -> Axis:
-    """Return an axis for finite values: of what it fits, or from zero or as a logarithm, with some room."""
+def _axis(values: Sequence[float]) -> Axis:
+    """Return an axis for finite values, with some room: from zero, or as a logarithm where they span a large factor."""
     low, high = min(values), max(values)
-    if low == high:
-        return Axis(low - (abs(low) or 1), high + (abs(high) or 1))
-    if fits_data:
-        return Axis(low, high)
     if low > 0 and high / low > LOG_FROM:
         return Axis(low / 1.1, high * 1.1, is_log=True)
+    if low == high == 0:
+        return Axis(0, 1)
     return Axis(min(0, 1.05 * low), max(0, 1.05 * high))
 
 

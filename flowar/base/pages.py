@@ -13,6 +13,7 @@ from PIL import Image
 from flowar.base.files import write_text
 
 REPORT_FILE = "report.html"
+GRID_PADDING = 2  # pixels between the images of a grid
 PAGE_WIDTH = 1080  # pixels of the text; wider pictures are scaled down
 CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
@@ -47,7 +48,7 @@ pre { background: var(--raised); padding: 1em; border-radius: 6px; overflow-x: a
 .tile b { display: block; font-size: 1.35em; line-height: 1.3; color: var(--ink); font-variant-numeric: tabular-nums; }
 .bar { height: 8px; border-radius: 4px; background: var(--line); overflow: hidden; }
 .bar div { height: 100%; background: var(--accent); }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(340px, 100%), 1fr)); gap: 20px 28px; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(400px, 100%), 1fr)); gap: 20px 28px; }
 figure { margin: 0; } figcaption { font-weight: 600; margin-bottom: .2em; }
 .chart { width: 100%; } .chart text { fill: var(--quiet); font-size: 11px; }
 .chart line { stroke: var(--line); } .chart .mark { stroke: var(--quiet); stroke-dasharray: 3 3; }

@@ -10,7 +10,6 @@ import pytest
 from cluster.commands import resume_command
 from cluster.commands import submit_command as submit
 from cluster.job import Job
-from cluster.runs import find_trainer
 from cluster.status import cancel, find_jobs, logs, status
 from flowar.base.errors import UserError
 from flowar.base.records import read_record, write_record
@@ -18,6 +17,7 @@ from flowar.base.run_folder import find_latest, list_checkpoints
 from flowar.config.jobs import ClusterConfig, DoctorConfig
 from flowar.config.load import describe_config
 from flowar.training.owner import take_over
+from flowar.training.run_state import find_trainer
 from tests.conftest import MORE, flip_bit
 from tests.processes import PATIENCE_S, fork_context, start, stop, wait_until
 
