@@ -88,7 +88,7 @@ def write_evaluation_page(
 
 def _numbers(record: dict[str, Any]) -> str:
     variant = (record["sampling"] or {}).get("variant")
-    sources = EXPECTED.get(variant, ())
+    sources = EXPECTED.get(str(variant), ())
     ceiling = (record.get("ceiling") or {}).get("metrics", {})
     rows = []
     for name, metric in record["metrics"].items():

@@ -36,8 +36,9 @@ def write_sweep_page(
             embed(picture, "curve", "FID over GFLOPs of all settings"),
             "<h2>Settings</h2>",
             html_table(columns, cells),
-            '<p class="note">Pareto: no other setting with as many images has both a lower FID and a lower cost. FID is '
-            "larger for fewer images: compare rows with the same number. Intervals cover the choice of samples.</p>",
+            '<p class="note">Pareto: no other setting with as many images has both a lower FID and a lower cost. '
+            "FID is larger for fewer images: compare rows with the same number. Intervals cover the choice of "
+            "samples.</p>",
             "<h2>The best, as a recipe</h2>",
             f"<pre>{escape(recipe.read_text())}</pre>",
         )

@@ -88,7 +88,7 @@ def view_run(run_dir: Path) -> RunView:
         variant=load_described(TrainConfig, run_dir / CONFIG_FILE).model.variant,
         trainer=find_trainer(run_dir),
         num_steps=total_steps(run_dir),
-        records=read_numbers(run_dir),
+        records=read_metric_numbers(run_dir),
         logged=age_of(metrics) if metrics.exists() else None,
         starts=read_starts(run_dir),
         checkpoint=latest_checkpoint(run_dir),
@@ -98,7 +98,7 @@ def view_run(run_dir: Path) -> RunView:
     )
 
 
-def read_numbers(run_dir: Path) -> list[dict[str, float]]:
+def read_metric_numbers(run_dir: Path) -> list[dict[str, float]]:
     """Return the records of metrics.jsonl, in which every value is a number.
 
     Raises:

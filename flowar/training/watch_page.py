@@ -100,7 +100,7 @@ def show_duration(duration: timedelta) -> str:
     seconds = round(duration.total_seconds())
     units = (("d", 86400), ("h", 3600), ("min", 60), ("s", 1))
     first = next((place for place, (_, size) in enumerate(units) if seconds >= size), len(units) - 1)
-    shown = []
+    shown: list[str] = []
     for unit, size in units[first : first + 2]:
         count, seconds = divmod(seconds, size)
         if count or not shown:
@@ -118,7 +118,7 @@ def _charts(view: RunView) -> str:
     terms = dict.fromkeys(key for record in view.records for key in record if key.startswith(LOSS_TERM))
     losses = [Line("total, weighted", steps, view.values("loss"), is_strong=True)]
     losses += [Line(key.removeprefix(LOSS_TERM).replace("_", " "), steps, view.values(key)) for key in terms]
-    marks = {start.after_step: f"start of {show_time(start.time)}" for start in view.starts[1:]}
+    marks = {float(start.after_step): f"start of {show_time(start.time)}" for start in view.starts[1:]}
     charts = [line_chart("Loss", losses, "step", marks)]
     for title, key in (("Images per second", "images_per_s"), ("Gradient norm", "grad_norm"), ("Learning rate", "lr")):
         charts.append(line_chart(title, [Line(title, steps, view.values(key))], "step", marks))
