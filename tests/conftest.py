@@ -22,7 +22,8 @@ from flowar.config.training import EMAConfig, OptimConfig, PreviewConfig, TrainC
 from flowar.latents.schema import read_passport
 from tests.browser import Browser, find_browser
 
-DATA = Path(__file__).parent / "data"
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "tests" / "data"
 # One more case of what another case tests already: `FLOWAR_TEST_ALL=1 make test` runs these too.
 ALL = bool(os.environ.get("FLOWAR_TEST_ALL"))
 MORE = pytest.mark.skipif(not ALL, reason="one more case; FLOWAR_TEST_ALL=1 runs it")

@@ -55,7 +55,7 @@ def write_evaluation_page(
         f"{record['protocol']}, features by {escape(record['extractor']['name'])} (weights "
         f"{record['extractor']['weights_sha256'][:12]}); flowar {record['flowar']}, torch {record['torch']}.</p>",
         "<h2>Numbers</h2>",
-        _numbers(record),
+        numbers_table(record),
     ]
     parts += [f'<p class="note">{escape(note)}</p>' for note in record["notes"]]
     if record.get("classes"):
@@ -86,7 +86,8 @@ def write_evaluation_page(
     write_page(out_dir / REPORT_FILE, f"{record['samples']}: evaluation", "\n".join(parts))
 
 
-def _numbers(record: dict[str, Any]) -> str:
+def numbers_table(record: dict[str, Any]) -> str:
+    """Return the metrics of a metrics.json with their intervals, beside what is published of such a model, as HTML."""
     variant = (record["sampling"] or {}).get("variant")
     sources = EXPECTED.get(str(variant), ())
     ceiling = (record.get("ceiling") or {}).get("metrics", {})

@@ -4,7 +4,6 @@ Everything comes from files that the run writes anyway, and nothing of its setti
 what others shouldn't read.
 """
 
-import contextlib
 import functools
 import io
 import math
@@ -160,15 +159,12 @@ def read_picture(file: Path, step: int, image_size: int, *, is_whole: bool, note
         is_whole: all images, not only the first FILM_IMAGES of its first row.
         notes: get one more if it can't be read.
     """
-    with contextlib.suppress(FileNotFoundError):
-        try:
-            content, size = shrink(file, file.stat().st_mtime_ns, image_size, is_whole)
-            return Picture(step, content, size)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            if isinstance(error, FileNotFoundError):
-                raise
-            notes.append(f"{file} can't be read: {error}")
-    return None
+    try:
+        content, size = shrink(file, file.stat().st_mtime_ns, image_size, is_whole)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        notes.append(f"{file} can't be read as a PNG; is it damaged? Remove it, and the page does without")
+        return None
+    return Picture(step, content, size)
 
 
 @functools.lru_cache(maxsize=4 * FILM_ROWS)

@@ -79,7 +79,7 @@ def _tiles(view: RunView) -> str:
         tiles.append(("none", "checkpoint yet"))
     else:
         step, age = view.checkpoint
-        tiles.append((show_duration(age), f"since the newest checkpoint, of step {step:,}"))
+        tiles.append((show_duration(age), f"since the newest checkpoint (step {step:,})"))
     tiles.append((f"{max(0, len(view.starts) - 1)}", "restarts"))
     skipped = sum(value for value in view.values("skipped_steps") if math.isfinite(value))
     if skipped:
