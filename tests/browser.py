@@ -15,6 +15,7 @@ EXECUTABLES = ("chromium", "chromium-browser", "google-chrome")
 OWN_SCHEMES = ("file:", "data:")  # of requests that need no network
 VIEWS = ((400, "light"), (400, "dark"), (1200, "dark"))
 HEIGHT = 900
+PATIENCE_MS = 600_000  # a busy machine is slow; a browser that hangs fails its test
 LEAST_CONTRAST = 4.5  # of WCAG 2 AA, for text of normal size
 # Where to keep a picture of each page and view, to look at them.
 SCREENSHOTS = os.environ.get("FLOWAR_TEST_SCREENSHOTS")
@@ -89,7 +90,9 @@ class Browser:
 
         self._playwright = sync_playwright().start()
         arguments = ["--no-sandbox", "--disable-gpu"]  # the sandbox refuses root, who tests in containers
-        self._chromium = self._playwright.chromium.launch(executable_path=executable, args=arguments)
+        self._chromium = self._playwright.chromium.launch(
+            executable_path=executable, args=arguments, timeout=PATIENCE_MS
+        )
 
     def close(self) -> None:
         """End it."""
@@ -103,6 +106,7 @@ class Browser:
 
     def _look(self, file: Path, width: int, scheme: str) -> Seen:
         context = self._chromium.new_context(viewport={"width": width, "height": HEIGHT}, color_scheme=scheme)
+        context.set_default_timeout(PATIENCE_MS)
         try:
             page, requests, complaints = context.new_page(), [], []
             page.on("request", lambda request: requests.append(request.url))
