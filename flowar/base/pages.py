@@ -36,7 +36,7 @@ img, svg { max-width: 100%; height: auto; display: block; }
 img { border-radius: 4px; } img.pixels { image-rendering: pixelated; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
-td, th { padding: .35em .9em; text-align: right; vertical-align: top; }
+td, th { padding: .35em .9em; text-align: right; vertical-align: top; } td { white-space: nowrap; }
 th { color: var(--quiet); font-weight: 600; font-size: .9em; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: .2em; min-width: 6em; }
 tr { border-bottom: 1px solid var(--line); }

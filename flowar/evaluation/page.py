@@ -25,6 +25,7 @@ CURVE_NEIGHBOURHOODS = (1, 2, 3, 5, 10)
 
 CURVE_IMAGES = 5_000  # of each side: distances grow with the square
 CLASSES_SHOWN = 10  # worst and best
+ABBREVIATIONS = {"fid": "FID", "sfid": "sFID", "kid": "KID"}
 PUBLISHED_NOTE = (
     " Published numbers are of 50,000 samples against ADM's reference of ImageNet at 256 px; the weights that the "
     "authors released, measured by others, differ from the paper."
@@ -97,7 +98,7 @@ def numbers_table(record: dict[str, Any]) -> str:
         published = [show_published(name, source) for source in sources]
         value = "not a number" if metric["value"] is None else f"{metric['value']:.4f}"
         real = [show_value(ceiling.get(name))] if ceiling else []
-        rows.append([name.replace("_", " "), value, interval, *real, *published, metric.get("note", "")])
+        rows.append([show_name(name), value, interval, *real, *published, metric.get("note", "")])
     columns = ["metric", "value", "95% interval", *(["real images through the VAE"] if ceiling else [])]
     table = html_table([*columns, *(f"{variant}: {source.source}" for source in sources), ""], rows)
     said = ""
@@ -113,6 +114,12 @@ def numbers_table(record: dict[str, Any]) -> str:
         "this reference, by leaving out groups of samples in turn. Of precision and recall: of shares of so many "
         f"images. FID is larger for fewer images.{PUBLISHED_NOTE if sources else ''}</p>"
     )
+
+
+def show_name(metric: str) -> str:
+    """Return the name of a metric of metrics.json as people write it."""
+    words = metric.replace("fd_dinov2", "FD-DINOv2").split("_")
+    return " ".join(ABBREVIATIONS.get(word, word) for word in words)
 
 
 def show_value(metric: dict[str, Any] | None) -> str:

@@ -49,6 +49,7 @@ def test_numbers_stand_beside_the_papers_and_those_that_others_measured(variant)
     for source in EXPECTED.get(variant, ()):
         for name in source.metrics:
             assert f"<td>{show_published(name, source)}</td>" in table
+    assert table.count("<td>FID</td>") == table.count("<td>KID</td>") == table.count("<td>inception score</td>") == 1
     if variant == "flowar-h":
         assert "<td>1.65</td><td>1.67 to 1.68</td>" in table and "<td>296.5</td><td>274.1 to 276.3</td>" in table
         assert "<td>0.83</td><td>0.80</td>" in table and "<td>0.60</td><td>0.62</td>" in table
