@@ -30,8 +30,8 @@ def write_sweep_page(
     body = "\n".join(
         (
             f"<h1>Ways to sample {escape(model)}</h1>",
-            f'<p class="note">Measured against {escape(reference)}; settings compared: {len(rows)}. The best of each round '
-            f"were measured again on more images, the last ones on {most:,}. All draw from the same noise.</p>",
+            f'<p class="note">Measured against {escape(reference)}; settings compared: {len(rows)}. The best of each '
+            f"round were measured again on more images, the last ones on {most:,}. All draw from the same noise.</p>",
             "<h2>FID over cost</h2>",
             embed(picture, "curve", "FID over GFLOPs of all settings"),
             "<h2>Settings</h2>",
