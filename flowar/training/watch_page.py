@@ -13,7 +13,7 @@ LOSS_TERM = "loss/"  # what the names of the loss's terms in metrics.jsonl begin
 STATES = {  # of run_state.py, in the page's words
     "RUNNING": '<span class="good">training</span>',
     "STOPPED": '<span class="bad">stopped</span>: the same <code>flowar train</code> command resumes it',
-    "UNKNOWN": "trained on another machine",
+    "UNKNOWN": "on another machine",  # only the ages below tell whether it still trains
     "FINISHED": '<span class="good">finished</span>',
 }
 
