@@ -209,7 +209,7 @@ the real held-out ones, and {numbers["class_accuracy_ceiling"]:.1%} of those as 
 {html_table(["against the held-out images", *columns], rows)}
 <p class="note">On the classifier's 64 features, by torch-fidelity. The samples are {ratio:.2f} times as far from the
 held-out images as the training images are. More, with a table of what each class shows, in
-evaluation_samples/report.html.</p>
+<a href="evaluation_samples/report.html">the report of the evaluation</a>.</p>
 <h2>Samples, a row per class</h2>
 {embed(run_dir / "contact_sheet.png")}
 <h2>Real held-out images, a row per class</h2>

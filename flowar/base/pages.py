@@ -41,6 +41,7 @@ th { color: var(--quiet); font-weight: 600; font-size: .9em; vertical-align: bot
 th:first-child, td:first-child { text-align: left; padding-left: .2em; min-width: 6em; }
 tr { border-bottom: 1px solid var(--line); }
 pre { background: var(--raised); padding: 1em; border-radius: 6px; overflow-x: auto; font-size: .85em; }
+a { color: var(--accent); }
 .note { color: var(--quiet); font-size: .93em; }
 .bad { color: var(--bad); } .good { color: var(--good); }
 .tiles { display: grid; grid-template-columns: repeat(auto-fill, minmax(148px, 1fr)); gap: 10px; margin: 1em 0; }
