@@ -1,9 +1,9 @@
 # syntax=docker/dockerfile:1
 # flowar with the versions that everything is tested with.
-#   docker build -t flowar .                                  for NVIDIA GPUs: torch's wheels bring CUDA
-#   docker build -t flowar:cpu --build-arg DEVICE=cpu .       for CPUs alone, a fifth of the size
-#   docker run --rm -v "$PWD:/work" flowar:cpu demo
-#   docker run --rm --gpus all --ipc=host --user "$(id -u):$(id -g)" -v "$PWD:/work" flowar train ...
+#   docker build -t flowar .                               for NVIDIA GPUs: torch's wheels bring CUDA
+#   docker build -t flowar:cpu --build-arg DEVICE=cpu .    for CPUs alone, much smaller
+#   docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/workspace" flowar:cpu demo
+#   docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/workspace" --gpus all --ipc=host flowar train ...
 # The recipes are in /opt/flowar/configs. --ipc=host: processes that load data share memory.
 # flash-attn is not included: it is compiled against torch and CUDA's compiler.
 FROM python:3.11-slim-bookworm
@@ -26,9 +26,9 @@ RUN --mount=type=cache,target=/root/.cache/pip \
     && pip install -c /opt/flowar/constraints.txt /opt/flowar
 
 # Any user may run it (docker run --user): what is compiled or fetched goes to a home that all may write to.
-RUN useradd --create-home --uid 1000 flowar && chmod 1777 /home/flowar && mkdir /work && chown flowar /work
+RUN useradd --create-home --uid 1000 flowar && chmod 1777 /home/flowar && mkdir /workspace && chown flowar /workspace
 ENV HOME=/home/flowar USER=flowar PYTHONUNBUFFERED=1
 USER flowar
-WORKDIR /work
+WORKDIR /workspace
 ENTRYPOINT ["flowar"]
 CMD ["--help"]
