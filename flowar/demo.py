@@ -12,7 +12,7 @@ import torch
 
 from flowar.base.distributed import refuse_many_processes
 from flowar.base.files import write_text
-from flowar.base.pages import REPORT_FILE, embed, html_table, write_page
+from flowar.base.pages import REPORT_FILE, embed, fold, html_table, write_page
 from flowar.base.pictures import save_grid, save_loss_curve
 from flowar.base.records import read_record
 from flowar.base.run_folder import PASSPORT_FILE
@@ -218,7 +218,7 @@ held-out images as the training images are. More, with a table of what each clas
 <h2>Training loss</h2>
 {embed(run_dir / "loss_curve.png", "curve")}
 <h2>Settings</h2>
-<pre>{escape(describe_config(config))}</pre>
+{fold("all settings of this demo", describe_config(config))}
 """
     write_page(run_dir / REPORT_FILE, variant, body)
     return run_dir / REPORT_FILE

@@ -15,6 +15,7 @@ from flowar.base.files import write_text
 REPORT_FILE = "report.html"
 GRID_PADDING = 2  # pixels between the images of a grid
 PAGE_WIDTH = 1080  # pixels of the text; wider pictures are scaled down
+CURVE_WIDTH = 560  # pixels; a plot isn't scaled down further, so that its letters can be read: it scrolls
 CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2128; --quiet: #57606a; --ground: #fff; --raised: #f4f6f8; --line: #d5dbe1;
@@ -37,9 +38,11 @@ img { border-radius: 4px; } img.pixels { image-rendering: pixelated; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
 td, th { padding: .35em .9em; text-align: right; vertical-align: top; } td { white-space: nowrap; }
-th { color: var(--quiet); font-weight: 600; font-size: .9em; vertical-align: bottom; }
+th { color: var(--quiet); min-width: 5em; font-weight: 600; font-size: .9em; vertical-align: bottom; }
 th:first-child, td:first-child { text-align: left; padding-left: .2em; min-width: 6em; }
+@media (max-width: 600px) { td, th { padding: .35em .5em; } }
 tr { border-bottom: 1px solid var(--line); }
+summary { cursor: pointer; color: var(--accent); }
 pre { background: var(--raised); padding: 1em; border-radius: 6px; overflow-x: auto; font-size: .85em; }
 a { color: var(--accent); }
 .note { color: var(--quiet); font-size: .93em; }
@@ -97,9 +100,17 @@ def embed(file: Path, kind: str = "", alt: str = "") -> str:
 
 def embed_png(content: bytes, size: tuple[int, int], kind: str, alt: str) -> str:
     """Return the bytes of a PNG of this width and height as HTML; `kind` and `alt` as of `embed`."""
+    is_curve = kind == "curve"
     kind = kind or ("pixels" if size[0] <= PAGE_WIDTH else "grid")
+    least = f' style="min-width: {min(CURVE_WIDTH, size[0])}px"' if is_curve else ""
     source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
-    return f'<img class="{kind}" alt="{escape(alt)}" width="{size[0]}" height="{size[1]}" src="{source}">'
+    image = f'<img class="{kind}"{least} alt="{escape(alt)}" width="{size[0]}" height="{size[1]}" src="{source}">'
+    return f'<div class="scroll" tabindex="0">{image}</div>' if is_curve else image
+
+
+def fold(summary: str, text: str) -> str:
+    """Return a long text, which is shown when its summary is clicked; both are escaped."""
+    return f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>"
 
 
 def html_table(header: list[str], rows: list[list[str]]) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flowar.base.errors import UserError
-from flowar.base.pages import REPORT_FILE, embed, html_table, write_page
+from flowar.base.pages import REPORT_FILE, embed, fold, html_table, write_page
 from flowar.base.pictures import SMALLEST_SHOWN, save_curve, save_grid
 from flowar.evaluation.expected import EXPECTED, show_published
 from flowar.evaluation.image_sets import ImageSet, open_images
@@ -83,7 +83,10 @@ def write_evaluation_page(
     if by_class:
         parts += ["<h2>FID by class</h2>", _classes(by_class)]
     settings = {"settings": record["settings"], "sampling": record["sampling"]}
-    parts += ["<h2>Settings</h2>", f"<pre>{escape(json.dumps(settings, indent=2))}</pre>"]
+    parts += [
+        "<h2>Settings</h2>",
+        fold("how it was measured, and how the samples were drawn", json.dumps(settings, indent=2)),
+    ]
     write_page(out_dir / REPORT_FILE, f"{record['samples']}: evaluation", "\n".join(parts))
 
 
