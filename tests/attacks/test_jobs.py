@@ -237,7 +237,7 @@ def test_a_checkpoint_that_is_deleted_while_status_looks_at_it_does_not_count(ru
             shutil.rmtree(newest)
         return latest
 
-    monkeypatch.setattr("cluster.runs.find_latest", find_and_delete)
+    monkeypatch.setattr("flowar.training.run_state.find_latest", find_and_delete)
     text = shown(run_dir, capsys)
     assert "train RUNNING this machine" in text
     assert ("its checkpoint of step 4" if older else "no complete checkpoint yet") in text
