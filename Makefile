@@ -1,5 +1,5 @@
-# Each makes .venv first, once. make demo: digits from scratch to a report. make check: style, types, structure, under a
-# minute. make test: what CI runs. make test-all: every case and the full numbers of kills, for the night.
+# Each makes .venv first, once. make demo: digits from scratch to a report. make check: style, types, structure, docs, under
+# a minute. make test: what CI runs. make test-all: every case and the full numbers of kills, for the night.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
@@ -19,6 +19,7 @@ check: $(VENV)/.installed
 	@$(RUN)/ruff format --check .
 	@$(RUN)/mypy
 	@$(RUN)/pytest -q --no-header --durations=0 --durations-min=5 tests/test_structure.py
+	@NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet
 
 # In two halves, side by side; each prints under its own name.
 test: check
@@ -43,4 +44,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs site

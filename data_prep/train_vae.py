@@ -51,13 +51,12 @@ from flowar.base.run_folder import (
 )
 from flowar.config.load import changed_settings, is_free, load_described, save_described
 from flowar.config.tokenizing import TrainVAEConfig
-from flowar.latents.vae import VAE, to_uint8
+from flowar.latents.vae import TRAINING_FOLDER, VAE, VAE_FILE, to_uint8
 from flowar.training.checkpoint import Checkpoints, Kept, find_whole, remove_unfinished
 from flowar.training.owner import Owner, take_over
 from flowar.training.report import TrainingReport
 
-TRAINING_FOLDER = "training"  # in OUT_DIR: the run
-VAE_FILE, VAE_CONFIG_FILE, VAE_WEIGHTS_FILE = "vae.json", "config.json", "diffusion_pytorch_model.safetensors"
+VAE_CONFIG_FILE, VAE_WEIGHTS_FILE = "config.json", "diffusion_pytorch_model.safetensors"
 PICTURE_COLUMNS, PICTURE_ROWS = 12, 3
 WHITENED_BY = 1024  # by which the latents are made white
 MEASURED_AT_ONCE = 32

@@ -3,6 +3,7 @@
 import importlib
 
 _HOME = {
+    "FlowARPipeline": "flowar.pipeline",
     "ModelConfig": "flowar.config.models",
     "UserError": "flowar.base.errors",
     "convert_released": "flowar.models.build",

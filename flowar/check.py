@@ -27,6 +27,7 @@ from flowar.evaluation.image_sets import open_images
 from flowar.evaluation.references import STATISTICS_FILE, read_statistics
 from flowar.evaluation.store import STORE_FILE, read_features, read_store
 from flowar.latents.schema import read_passport
+from flowar.latents.vae import TRAINING_FOLDER, VAE_FILE, load_vae
 from flowar.models.checkpoint_files import READ_AT_ONCE, check_pieces
 from flowar.models.folders import WEIGHTS_FILE, load_model
 from flowar.sampling.folder import IMAGES_FOLDER, SAMPLES_FILE, read_samples
@@ -35,7 +36,7 @@ from flowar.training.guard import WEIGHTS_FOLDER, load_bundle
 from flowar.training.owner import OWNER_FILE
 from flowar.training.report import read_metrics
 
-KINDS = "a dataset, a training run, a checkpoint, a model, samples, features, or a reference"
+KINDS = "a dataset, a VAE, a training run, a checkpoint, a model, samples, features, or a reference"
 
 
 def kind_of(folder: Path) -> str | None:
@@ -44,6 +45,7 @@ def kind_of(folder: Path) -> str | None:
         "run": CHECKPOINTS,
         "checkpoint": METADATA_FILE,
         "model": WEIGHTS_FILE,
+        "vae": VAE_FILE,
         "samples": SAMPLES_FILE,
         "features": STORE_FILE,
     }
@@ -64,6 +66,7 @@ def check_folder(folder: Path) -> Iterator[str]:
         "run": check_training_run,
         "checkpoint": check_checkpoint,
         "model": check_model,
+        "vae": check_vae,
         "samples": check_samples,
         "features": check_features,
         "reference": check_all_features,
@@ -74,6 +77,13 @@ def check_folder(folder: Path) -> Iterator[str]:
 def check_model(folder: Path) -> Iterator[str]:
     """Check a model folder."""
     yield from problem_of(lambda: load_model(folder), f"model {folder}")
+
+
+def check_vae(folder: Path) -> Iterator[str]:
+    """Check a VAE that `flowar train-vae` wrote, and the checkpoints of its training."""
+    yield from problem_of(lambda: load_vae(str(folder)).name, f"VAE {folder}")
+    for entry in sorted((folder / TRAINING_FOLDER / CHECKPOINTS).glob("[!.]*")):
+        yield from check_checkpoint(entry)
 
 
 def check_checkpoint(folder: Path) -> Iterator[str]:

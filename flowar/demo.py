@@ -3,7 +3,9 @@
 Read next: evaluation/demo_images.py for the data, evaluation/judge.py for who judges.
 """
 
+import dataclasses
 import json
+import shutil
 import time
 from html import escape
 from pathlib import Path
@@ -17,11 +19,12 @@ from flowar.base.pictures import save_grid, save_loss_curve
 from flowar.base.records import read_record
 from flowar.base.run_folder import PASSPORT_FILE
 from flowar.cli import run_verb
-from flowar.config.data import DataConfig, ExtractorConfig, PrepareConfig
+from flowar.config.data import DataConfig, ExtractorConfig, PrepareConfig, VAEConfig
 from flowar.config.drawing import SampleConfig
 from flowar.config.jobs import DemoConfig
 from flowar.config.load import describe_config, extend
 from flowar.config.measuring import EvaluateConfig
+from flowar.config.tokenizing import TrainVAEConfig
 from flowar.config.training import RecipeConfig, TrainConfig
 from flowar.evaluation.demo_images import (
     FASHION_NAMES,
@@ -67,8 +70,23 @@ def main(config: DemoConfig, dry_run: bool = False) -> None:
 
     _say(1, f"real images: {REAL_IMAGES[config.data]}, as PNG folders")
     images = run_dir / "images"
-    if not (run_dir / "data" / PASSPORT_FILE).exists():
-        write_image_folders(images, load_real(config), FASHION_NAMES if config.data == "fashion" else None)
+    if not images.exists():
+        hidden = run_dir / ".images"
+        shutil.rmtree(hidden, ignore_errors=True)
+        write_image_folders(hidden, load_real(config), FASHION_NAMES if config.data == "fashion" else None)
+        hidden.replace(images)
+    if config.data == "fashion" and training.vae.name == "demo":
+        own = TrainVAEConfig(
+            images=str(images / "train"),
+            out_dir=str(run_dir / "vae"),
+            image_size=IMAGE_SIZE,
+            flip=FLIPS[config.data],
+            steps=config.vae_steps,
+            device=training.device,
+        )
+        _say(2, "train-vae: a VAE for these images")
+        run_verb("train-vae", own)
+        training = dataclasses.replace(training, vae=VAEConfig(name=own.out_dir))
     _say(2, "prepare: images -> VAE moments -> MDS shards")
     if not (run_dir / "data" / PASSPORT_FILE).exists():
         run_verb(

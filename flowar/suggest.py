@@ -5,7 +5,6 @@ what worked on the handwritten digits and on Fashion-MNIST. Read next: config/tr
 """
 
 import math
-import statistics
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from flowar.base.distributed import World, refuse_many_processes
 from flowar.base.errors import UserError
 from flowar.base.files import create_whole
 from flowar.config.load import did_you_mean
-from flowar.config.models import MODEL_VARIANTS, FlowARConfig, config_from_dict, suggested_grid
+from flowar.config.models import MODEL_VARIANTS, FlowARConfig, config_from_dict, suggested_shape
 from flowar.config.suggesting import SuggestConfig
 from flowar.config.training import OptimConfig, ParallelConfig
 from flowar.latents.batches import Batch
@@ -39,7 +38,7 @@ AUTHORS_BASE_LR = 5e-5  # of a batch of 256
 SMALL_LR = {"flowar-xxs": 2e-3, "flowar-xs": 1e-3}  # of batches of 64, found on Fashion-MNIST
 SMALL_BATCH, MIDDLE_BATCH = 64, 256
 UNEVEN_STD, UNEVEN_MEAN, UNEVEN_SCALE = 1.25, 0.25, 0.1  # channels that differ by more are normalised one by one
-MEASURED_STEPS = 5
+MEASURED_STEPS, MEASURED_S = 5, 5.0  # at least so many, for at least so long
 
 
 class Suggestion(NamedTuple):
@@ -76,9 +75,11 @@ def suggest(config: SuggestConfig, passport: Passport, device: torch.device) -> 
     is_gpu = device.type == "cuda"
     variant, why_variant = choose_variant(config, passport, is_gpu)
     small = variant in SMALL_LR
+    row = MODEL_VARIANTS[variant]
+    assert isinstance(row, FlowARConfig)
     shape: dict[str, Any] = {
         "variant": variant,
-        **suggested_grid(passport.latent_size, coarse=not is_gpu),
+        **suggested_shape(row, passport.latent_size, passport.latent_channels, coarse=not is_gpu),
         "latent_channels": passport.latent_channels,
         "num_classes": len(passport.class_names),
     }
@@ -164,7 +165,10 @@ def choose_normalization(passport: Passport) -> tuple[str, str]:
 
 
 def measure_step(model: Any, device: torch.device, precision: str, batch_size: int) -> float:
-    """Return the seconds of one training step, the median of a few after a warm-up, with made-up latents."""
+    """Return the seconds of one training step with made-up latents: the fastest of some after a warm-up.
+
+    The fastest, as other work on the machine, which may end soon, can slow down a step by ten times.
+    """
     world = World(0, 1, device, None)
     settings = EngineSettings(ParallelConfig(engine="single"), OptimConfig(), precision, batch_size, 1)
     engine = make_engine(settings, create_model(model).train(), world)
@@ -173,13 +177,14 @@ def measure_step(model: Any, device: torch.device, precision: str, batch_size: i
     count = batch_size * model.images_per_sample
     labels = torch.arange(batch_size) % model.num_classes
     batch = Batch(torch.zeros(count, 2 * channels, *sides), labels, torch.arange(count))
-    seconds = []
-    for number in range(1, MEASURED_STEPS + 2):
+    seconds: list[float] = []
+    while len(seconds) <= MEASURED_STEPS or sum(seconds[1:]) < MEASURED_S:
+        number = len(seconds) + 1
         began = time.perf_counter()
         terms = accumulate(engine, draw_training_inputs(batch, number, step), step)
         engine.step(1e-6, agree(engine, terms, step).grad_norm)
         seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[1:])
+    return min(seconds[1:])
 
 
 def write_value(value: Any) -> str:

@@ -223,6 +223,7 @@ def test_only_the_environment_knows_what_slurm_calls_things():
             [
                 "flowar/latents/vae.py",
                 "flowar/latents/ldm.py",
+                "flowar/pipeline.py",
                 "data_prep/autoencoder.py",
                 "data_prep/train_demo_vae.py",
             ],

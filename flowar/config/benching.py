@@ -10,18 +10,18 @@ from flowar.config.models import CUSTOM_VARIANT, FlowARConfig, ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig(DrawConfig):
-    """What is measured; how images are drawn counts for what=sample."""
+    """What is measured; settings of drawing matter only for what=sample."""
 
     what: Literal["train", "sample", "attention"] = "train"  # gradients of a batch; its latents; one attention layer
     model: ModelConfig = field(default_factory=FlowARConfig)  # model.variant=flowar-l, or its settings
-    depth: int | None = None  # only so many blocks in each of its Transformers; None: all
-    baseline: bool = True  # measure the plain baseline beside it, where the model's family has one
-    batch_size: int = 8  # images of a step or batch
-    compile: bool = False  # the blocks, by torch.compile; the baseline runs as it is
-    attention: Literal["sdpa", "flash"] = "sdpa"  # not of the baseline
-    rounds: int = 5  # each runs both, one after the other
-    counts: bool = True  # operations, bytes and FLOPs too, counted without the device: a minute for a large model
-    profile: bool = False  # which operations take the time
+    depth: int | None = None  # blocks in each Transformer; None: all
+    baseline: bool = True  # also measure the plain baseline, if the model's family has one
+    batch_size: int = 8  # images per step or batch
+    compile: bool = False  # compile the blocks; the baseline stays eager
+    attention: Literal["sdpa", "flash"] = "sdpa"  # for ours; the baseline uses sdpa
+    rounds: int = 5  # rounds, each of which runs both in turn
+    counts: bool = True  # also count operations, bytes and FLOPs, without the device; a minute for a large model
+    profile: bool = False  # list the operations that take the most time
     device: str = "auto"  # auto: the GPU where there is one, else cpu; or cuda, cuda:1, cpu
 
     def __post_init__(self) -> None:
@@ -37,7 +37,7 @@ class BenchConfig(DrawConfig):
         """The model's shape, with as many blocks as are measured.
 
         Raises:
-            UserError: if its Transformers can't have so many.
+            UserError: if its Transformers can't have that many.
         """
         if self.depth is None:
             return self.model

@@ -15,26 +15,27 @@ Crop = Literal["center", "random", "ten_crop"]
 class VAEConfig:
     """Which tokenizer, and where its weights are."""
 
-    # mar, ldm (VA-VAE and its like), sd-vae-ft-ema, sd-vae-ft-mse, dc-ae-f32c32, demo, pixels (none), a folder that
-    # `flowar train-vae` wrote, or diffusers' AutoencoderKL, -DC or -RAE as a folder or hub id
+    # mar, ldm (VA-VAE and similar), sd-vae-ft-ema, sd-vae-ft-mse, dc-ae-f32c32, demo, pixels (no VAE), a folder written
+    # by `flowar train-vae`, or diffusers' AutoencoderKL, -DC or -RAE as a folder or hub id
     name: str = "mar"
-    weights: str | None = free(None)  # mar: the file kl16.ckpt; ldm: its state dict; the weights' hash is what counts
+    weights: str | None = free(None)  # mar: the file kl16.ckpt; ldm: a state dict
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExtractorConfig:
-    """Which network gives the features that images are measured by, and where its weights are."""
+    """Which network gives the features that images are compared by, and where its weights are."""
 
-    # Any of torch-fidelity's; timm:NAME, a model of timm by its name; or own: a judge, a small classifier of the
-    # dataset's classes that is trained here
+    # One of torch-fidelity's networks; timm:NAME for a timm model; or own: a judge, that is a small classifier of the
+    # dataset's classes, trained here
     name: str = "inception-v3-compat"
-    # None: in torch hub's folder (below TORCH_HOME), or fetched; of own: the judge's file, None: with the reference
+    # File of the weights; None: in torch hub's folder (TORCH_HOME), or fetched. own: the judge's file; None: next to
+    # the reference
     weights: str | None = None
-    other_weights: bool = False  # accept others than the published ones; the numbers then compare with nothing else
-    # Of own: real images, a sub-folder per class, that train the judge if its file is not there; None: the images that
-    # the model was trained on, where they are, else the reference
+    other_weights: bool = False  # accept unpublished weights; the numbers are then not comparable
+    # own: real images that train the judge, one sub-folder per class; None: those that the model was trained on, else
+    # the reference
     images: str | None = free(None)
-    flip: bool | None = free(None)  # of own: train the judge on mirror images too; None: as the dataset was prepared
+    flip: bool | None = free(None)  # own: also train the judge on mirror images; None: as the dataset was prepared
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,17 +50,17 @@ class PrepareConfig:
     flip: bool = True  # center: store the mirror image too; random: mirror every other view; ten_crop: always
     views: int = 10  # stored of each image with crop=random; an epoch uses one of them
     resize: int | None = None  # short side before the crop; None: random 9/8 and ten_crop 1.1 of image_size
-    seed: int = 0  # of random crops
-    image_column: str = free("image")  # parquet only; the hash of the listing tells what came of these two
+    seed: int = 0  # for random crops
+    image_column: str = free("image")  # parquet only: the column of images
     label_column: str = free("label")  # parquet only: the column of class numbers
     skip_unreadable: bool = False  # leave damaged images out, with a list, instead of stopping
     moments_dtype: Literal["float16", "float32"] = "float16"  # the rounding error is measured and recorded
     batch_size: int = 32  # views encoded at once
-    chunk_images: int = 1024  # the piece of work that one worker claims
-    shard_size_mib: int = 256  # of one file of rows
-    precision: Literal["fp32", "tf32"] = "fp32"  # of the VAE on a GPU
+    chunk_images: int = 1024  # images that one worker claims at once
+    shard_size_mib: int = 256  # largest size of a shard
+    precision: Literal["fp32", "tf32"] = "fp32"  # precision of the VAE on a GPU
     num_workers: int = free(2)  # processes that decode images; 0 decodes in the main one
-    lease_s: float = free(60)  # a worker without a sign of life for this long is taken for dead
+    lease_s: float = free(60)  # a worker that is silent for this long counts as dead
     device: str = free("auto")  # auto: the GPU where there is one, else cpu; or cuda, cuda:1, cpu
 
     def __post_init__(self) -> None:
@@ -86,16 +87,16 @@ class PrepareConfig:
 class CheckConfig:
     """Whether a folder that flowar wrote is whole. All settings but `path` are for datasets."""
 
-    path: str = MISSING  # folder that `flowar prepare` wrote, or a remote one
-    cache: str | None = None  # as data.cache
-    images: str | None = None  # the source, to encode a sample of it again; None: where the passport says it was
-    image_column: str = "image"  # of a parquet source
+    path: str = MISSING  # any folder that flowar wrote, or a remote dataset
+    cache: str | None = None  # folder for the shards of a remote dataset, as data.cache
+    images: str | None = None  # source images, to encode some again; None: where the passport says
+    image_column: str = "image"  # parquet only: the column of images
     label_column: str = "label"  # parquet only: the column of class numbers
-    vae: VAEConfig | None = None  # None: the one that the passport names
+    vae: VAEConfig | None = None  # the VAE; None: the one that the passport names
     num_images: int = 64  # images encoded again and shown; 0 only checks the files
     picture: str | None = None  # contact sheet; None: PATH.check.png
-    seed: int = 0  # which images
-    max_error: float = 0.05  # accepted between stored and new means, in std of the latents
+    seed: int = 0  # for choosing these images
+    max_error: float = 0.05  # largest accepted difference of stored and new means, in std of the latents
     device: str = "auto"  # auto: the GPU where there is one, else cpu; or cuda, cuda:1, cpu
 
 
@@ -107,10 +108,10 @@ class DataConfig:
     path: str = free(MISSING)
     cache: str | None = free(None)  # folder for the shards of a remote path; None: flowar-USER below TMPDIR
     num_workers: int = free(2)  # processes that read ahead; 0 reads in the main one
-    patience_s: float = free(300)  # storage that fails or hangs is tried again for so long; a job is then started anew
-    # What brings latents to unit std: "vae", its one number, as released models have it; "channel", the mean and std
-    # of each channel over the dataset, for VAEs without such a number, or whose channels differ.
+    patience_s: float = free(300)  # how long failing storage is retried before the run stops and its job restarts
+    # How latents are brought to unit std. vae: the VAE's one number, as in released models; channel: mean and std of
+    # each channel over the dataset, for VAEs without such a number or with uneven channels
     normalize: Literal["vae", "channel"] = "vae"
-    # Of models that train on sequences of images of one class (ARFlow): "uniform", every class equally often, as
-    # released; "frequency", each in proportion to its number of images.
+    # Only for models that train on sequences of one class (ARFlow). uniform: every class equally often, as released;
+    # frequency: in proportion to its number of images
     class_draw: Literal["uniform", "frequency"] = "uniform"

@@ -10,9 +10,9 @@ from flowar.config.data import ExtractorConfig, VAEConfig
 from flowar.config.load import free
 from flowar.config.models import FlowARConfig, ModelConfig
 
-# Cheaper than the released settings, and nearer to the exact solution and to real images, on the demo's digits:
-# benchmarks/README.md, `python -m benchmarks.steps`. Guidance and its interval are not among them, for they suit a
-# model: released, H has another interval than S and L.
+# On the demo's digits these cost less than the released settings and are closer to the exact solution and to real
+# images: benchmarks/README.md, `python -m benchmarks.steps`. They leave guidance and its interval alone, which depend
+# on the model: the released H has another interval than S and L.
 PRESETS: dict[str, dict[str, Any]] = {
     name: {
         "solver": "midpoint", "time_grid": "shifted", "shift": 0.5,
@@ -28,21 +28,21 @@ class DrawConfig:
 
     prefix: ClassVar[str] = ""  # of the settings' names in messages
 
-    # In a YAML or on a command line: stands for several of the settings below; those given beside it or after it win.
-    # It is resolved while it is read, so that these settings alone say what an image is
+    # Sets solver, time_grid, shift and numbers of steps; settings given next to it win. Records contain these settings,
+    # not the preset
     preset: Literal["quality", "balanced", "fast"] | None = free(None)
-    num_steps: int = 25  # of the solver, at each scale
-    last_scale_steps: int | None = None  # of the finest scale, linear from num_steps at the coarsest (DiSA); None: same
-    time_grid: Literal["released", "uniform", "shifted"] = "released"  # where the steps are
-    shift: float = 1.0  # of time_grid=shifted: above 1 more steps near the noise
-    # of the flow's equation; released: euler
+    num_steps: int = 25  # solver steps at each scale
+    last_scale_steps: int | None = None  # at the finest scale, linear from num_steps at the coarsest (DiSA); None: same
+    time_grid: Literal["released", "uniform", "shifted"] = "released"  # how the steps are spaced
+    shift: float = 1.0  # time_grid=shifted: above 1, more steps near the noise
+    # of the flow's ODE; the released code uses euler
     solver: Literal["euler", "heun", "midpoint", "adams-bashforth", "euler-maruyama"] = "euler"
     # 1: none; above, further from no class. The authors' README: S 4.3, L 2.4, H 2.4; their script: S 4.2, H 2.8
     guidance: float = 2.4
     guidance_schedule: Literal["linear", "constant"] = "linear"  # over scales; released: from 1 to guidance
     # (low, high) in time. The authors' README: up to 0.9 for S and L, up to 0.7 for H (with 50 steps)
     guidance_interval: tuple[float, float] = (0.0, 0.9)
-    # on a GPU; changes the last bits of an image, bf16 more; the authors draw in fp16
+    # On a GPU; lower precision changes the last bits of an image. The authors sample in fp16
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
 
     def __post_init__(self) -> None:
@@ -63,37 +63,37 @@ class DrawConfig:
 
     @staticmethod
     def preset_settings(name: object) -> dict[str, Any]:
-        """Return the settings that a preset stands for; none for what is no preset."""
+        """Return the settings that a preset stands for, {} if there is no such preset."""
         return PRESETS.get(str(name), {})
 
     @property
     def annealing(self) -> dict[str, str]:
-        """What a record says of how steps fall over the scales; version 0.1 rounded them, and said nothing of it."""
+        """What a record says about steps per scale: floored now; version 0.1 rounded them and did not say so."""
         return {} if self.last_scale_steps in (None, self.num_steps) else {"annealing": "floor"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingConfig(DrawConfig):
-    """Which images are drawn, and in what pieces; of whatever model, into whatever folder."""
+    """Which images are drawn, and in what pieces."""
 
-    weights: str = "ema"  # which weights of a run_dir: ema (its first average), raw, or an average such as decay_0.9999
+    weights: str = "ema"  # weights of a run: ema (its first average), raw, or an average such as decay_0.9999
     # None: the VAE that the model was trained with, as a run's config.yaml or an exported model's dataset.json says
     vae: VAEConfig | None = None
-    num_images: int = free(64)  # classes in turn: image i shows class i modulo num_classes; a set can grow, not shrink
-    # Only these, in turn, by number or by name, such as [3,sneaker]; a name of digits alone is written ['"7"']
+    num_images: int = free(64)  # image i shows class i modulo num_classes; a set can grow, but not shrink
+    # Only these classes in turn, by number or name, such as [3,sneaker]. Write a name made of digits as ['"7"']
     classes: tuple[int | str, ...] | None = None
-    names: bool = False  # also put the class's name into the name of an image's file
-    random_labels: bool = False  # or the class of each image is one of these, drawn; as ARFlow's authors do for FIDs
-    label_file: str | None = None  # or image i shows the class in line i of this file, which starts anew at its end
-    unconditional: bool = False  # or of no class
-    compile: bool = False  # the blocks, by torch.compile: a minute or two at the start; changes last bits
-    seed: int = 0  # of all noise: image i is a function of (seed, i)
-    features_only: bool = free(False)  # keep no image, but what `flowar evaluate` needs of it
-    extractor: ExtractorConfig = free(factory=ExtractorConfig)  # of features_only
+    names: bool = False  # put the class name into file names
+    random_labels: bool = False  # draw the class of each image at random, as ARFlow's authors do for FID
+    label_file: str | None = None  # image i shows the class in line i of this file, which is repeated as needed
+    unconditional: bool = False  # draw without a class
+    compile: bool = False  # compile the blocks: a minute or two at the start; changes the last bits
+    seed: int = 0  # image i depends on the seed and i alone
+    features_only: bool = free(False)  # keep features for `flowar evaluate` instead of images
+    extractor: ExtractorConfig = free(factory=ExtractorConfig)  # the network for features_only
     batch_size: int = free(64)  # images drawn at once by one process
     decode_batch_size: int | None = free(None)  # images that the VAE decodes at once; None: batch_size
-    chunk_batches: int = free(2)  # that one worker claims at once
-    lease_s: float = free(60)  # a worker without a sign of life for this long is taken for dead
+    chunk_batches: int = free(2)  # batches that one worker claims at once
+    lease_s: float = free(60)  # a worker that is silent for this long counts as dead
     device: str = free("auto")  # auto: the GPU where there is one, else cpu; or cuda, cuda:1, cpu
 
     def __post_init__(self) -> None:
@@ -123,11 +123,11 @@ class SamplingConfig(DrawConfig):
 class SampleConfig(SamplingConfig):
     """Images from a model."""
 
-    # exported model folder, hub id, or the run_dir of a training run (its newest checkpoint); its weights' hash counts
+    # exported model folder, hub id, or a training run (its newest checkpoint)
     model: str = free(MISSING)
-    out_dir: str = free(MISSING)  # the images; running again with the same settings draws only what is missing
-    preview: bool = free(False)  # only pictures of what would be drawn, in OUT_DIR/preview; also written --preview
-    # more forms beside the PNG files: ADM's, WebDataset's, MDS
+    out_dir: str = free(MISSING)  # folder of the images; running again draws only what is missing
+    preview: bool = free(False)  # only draw an overview into OUT_DIR/preview; also written --preview
+    # also pack the images as ADM's .npz, WebDataset tars, or MDS
     also: tuple[Literal["npz", "tar", "mds"], ...] = free(())
 
     def __post_init__(self) -> None:
@@ -138,7 +138,7 @@ class SampleConfig(SamplingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class InfoConfig(DrawConfig):
-    """What a model costs: parameters, tokens, FLOPs; of an image drawn like this."""
+    """What a model costs: parameters, tokens, and FLOPs of an image drawn with these settings."""
 
     # model.variant=flowar-l or arflow-xl/2, or its settings
     model: ModelConfig = field(default_factory=FlowARConfig)

@@ -28,10 +28,10 @@ class FollowConfig:
 
     evaluate: FollowedConfig = field(default_factory=FollowedConfig)
     num_images: int = 10_000
-    every_steps: int = 0  # checkpoints at multiples of this; 0: all that are seen
-    milestone_every_steps: int = 0  # those at multiples of this are measured with more images; 0: none
+    every_steps: int = 0  # measure checkpoints at multiples of this; 0: all that are found
+    milestone_every_steps: int = 0  # measure those at multiples of this with more images; 0: none
     milestone_images: int = 50_000
-    poll_s: float = 60  # between two looks at the run
+    poll_s: float = 60  # seconds between two looks at the run
 
     def __post_init__(self) -> None:
         if min(self.num_images, self.milestone_images) < 10 or self.poll_s <= 0:
@@ -55,18 +55,18 @@ class ClusterConfig:
     gpus_per_node: int = 0
     tasks_per_node: int | None = None  # None: one for each GPU, or one
     cpus_per_task: int = 1
-    mem_gb: float | None = None  # of a node; 0: all of it
+    mem_gb: float | None = None  # memory of a node; 0: all of it
     time_min: int = 60
     exclusive: bool = False
-    array: int = 1  # jobs of this shape that share the work: prepare, sample, evaluate, make-reference, sweep
-    stop_before_end_s: int = 180  # save and stop so long before the time is over; the job goes on in a new one
-    max_restarts: int = 5  # after a task or a node died; stops on purpose, as for preemption, don't count
-    sbatch: dict[str, str] = field(default_factory=dict)  # any other options of sbatch, by their long names
+    array: int = 1  # how many such jobs share the work of prepare, sample, evaluate, make-reference or sweep
+    stop_before_end_s: int = 180  # save and stop this long before the time limit, then requeue
+    max_restarts: int = 5  # restarts after a crash of a task or a node; preemption does not count
+    sbatch: dict[str, str] = field(default_factory=dict)  # other options of sbatch, by their long names
     srun: tuple[str, ...] = ()  # more arguments of srun, for example --container-image=...
-    setup: tuple[str, ...] = ()  # lines of the batch script before the tasks start, for example module load cuda
-    # Variables of the tasks. A secret is written ${oc.env:NAME}: it is passed from your shell, and written nowhere
+    setup: tuple[str, ...] = ()  # lines of the batch script before the tasks, for example module load cuda
+    # Environment variables of the tasks. Write a secret as ${oc.env:NAME}: it is taken from your shell and never stored
     environment: dict[str, str] = field(default_factory=dict)
-    python: str | None = None  # that runs the tasks; None: the one that submits
+    python: str | None = None  # Python that runs the tasks; None: the one that submits
 
     def __post_init__(self) -> None:
         for name in ("nodes", "cpus_per_task", "time_min", "array"):
@@ -96,31 +96,31 @@ class ClusterConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
-    """A chain of jobs: each starts when the one before has finished. A step that is left out is not run."""
+    """A chain of jobs: each starts when the previous one has finished. Steps without settings are not run."""
 
-    run_dir: str = MISSING  # of the chain itself: which jobs there are, what they print
+    run_dir: str = MISSING  # folder of the chain itself: its jobs and what they print
     prepare: PrepareConfig | None = None
     train: TrainConfig | None = None
     sample: SampleConfig | None = None
     evaluate: EvaluateConfig | None = None
-    # By step, what differs from --cluster FILE; for example {sample: {array: 16, nodes: 1}}
+    # What differs from --cluster FILE in each step, for example {sample: {array: 16, nodes: 1}}
     cluster: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorConfig:
-    """What is looked at on every node of an allocation."""
+    """What is checked on every node of an allocation."""
 
-    run_dir: str = "runs/doctor"  # on the file system that is measured; where the report goes
+    run_dir: str = "runs/doctor"  # where the report goes; its file system is measured
     data: str | None = None  # folder of a dataset: some of its shards are read and compared with their hashes
     num_shards: int = 4  # read by each process
     write_mib: int = 256  # written by each process
     message_mib: int = 64  # of the all-reduce between two nodes
-    min_share: float = 0.5  # of the median speed; what is slower is an outlier
+    min_share: float = 0.5  # nodes below this share of the median speed are outliers
     min_shm_gib: float = 1.0  # free in /dev/shm, for readers
-    min_open_files: int = 4096  # that a process may have (ulimit -n), for readers and sockets
+    min_open_files: int = 4096  # open files that a process may have (ulimit -n)
     max_clock_s: float = 5  # between the clocks of two nodes
-    timeout_s: float = 120  # for ranks that don't come, or don't answer
+    timeout_s: float = 120  # seconds until a rank that does not answer counts as lost
     device: str = "auto"  # auto: the GPU where there is one, else cpu; or cuda, cuda:1, cpu
 
 
@@ -128,15 +128,16 @@ class DoctorConfig:
 class DemoConfig:
     """Handwritten digits, or clothes, from scratch to a report, in minutes."""
 
-    model: Literal["flowar", "arflow"] = "flowar"  # the family; train and draw start from what suits it: DEMOS
-    # Real images: scikit-learn's digits, or Fashion-MNIST's clothes, which need a VAE of their own as train.vae.name
-    data: Literal["digits", "fashion"] = "digits"
+    model: Literal["flowar", "arflow"] = "flowar"  # model family; it also sets the defaults of train and draw
+    data: Literal["digits", "fashion"] = "digits"  # real images: scikit-learn's digits, or Fashion-MNIST's clothes
     # Folder of Fashion-MNIST's idx files; None: where Debian's package dataset-fashion-mnist or torchvision puts them
     images: str | None = None
-    run_dir: str = "runs/demo"  # where all of it is written
-    train: RecipeConfig = field(default_factory=lambda: _demo_training("flowar-demo"))  # how it is trained
-    num_samples: int = 1440  # as many as training images, so that both Frechet distances have the same bias
-    # how its samples are drawn
+    run_dir: str = "runs/demo"  # folder for everything that the demo writes
+    # Steps of the VAE that data=fashion trains first, as the demo's VAE knows only digits; unused with train.vae.name
+    vae_steps: int = 2000
+    train: RecipeConfig = field(default_factory=lambda: _demo_training("flowar-demo"))  # how the model is trained
+    num_samples: int = 1440  # as many as training images, so that both Frechet distances are equally biased
+    # how samples are drawn
     draw: DrawConfig = field(
         default_factory=lambda: DrawConfig(num_steps=40, guidance=1.1, guidance_interval=(0.0, 0.7))
     )
@@ -144,11 +145,8 @@ class DemoConfig:
     def __post_init__(self) -> None:
         if self.num_samples < 1:
             raise UserError(f"num_samples={self.num_samples} must be at least 1")
-        if self.data == "fashion" and self.train.vae.name == "demo":
-            raise UserError(
-                "data=fashion needs a VAE of clothes, as the demo's own knows digits alone; give one as "
-                "train.vae.name=FOLDER, in diffusers' layout"
-            )
+        if self.vae_steps < 1:
+            raise UserError(f"vae_steps={self.vae_steps} must be at least 1")
         if self.train.model.family != self.model:
             raise UserError(
                 f"model={self.model}, but train.model.family={self.train.model.family}; give "
@@ -157,8 +155,8 @@ class DemoConfig:
 
     @classmethod
     def start_from(cls, given: Mapping[str, Any]) -> "DemoConfig | None":
-        """Return the settings that the given ones start from: those of the family that is named; None: no wish."""
-        return DEMOS.get(str(given.get("model")))
+        """Return the settings that the given ones start from, by data and family; None: the defaults."""
+        return DEMOS.get("fashion" if given.get("data") == "fashion" else str(given.get("model")))
 
 
 def _demo_training(variant: str, **changes: Any) -> RecipeConfig:
@@ -181,7 +179,7 @@ def _demo_training(variant: str, **changes: Any) -> RecipeConfig:
 
 
 _ARFLOW_DRAWN: dict[str, Any] = {"solver": "euler-maruyama", "guidance": 1.2, "guidance_interval": (0.0, 1.0)}
-DEMOS = {  # by the family of models
+DEMOS = {  # by the family of models, or the data
     "flowar": DemoConfig(),
     "arflow": DemoConfig(
         model="arflow",
@@ -194,5 +192,17 @@ DEMOS = {  # by the family of models
             preview=PreviewConfig(every_steps=400, num_images=40, num_steps=16, **_ARFLOW_DRAWN),
         ),
         draw=DrawConfig(num_steps=40, **_ARFLOW_DRAWN),
+    ),
+    "fashion": DemoConfig(
+        data="fashion",
+        run_dir="runs/demo_fashion",
+        num_samples=2000,
+        train=_demo_training(
+            "flowar-xxs",
+            optim=OptimConfig(lr=2e-3, min_lr=5e-5, warmup_epochs=0.2),
+            epochs=4,  # of 60,000 images
+            preview=PreviewConfig(every_steps=600, num_images=40, num_steps=16, guidance=1.5),
+        ),
+        draw=DrawConfig(num_steps=20, guidance=1.5, guidance_interval=(0.0, 0.7)),
     ),
 }

@@ -15,9 +15,9 @@ from flowar.config.load import free
 class FeatureWorkConfig:
     """How processes share the work of computing features."""
 
-    batch_size: int = free(64)  # images that go through the network at once
-    chunk_images: int = free(500)  # the piece of work that one process claims
-    lease_s: float = free(60)  # a process without a sign of life for this long is taken for dead
+    batch_size: int = free(64)  # images per forward pass
+    chunk_images: int = free(500)  # images that one process claims at once
+    lease_s: float = free(60)  # a process that is silent for this long counts as dead
     device: str = free("auto")  # auto: the GPU where there is one, else cpu; or cuda, cuda:1, cpu
 
     def __post_init__(self) -> None:
@@ -30,16 +30,15 @@ class FeatureWorkConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasureConfig(FeatureWorkConfig):
-    """How generated images are measured against real ones, whichever they are."""
+    """How generated images are compared with real ones."""
 
-    # Images of any kind, or an .npz with mu and sigma (ADM's VIRTUAL_*.npz, with its 10,000 images), or what
-    # make-reference wrote
+    # Real images of any kind, an .npz with mu and sigma (ADM's VIRTUAL_*.npz), or what make-reference wrote
     reference: str = MISSING
-    protocol: Literal["adm", "torch-fidelity"] = "adm"  # adm: what papers report
+    protocol: Literal["adm", "torch-fidelity"] = "adm"  # adm: as papers report
     extractor: ExtractorConfig = field(default_factory=ExtractorConfig)
-    # More networks: FD-DINOv2, and torch-fidelity's own for precision and recall; None: those whose weights are here
+    # More networks: dinov2 for FD-DINOv2, vgg16 for precision and recall; None: those whose weights are on this machine
     more: tuple[Literal["dinov2", "vgg16"], ...] | None = None
-    interval_groups: int = 50  # groups of samples that are left out in turn, for 95% intervals; 0: no intervals
+    interval_groups: int = 50  # groups that the jackknife leaves out in turn for 95% intervals; 0: no intervals
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,39 +47,39 @@ class MeasureConfig(FeatureWorkConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(MeasureConfig):
-    """FID and its kin of generated images, against real ones."""
+    """FID and related metrics of generated images."""
 
-    # As the other verbs' reference; nothing: the images that the model was trained on, where they still are
+    # Real images, or what make-reference wrote; empty: the images that the model was trained on, if still there
     reference: str = ""
     samples: str = MISSING  # what `flowar sample` wrote, any folder of images (searched deeply), .npz, *.tar, MDS
-    sample: SampleConfig | None = free(None)  # draw the samples first, into the folder `samples`, for this extractor
+    sample: SampleConfig | None = free(None)  # draw the samples first, into the folder `samples`
     out_dir: str | None = None  # features, metrics.json, report.html; None: SAMPLES/evaluation, or beside a file
-    against: str | None = None  # other samples drawn with the same seed: the difference, with a paired interval
-    run_dir: str | None = None  # training run that gets the numbers (evaluations.jsonl, wandb); None: the samples' own
-    step: int | None = None  # of that run; None: that of the samples' checkpoint
-    # Measure real images through the samples' VAE too, which no sample can surpass; None: with extractor.name=own
+    against: str | None = None  # other samples with the same seed: report the difference with a paired interval
+    run_dir: str | None = None  # training run that records the numbers; None: the run of the samples
+    step: int | None = None  # step of that run; None: the step of the samples' checkpoint
+    # Also measure real images through the VAE, the ceiling for any sample; None: only with extractor.name=own
     ceiling: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig(FeatureWorkConfig):
-    """Ways to sample, all combinations; by successive halving."""
+    """Compare all combinations of sampling settings by successive halving."""
 
-    model: str = MISSING  # as of sample
-    reference: str = MISSING  # as of evaluate
+    model: str = MISSING  # model folder, hub id or training run
+    reference: str = MISSING  # real images, as for `flowar evaluate`
     out_dir: str = free(MISSING)  # samples, scores, table, picture and recipe
-    # What is not swept: vae, classes, seed, solver, time grid, batch sizes, start of the guidance interval
+    # Everything that is not swept: VAE, classes, seed, solver, time grid, batch sizes, start of the guidance interval
     sample: SamplingConfig = field(default_factory=SamplingConfig)
-    guidance: tuple[float, ...] = (1.5, 2.0, 2.4, 3.0, 4.0)  # scales to compare
-    interval_ends: tuple[float, ...] = (0.7, 0.9, 1.0)  # upper ends of the guidance interval
-    num_steps: tuple[int, ...] = (25,)  # steps to compare
-    last_step_shares: tuple[float, ...] = (1.0,)  # steps of the finest scale over num_steps (DiSA anneals: below 1)
-    weights: tuple[str, ...] = ("ema",)  # of a run_dir
-    ema_stds: tuple[float, ...] = ()  # and averages of these lengths, as `flowar ema` makes them
-    num_images: tuple[int, ...] = (5_000, 10_000, 50_000)  # in each round
-    keep: float = 0.25  # share of the settings that go on to the next round
+    guidance: tuple[float, ...] = (1.5, 2.0, 2.4, 3.0, 4.0)  # guidance weights to compare
+    interval_ends: tuple[float, ...] = (0.7, 0.9, 1.0)  # upper ends of the guidance interval to compare
+    num_steps: tuple[int, ...] = (25,)  # numbers of steps to compare
+    last_step_shares: tuple[float, ...] = (1.0,)  # steps at the finest scale divided by num_steps (below 1: DiSA)
+    weights: tuple[str, ...] = ("ema",)  # weights of a run to compare
+    ema_stds: tuple[float, ...] = ()  # EDM2 averages of these lengths to compare, made as by `flowar ema`
+    num_images: tuple[int, ...] = (5_000, 10_000, 50_000)  # images of each setting in each round
+    keep: float = 0.25  # share of the settings that reach the next round
     extractor: ExtractorConfig = field(default_factory=ExtractorConfig)  # the network whose features are compared
-    interval_groups: int = 20  # as of evaluate
+    interval_groups: int = 20  # groups that the jackknife leaves out in turn; 0: no intervals
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -107,12 +106,12 @@ class SweepConfig(FeatureWorkConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceConfig(FeatureWorkConfig):
-    """Real images -> statistics and features that samples are compared with."""
+    """Real images -> the statistics and features that samples are compared with."""
 
     images: str = MISSING  # folder of images (searched deeply), .npz with arr_0 (and mu, sigma), *.tar, MDS
     out_dir: str = MISSING  # the reference to write
     extractor: ExtractorConfig = field(default_factory=ExtractorConfig)  # the network whose features it keeps
-    keep_images: int = 10_000  # whose features are kept for precision, recall, KID, neighbours and classes; 0: all
+    keep_images: int = 10_000  # images whose features are kept for precision, recall, KID and neighbours; 0: all
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,7 +13,9 @@ FlowBlockName = Literal["attn_mlp", "attn_cross_mlp"]
 ReadDecayName = Literal["running", "own"]
 
 MOST_ACROSS = 16  # side of the finest token map; the authors' for 256 px
-CUSTOM_VARIANT = "custom"  # a model that is no row of MODEL_VARIANTS
+# The flow Transformer has to carry the noise of a whole token, so it is suggested to be wider than that.
+FLOW_OVER_TOKEN_WIDTH, HEAD_WIDTH = 4 / 3, 64
+CUSTOM_VARIANT = "custom"  # a model that is not in MODEL_VARIANTS
 
 
 class DataShape(NamedTuple):
@@ -28,10 +30,10 @@ class DataShape(NamedTuple):
 class ModelConfig(abc.ABC):
     """What the rest of the program knows of any model's shape."""
 
-    family: str = "flowar"  # the kind of model: a row of MODEL_CONFIGS; its code is flowar/models/FAMILY
-    variant: str = "flowar-l"  # the row of MODEL_VARIANTS that the other settings start from, or "custom"
-    latent_channels: int = 16  # of the VAE
-    num_classes: int = 1000  # of the dataset; one more stands for no class
+    family: str = "flowar"  # model family, flowar or arflow; its code is in flowar/models/FAMILY
+    variant: str = "flowar-l"  # named model that the other settings start from, such as flowar-s, or "custom"
+    latent_channels: int = 16  # channels of the VAE's latents
+    num_classes: int = 1000  # classes of the dataset, without "no class"
 
     @property
     @abc.abstractmethod
@@ -91,14 +93,14 @@ class FlowARConfig(ModelConfig):
     scales: tuple[int, ...] = (1, 2, 4, 8, 16)  # side lengths of the token maps, coarse to fine
     patch_size: int = 1  # 1 for VAEs of stride 16, 2 for stride 8
     ar_depth: int = 16  # blocks of the autoregressive Transformer
-    ar_width: int = 1024  # of its tokens
-    ar_heads: int = 16  # of its attention; they divide ar_width
-    flow_depth: int = 12  # blocks of the flow Transformer
-    flow_width: int = 1024  # of its tokens
-    flow_heads: int = 16  # released: heads of 64 channels
-    flow_block: FlowBlockName = "attn_cross_mlp"  # the paper: attn_mlp
-    dropout: float = 0.1  # in the AR Transformer while training; none in the flow Transformer
-    zero_init: bool = False  # zero the last linear, as the authors meant to
+    ar_width: int = 1024  # width of its tokens
+    ar_heads: int = 16  # attention heads; they divide ar_width
+    flow_depth: int = 12  # blocks of the flow matching Transformer
+    flow_width: int = 1024  # width of its tokens
+    flow_heads: int = 16  # attention heads; the released models have 64 channels per head
+    flow_block: FlowBlockName = "attn_cross_mlp"  # block type; the paper describes attn_mlp
+    dropout: float = 0.1  # of the AR Transformer while training; the flow Transformer has none
+    zero_init: bool = False  # start with a last linear layer of zeros
     # side, in tokens, of the square that all rotary positions lie in; None: the finest scale's, as released. A model
     # that starts with weights of smaller images keeps theirs: new positions lie between the known ones
     position_span: int | None = None
@@ -158,7 +160,7 @@ class ARFlowConfig(ModelConfig):
     family: str = "arflow"
     variant: str = "arflow-xl/2"
     latent_channels: int = 4
-    latent_size: int = 32  # 16 for images of 128 px
+    latent_size: int = 32  # side of the latents; 16 for images of 128 px
     patch_size: int = 2
     depth: int = 28
     width: int = 1152
@@ -167,7 +169,7 @@ class ARFlowConfig(ModelConfig):
     # How far a token of an image can read the memory of earlier images. "running": its own gate times those of all
     # tokens before it in raster order, as released, so that the lower part of an image reads little; "own": its own.
     read_decay: ReadDecayName = "running"
-    guided_channels: int | None = 3  # released: guidance acts on the first 3 latent channels; None: on all
+    guided_channels: int | None = 3  # latent channels that guidance acts on, 3 as released; None: all
     # side, in tokens, of the square that positions lie in; None: the image's own, as released. A model that starts with
     # weights of smaller images keeps theirs: new positions lie between the known ones
     position_span: int | None = None
@@ -248,21 +250,27 @@ def fitting_scales(scales: tuple[int, ...], latent_size: int, patch_size: int) -
     return tuple(found)
 
 
-def suggested_grid(latent_size: int, *, coarse: bool) -> dict[str, Any]:
-    """Return patch_size and scales of a FlowAR that is to be trained on latents of this side.
+def suggested_shape(variant: FlowARConfig, latent_size: int, latent_channels: int, *, coarse: bool) -> dict[str, Any]:
+    """Return scales, patch_size and, if it must be wider, flow_width of a FlowAR to be trained on latents of a size.
 
     Args:
+        variant: the model that it starts from.
         latent_size: side of the latents.
-        coarse: take fewer, larger patches, where the machine is slow.
+        latent_channels: their channels.
+        coarse: choose fewer, larger patches, because the machine is slow.
     """
-    most = MOST_ACROSS if not coarse else 8 if latent_size > 8 else 4
+    most = MOST_ACROSS if not coarse else 4 if latent_size <= 32 else 8
     patch_size = next(
         size for size in range(1, latent_size + 1) if latent_size % size == 0 and latent_size // size < 2 * most
     )
     scales = [latent_size // patch_size]
     while scales[0] > 1:
         scales.insert(0, math.ceil(scales[0] / 2))
-    return {"scales": scales, "patch_size": patch_size}
+    shape: dict[str, Any] = {"scales": scales, "patch_size": patch_size}
+    width = math.ceil(latent_channels * patch_size**2 * FLOW_OVER_TOKEN_WIDTH / HEAD_WIDTH) * HEAD_WIDTH
+    if width > variant.flow_width:
+        shape |= {"flow_width": width, "flow_heads": width // HEAD_WIDTH}
+    return shape
 
 
 MODEL_CONFIGS: dict[str, type[ModelConfig]] = {"flowar": FlowARConfig, "arflow": ARFlowConfig}  # by family
@@ -315,7 +323,7 @@ def variant_config(name: str) -> ModelConfig:
     """Return a row of MODEL_VARIANTS.
 
     Raises:
-        UserError: if there is no such row; names the nearest one.
+        UserError: if there is no such row; it names the nearest one.
     """
     if name not in MODEL_VARIANTS:
         raise UserError(f"no model is called {name!r}{did_you_mean(name, MODEL_VARIANTS)}")
@@ -326,7 +334,7 @@ def config_from_dict(settings: Any, source: str = "the model's config") -> Model
     """Return the model's shape from `settings`, checked like a config file; without "family" it is a FlowAR's.
 
     Args:
-        settings: what a config.json holds; its texts are taken literally, whoever wrote them.
+        settings: what a config.json holds; its strings are taken literally.
         source: what is called wrong in errors.
 
     Raises:

@@ -22,14 +22,14 @@ class InitConfig:
 
     plain_setting: ClassVar[str] = "model"
 
-    # a model folder, a run_dir (its newest checkpoint) or one checkpoint; None: fresh weights. It is read until the run
-    # has saved a checkpoint of its own; what the run started from is noted in RUN_DIR/init.json
+    # a model folder, a training run (its newest checkpoint) or one checkpoint; None: fresh weights. It is read only
+    # until the run has its own first checkpoint; RUN_DIR/init.json records it
     model: str | None = None
-    weights: str = "ema"  # of a run or checkpoint: ema (the first average), raw, or an average such as decay_0.9999
-    # for each class of the dataset, in their order, the class of the init model whose row of the label table it starts
-    # with: its name or number, or "new"; None: the class of the same name where both names are known, else number
+    weights: str = "ema"  # weights of a run: ema (its first average), raw, or an average such as decay_0.9999
+    # for each class of the dataset, in order, the init model's class whose label embedding it starts from: a name, a
+    # number, or "new"; None: the class of the same name if names are known, else of the same number
     classes: tuple[str, ...] | None = None
-    class_file: str | None = None  # a text file with these instead, one a line
+    class_file: str | None = None  # a text file with these classes instead, one per line
 
     def __post_init__(self) -> None:
         if self.classes is not None and self.class_file is not None:

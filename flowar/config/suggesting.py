@@ -1,4 +1,4 @@
-"""Settings of `flowar suggest`: a training that fits a dataset and the machine at hand."""
+"""Settings of `flowar suggest`: a training that fits a dataset and this machine."""
 
 from dataclasses import dataclass, field
 
@@ -11,14 +11,14 @@ from flowar.config.load import free
 class SuggestConfig:
     """A dataset -> a commented YAML for `flowar train`."""
 
-    data: DataConfig = field(default_factory=DataConfig)  # what would be trained on
-    file: str | None = free(None)  # the YAML to write, a new file; None: it is printed
-    run_dir: str | None = None  # of the run; None: runs/ and the dataset's name
-    variant: str | None = None  # of the model, such as flowar-xs; None: by the number of images and the device
-    vae_weights: str | None = None  # vae.weights, for VAEs that are one file
-    minutes: float | None = None  # that the training may take; None: 15 on a CPU, a day on a GPU
-    gpus: int = 1  # that will train; on a CPU it is not asked
-    device: str = free("auto")  # that is measured. auto: the GPU where there is one, else cpu; or cuda, cuda:1, cpu
+    data: DataConfig = field(default_factory=DataConfig)  # the dataset
+    file: str | None = free(None)  # YAML file to write, which must not exist; None: print it
+    run_dir: str | None = None  # run_dir of the run; None: runs/ and the dataset's name
+    variant: str | None = None  # model variant, such as flowar-xs; None: by the number of images and the device
+    vae_weights: str | None = None  # vae.weights, for VAEs whose weights are one file
+    minutes: float | None = None  # minutes of training; None: 15 on a CPU, a day on a GPU
+    gpus: int = 1  # GPUs that will train; unused on a CPU
+    device: str = free("auto")  # what is measured. auto: the GPU where there is one, else cpu; or cuda, cuda:1, cpu
 
     def __post_init__(self) -> None:
         if self.minutes is not None and self.minutes <= 0:

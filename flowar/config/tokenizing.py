@@ -20,32 +20,32 @@ class TrainVAEConfig:
     """Images -> a VAE for them: diffusers' AutoencoderKL, trained from scratch."""
 
     images: str = MISSING  # folder with a sub-folder per class, folder or pattern of *.tar or *.parquet
-    out_dir: str = free(MISSING)  # the VAE to write, for vae.name=; the run that trains it is in OUT_DIR/training
-    image_size: int = 256  # side of the crops that it is trained on, pixels
-    crop: Literal["center", "random"] = "center"  # random: of images resized to 9/8 of image_size
+    out_dir: str = free(MISSING)  # folder of the VAE, for vae.name=; its training run is in OUT_DIR/training
+    image_size: int = 256  # side of the training crops, pixels
+    crop: Literal["center", "random"] = "center"  # random: crops of images resized to 9/8 of image_size
     flip: bool = True  # mirror every other image
-    image_column: str = free("image")  # parquet only; the hash of the listing tells what came of these two
+    image_column: str = free("image")  # parquet only: the column of images
     label_column: str = free("label")  # parquet only: the column of class numbers
     stride: int | None = None  # image pixels per latent pixel, each way, a power of 2; None: 4 up to 64 px, 8, or 16
     channels: int | None = None  # of the latents; None: 4 up to 64 px, 8 up to 128 px, else 16
     width: int | None = None  # of the network at full size, a multiple of 8; None: 16 up to 64 px, 64, or 128
-    layers_per_block: int = 1  # of the network, at each size
-    attention: bool = False  # in the middle of encoder and decoder, as large VAEs have
-    steps: int = free(2000)  # of the optimizer; a larger number trains a finished VAE on, along the longer schedule
-    batch_size: int = 32  # global
-    lr: float = free(3e-3)  # peak of AdamW's learning rate, after a twentieth of the steps; then a cosine to 0
-    kl_weight: float = 3e-3  # of the KL divergence, nats per pixel value: more makes latents smoother, images blurrier
-    lpips_weight: float = 0.0  # of LPIPS on VGG-16, whose weights torch-fidelity fetches; for photographs 0.5 or 1
-    gan_weight: float = 0.0  # of a patch discriminator's judgement; for photographs 0.1
-    gan_start: float = 0.5  # share of the steps after which the discriminator begins
-    max_grad_norm: float = free(1.0)  # gradients of a larger norm are scaled down to this
-    seed: int = 0  # of fresh weights and of all that is drawn
+    layers_per_block: int = 1  # residual layers at each size
+    attention: bool = False  # attention in the middle of encoder and decoder, as in large VAEs
+    steps: int = free(2000)  # optimizer steps; a larger number continues a finished VAE on the longer schedule
+    batch_size: int = 32  # images per step, over all processes
+    lr: float = free(3e-3)  # peak learning rate of AdamW, after a warm-up of 5% of the steps; cosine decay to 0
+    kl_weight: float = 3e-3  # weight of the KL divergence, nats per pixel value: smoother latents, blurrier images
+    lpips_weight: float = 0.0  # weight of LPIPS (VGG-16, fetched by torch-fidelity); 0.5 or 1 for photographs
+    gan_weight: float = 0.0  # weight of a patch discriminator; 0.1 for photographs
+    gan_start: float = 0.5  # share of the steps before the discriminator starts
+    max_grad_norm: float = free(1.0)  # gradients with a larger norm are scaled down to it
+    seed: int = 0  # for fresh weights, crops, flips and noise
     precision: Literal["fp32", "tf32", "bf16"] = free("tf32")  # bf16: network alone; weights and loss stay float32
     num_workers: int = free(2)  # processes that decode images; 0 decodes in the main one
-    log_every_steps: int = free(50)  # between two lines of OUT_DIR/training/metrics.jsonl
-    save_every_steps: int = free(200)  # between two checkpoints
-    keep_checkpoints: int = free(2)  # the newest ones
-    timeout_s: float = free(600)  # a process that keeps the others waiting for so long ends the job
+    log_every_steps: int = free(50)  # steps between two lines of OUT_DIR/training/metrics.jsonl
+    save_every_steps: int = free(200)  # steps between two checkpoints
+    keep_checkpoints: int = free(2)  # how many of the newest checkpoints are kept
+    timeout_s: float = free(600)  # the job ends if a process stalls for this many seconds
     wandb: WandbConfig = free(factory=WandbConfig)  # Weights & Biases
     tensorboard: bool = free(False)  # event files in OUT_DIR/training/tensorboard
     device: str = free("auto")  # auto: the GPU where there is one, else cpu; or cuda, cuda:1, cpu

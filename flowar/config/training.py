@@ -23,17 +23,17 @@ MAX_EMA_STD = 0.28  # 0.2887 = 1 / sqrt(12) is the plain mean of all steps
 class OptimConfig:
     """AdamW and its schedule; the defaults are the authors' recipe."""
 
-    base_lr: float = free(5e-5)  # the learning rate is this x batch_size / 256, as the authors have it
-    lr: float | None = free(None)  # the learning rate at its peak, after the warm-up; None: base_lr says
-    min_lr: float = free(1e-5)  # where the cosine ends
-    warmup_epochs: float = 100  # linear from 0
-    betas: tuple[float, float] = (0.9, 0.95)  # of AdamW: decay of its averages of gradients and of their squares
-    weight_decay: float = 0.02  # on matrices and tables; none on biases and norm weights
-    decay_flow: bool = True  # on the flow Transformer too; the authors meant not to, but do: a name didn't match
-    frozen: tuple[str, ...] = ()  # parameters that stay as they are, by patterns of their names, such as ["ar.*"]
-    init_lr_factor: float = free(1.0)  # the learning rate of what `init` gave whole, over that of what is fresh
-    max_grad_norm: float | None = free(3.0)  # gradients of a larger norm are scaled down to this; None: none are
-    max_grad_value: float | None = free(None)  # after that each value is clipped to +- this; None: none is
+    base_lr: float = free(5e-5)  # learning rate for a batch of 256; it grows with batch_size, as in the authors' code
+    lr: float | None = free(None)  # peak learning rate, after the warm-up; None: base_lr x batch_size / 256
+    min_lr: float = free(1e-5)  # learning rate at the end of the cosine decay
+    warmup_epochs: float = 100  # epochs of linear warm-up from 0
+    betas: tuple[float, float] = (0.9, 0.95)  # AdamW's decay rates of the first and second moments
+    weight_decay: float = 0.02  # applied to matrices and tables, not to biases and norm weights
+    decay_flow: bool = True  # also decay the flow Transformer's weights, as the released code does
+    frozen: tuple[str, ...] = ()  # patterns of parameter names that are not trained, such as ["ar.*"]
+    init_lr_factor: float = free(1.0)  # learning rate of parameters loaded by `init`, relative to fresh ones
+    max_grad_norm: float | None = free(3.0)  # gradients with a larger norm are scaled down to it; None: off
+    max_grad_value: float | None = free(None)  # then each value is clipped to this range; None: off
 
     def __post_init__(self) -> None:
         for name in ("base_lr", "lr", "min_lr", "init_lr_factor", "max_grad_norm", "max_grad_value"):
@@ -52,8 +52,8 @@ class PreviewConfig(DrawConfig):
 
     prefix: ClassVar[str] = "preview."
 
-    every_steps: int = 5000  # between two grids; 0: none
-    num_images: int = 64  # of a grid
+    every_steps: int = 5000  # steps between two grids; 0: no grids
+    num_images: int = 64  # images in a grid
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -66,9 +66,9 @@ class WandbConfig:
     """Weights & Biases; metrics.jsonl is written in any case."""
 
     mode: Literal["disabled", "online", "offline"] = "disabled"  # offline keeps files that `wandb sync` uploads later
-    project: str = "flowar"  # under which runs are listed
+    project: str = "flowar"  # where runs are listed
     entity: str | None = None  # user or team; None: yours
-    name: str | None = None  # of the run; None: the name of run_dir
+    name: str | None = None  # name of the run; None: the name of run_dir
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,17 +77,17 @@ class ParallelConfig:
 
     engine: Literal["auto", "single", "ddp", "fsdp", "deepspeed"] = "auto"  # auto: single, or ddp for several processes
     replicas: int = 1  # fsdp: groups of processes that share one copy of the weights each (HSDP)
-    fsdp_reshard: bool = True  # fsdp: free a block's weights after its forward pass, and gather them again backwards
+    fsdp_reshard: bool = True  # fsdp: free a block's weights after its forward pass, gather them again for backward
     fsdp_bf16: bool = False  # fsdp, precision=bf16: gather the blocks' weights as bfloat16; reduce gradients in float32
-    fsdp_sync_once: bool = False  # fsdp: add up the gradients of all parts, whole on every GPU, and reduce them once
-    fsdp_prefetch: int = 0  # fsdp: blocks whose weights are asked for ahead of time; 0: as FSDP2 does by itself
+    fsdp_sync_once: bool = False  # fsdp: keep whole gradients on each GPU, reduce them once per step
+    fsdp_prefetch: int = 0  # fsdp: blocks whose weights are gathered ahead of time; 0: FSDP2's own prefetching
     zero_stage: int = 2  # deepspeed: 1, 2 or 3
-    zero_offload: bool = False  # deepspeed: the optimizer lives in the memory of the CPU
-    zero_files: bool = False  # deepspeed: save its own files too, for zero_to_fp32.py; training waits for these
-    checkpoint_every_blocks: int = 0  # recompute every n-th block in the backward pass instead of keeping it; 0: none
+    zero_offload: bool = False  # deepspeed: keep the optimizer state in CPU memory
+    zero_files: bool = False  # deepspeed: also save its own files, for zero_to_fp32.py; training waits for them
+    checkpoint_every_blocks: int = 0  # recompute every n-th block in the backward pass to save memory; 0: off
     compile: bool = False  # torch.compile, block by block
-    timeout_s: float = 600  # a rank that keeps the others waiting for so long ends the job
-    check_memory: bool = True  # on a GPU: refuse at the start what, as `flowar plan` counts, has no room there
+    timeout_s: float = 600  # the job ends if a rank stalls for this many seconds
+    check_memory: bool = True  # refuse a run that does not fit into the GPU's memory, by the estimate of `flowar plan`
 
     def __post_init__(self) -> None:
         if self.zero_stage not in (1, 2, 3):
@@ -105,10 +105,10 @@ class ParallelConfig:
 class GuardConfig:
     """What to do about steps whose loss or gradient is not finite, or whose loss jumps: they are skipped and kept."""
 
-    spike_factor: float = 0  # skip a loss of more than so many times the usual one; 0: only what isn't finite
-    skips_before_rollback: int = 3  # so many in a row: back to the newest checkpoint, and past these batches
-    max_rollbacks: int = 1  # then the run stops
-    max_kept: int = 3  # skipped steps that are kept for `flowar replay`; each holds the weights
+    spike_factor: float = 0  # skip a step whose loss is this many times the usual one; 0: only if not finite
+    skips_before_rollback: int = 3  # skips in a row before the run rolls back and skips those batches
+    max_rollbacks: int = 1  # rollbacks before the run stops
+    max_kept: int = 3  # skipped steps kept for `flowar replay`; each one contains the weights
 
     def __post_init__(self) -> None:
         if self.skips_before_rollback < 1 or self.max_rollbacks < 0 or self.spike_factor < 0:
@@ -120,11 +120,11 @@ class GuardConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EMAConfig:
-    """Averages of the weights; samples are drawn with the first one."""
+    """Moving averages of the weights; samples are drawn with the first one."""
 
     decays: tuple[float, ...] = (0.9999,)  # constant decays
-    stds: tuple[float, ...] = ()  # EDM2's power functions, by relative std; [0.05,0.1] for `flowar ema`
-    keep_every_steps: int = 0  # keep EDM2's averages of these steps, for `flowar ema`; 0: none
+    stds: tuple[float, ...] = ()  # relative stds of EDM2's power-function averages; [0.05,0.1] for `flowar ema`
+    keep_every_steps: int = 0  # how often EDM2's averages are kept for `flowar ema`; 0: never
 
     def __post_init__(self) -> None:
         if not self.decays and not self.stds:
@@ -143,34 +143,34 @@ class EMAConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeConfig:
-    """How a model is trained, wherever; the defaults are the authors' recipe for ImageNet at 256 px."""
+    """How a model is trained; the defaults are the authors' recipe for ImageNet at 256 px."""
 
-    model: ModelConfig = field(default_factory=FlowARConfig)  # what is trained: model.variant=flowar-l, or its settings
-    # weights to start from; init=MODEL is short for init.model=MODEL. The shape is theirs unless model.variant is given
+    model: ModelConfig = field(default_factory=FlowARConfig)  # model.variant=flowar-l, or single settings
+    # weights to start from; init=MODEL is short for init.model=MODEL. It sets the shape unless model.variant is given
     init: InitConfig = field(default_factory=InitConfig)
-    vae: VAEConfig = field(default_factory=VAEConfig)  # must be the one that made the shards
+    vae: VAEConfig = field(default_factory=VAEConfig)  # the VAE that made the shards
     optim: OptimConfig = field(default_factory=OptimConfig)  # AdamW and its schedule
-    epochs: float = free(400)  # a larger number trains a finished run on, along the longer schedule
-    batch_size: int = 2048  # global
-    # samples of one process at once, whose gradients add up; None: all of its part of the batch
+    epochs: float = free(400)  # passes over the dataset; more continue a finished run, on the longer schedule
+    batch_size: int = 2048  # samples per step, over all processes
+    # samples that one process computes at once; their gradients are accumulated. None: its whole share of the batch
     micro_batch_size: int | None = free(None)
-    label_dropout: float = 0.1  # share of labels replaced by "no class", for guidance
-    ema: EMAConfig = field(default_factory=EMAConfig)  # averages of the weights
+    label_dropout: float = 0.1  # share of labels replaced by "no class", for classifier-free guidance
+    ema: EMAConfig = field(default_factory=EMAConfig)  # moving averages of the weights
     # authors: tf32; bf16 keeps weights, norms and loss in float32
     precision: Literal["fp32", "tf32", "bf16"] = free("tf32")
     attention: Literal["sdpa", "flash"] = free("sdpa")  # flash: the flash-attn package, on CUDA, with precision=bf16
-    seed: int = 0  # of fresh weights and of all that is drawn
-    log_every_steps: int = free(50)  # between two lines of metrics.jsonl
-    save_every_steps: int = free(1000)  # between two checkpoints
-    keep_checkpoints: int = free(2)  # the newest ones
-    keep_every_steps: int = free(0)  # and, for good, those at multiples of this; 0: none
+    seed: int = 0  # for fresh weights, noise, times, dropped labels and order
+    log_every_steps: int = free(50)  # steps between two lines of metrics.jsonl
+    save_every_steps: int = free(1000)  # steps between two checkpoints
+    keep_checkpoints: int = free(2)  # how many of the newest checkpoints are kept
+    keep_every_steps: int = free(0)  # also keep checkpoints at multiples of this forever; 0: none
     parallel: ParallelConfig = free(factory=ParallelConfig)  # how processes share the work
-    guard: GuardConfig = free(factory=GuardConfig)  # what happens to steps that go wrong
-    preview: PreviewConfig = free(factory=PreviewConfig)  # sample grids on the way
+    guard: GuardConfig = free(factory=GuardConfig)  # what happens when the loss is not finite or jumps
+    preview: PreviewConfig = free(factory=PreviewConfig)  # sample grids during training
     wandb: WandbConfig = free(factory=WandbConfig)  # Weights & Biases
     tensorboard: bool = free(False)  # event files in RUN_DIR/tensorboard
-    profile_steps: tuple[int, int] | None = free(None)  # first and last step of a trace of rank 0, RUN_DIR/profile
-    # of one process's device, for the MFU; None: known GPUs', or measured on a CPU
+    profile_steps: tuple[int, int] | None = free(None)  # first and last step that rank 0 traces into RUN_DIR/profile
+    # peak TFLOP/s of one device, for the MFU; None: known for GPUs, measured on a CPU
     peak_tflops: float | None = free(None)
     device: str = free("auto")  # auto: the GPU where there is one, else cpu; or cuda, cuda:1, cpu
 

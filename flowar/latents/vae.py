@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from flowar.base.errors import UserError
 from flowar.base.hashes import hash_weights
+from flowar.base.records import read_record
 from flowar.base.tensors import load_plain_checkpoint, load_tensors
 from flowar.latents.ldm import ldm_autoencoder
 from flowar.latents.pixels import Pixels
@@ -29,6 +30,8 @@ HUB_NAMES = {
 }
 
 DIFFUSERS_CLASSES = ("AutoencoderKL", "AutoencoderDC", "AutoencoderRAE")
+# In the folder of a VAE that `flowar train-vae` wrote: what it was trained on, with the hash of its weights; its run
+VAE_FILE, TRAINING_FOLDER = "vae.json", "training"
 FILE_NAMES = ("mar", "ldm")  # VAEs whose weights are one file, vae.weights
 SCALE = "scaling_factor"
 # What loading raises where a file is damaged or holds something else.
@@ -153,7 +156,13 @@ def load_vae(name_or_path: str, weights: str | Path | None = None) -> VAE:
     if name_or_path == "pixels":
         return VAE(Pixels(), name_or_path)
     source = DEMO_VAE if name_or_path == "demo" else HUB_NAMES.get(name_or_path, name_or_path)
-    return VAE(_load_diffusers(source, name_or_path), name_or_path)
+    vae = VAE(_load_diffusers(source, name_or_path), name_or_path)
+    record = Path(source) / VAE_FILE
+    if record.is_file():
+        cure = f"copy the folder {source} again, or train the VAE again"
+        if vae.weights_sha256 != read_record(record, cure, needs=["vae_sha256"])["vae_sha256"]:
+            raise UserError(f"vae.name={name_or_path}: its weights are not those that {record} was written for; {cure}")
+    return vae
 
 
 def _load_diffusers(source: str | Path, name: str) -> nn.Module:

@@ -18,6 +18,7 @@ from flowar.config.training import ParallelConfig
 from flowar.models.build import family_of
 from flowar.planning.machines import Kind, Machine, collective_seconds
 from flowar.training.engine import engine_name
+from flowar.training.optim import freeze_parts
 from flowar.training.torch_engine import has_norm_weight
 from flowar.training.zero_engine import BUCKET_SIZE as ZERO_BUCKET
 
@@ -60,6 +61,20 @@ def sizes_of(config: ModelConfig) -> Sizes:
         tuple(sum(_numbers(m) for m in block.modules() if has_norm_weight(m)) for block in blocks),
         tuple(n for m in model.modules() if (n := sum(p.numel() for p in m.parameters(recurse=False)))),
     )
+
+
+@lru_cache
+def trained_share(config: ModelConfig, frozen: tuple[str, ...]) -> float:
+    """Return which share of a model's numbers is trained, if parameters of these patterns are frozen.
+
+    Raises:
+        UserError: as `freeze_parts`.
+    """
+    with torch.device("meta"):
+        model = family_of(config).create(config)
+    freeze_parts(model, frozen)
+    trained: int = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trained / _numbers(model)
 
 
 def _numbers(module: nn.Module) -> int:
@@ -108,7 +123,7 @@ class Memory:
         return sum(vars(self).values())
 
 
-def memory_of(layout: Layout, sizes: Sizes, averages: int, parts: int, peak: int = 0) -> Memory:
+def memory_of(layout: Layout, sizes: Sizes, averages: int, parts: int, peak: int = 0, trained: float = 1.0) -> Memory:
     """Return the bytes on one GPU.
 
     Args:
@@ -117,20 +132,22 @@ def memory_of(layout: Layout, sizes: Sizes, averages: int, parts: int, peak: int
         averages: how many the run follows.
         parts: micro batches of a step.
         peak: of a part's activations.
+        trained: share of the numbers that have gradients and an optimizer state; the others are frozen.
     """
     total, engine = sizes.total, layout.engine
     share = -(-total // layout.ranks)
     part = sizes.part(layout.ranks // layout.replicas) if engine == "fsdp" else share
+    all_trained, own = math.ceil(trained * total), math.ceil(trained * part)
     weights, gradients, optimizer = {
-        "single": (total, total, 2 * total),
-        "ddp": (total, total, 2 * total),
-        "fsdp": (part, part, 2 * part),
-        "zero1": (total + part, total, 2 * part),  # the flat float32 copy of its part that DeepSpeed keeps
-        "zero2": (total + part, part, 2 * part),
-        "zero3": (2 * part, part, 2 * part),
+        "single": (total, all_trained, 2 * all_trained),
+        "ddp": (total, all_trained, 2 * all_trained),
+        "fsdp": (part, own, 2 * own),
+        "zero1": (total + own, all_trained, 2 * own),  # the flat float32 copy of its part that DeepSpeed keeps
+        "zero2": (total + own, own, 2 * own),
+        "zero3": (part + own, own, 2 * own),
     }[engine]
     if layout.parallel.zero_offload and engine.startswith("zero"):
-        weights, optimizer = weights - part, 0
+        weights, optimizer = weights - own, 0
     gathered = gathered_numbers(layout, sizes)
     followed = averages * (part if engine == "fsdp" else share)
     if engine == "single" and parts == 1:  # gradients come when activations go

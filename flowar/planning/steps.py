@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from flowar.config.models import ModelConfig
 from flowar.config.training import ParallelConfig, RecipeConfig
 from flowar.models.costs import count_training_flops
-from flowar.planning.engines import Layout, Memory, collectives_of, memory_of, seconds_of, sizes_of
+from flowar.planning.engines import Layout, Memory, collectives_of, memory_of, seconds_of, sizes_of, trained_share
 from flowar.planning.machines import LARGE_COPY_SHARE, Machine, busy, collective_seconds
 from flowar.planning.trace import StepTrace, trace_step
 from flowar.training.averages import average_names
@@ -33,6 +33,7 @@ class PlannedStep:
     micro: int
     averages: int
     layout: Layout
+    trained: float = 1.0  # share of the numbers that are not frozen
 
     @staticmethod
     def of(config: RecipeConfig, ranks: int, gpus_per_node: int) -> "PlannedStep":
@@ -40,7 +41,8 @@ class PlannedStep:
         micro = split_batch(config.batch_size, config.micro_batch_size, ranks)
         layout = Layout(config.parallel, ranks, min(ranks, gpus_per_node))
         averages = len(average_names(config.ema))
-        return PlannedStep(config.model, config.precision, config.batch_size, micro, averages, layout)
+        trained = trained_share(config.model, config.optim.frozen)
+        return PlannedStep(config.model, config.precision, config.batch_size, micro, averages, layout, trained)
 
     @property
     def parallel(self) -> ParallelConfig:
@@ -63,7 +65,7 @@ class PlannedStep:
         peak = self.trace.peak(self.micro)
         if self.layout.engine == "fsdp" and self.parallel.fsdp_bf16:  # blocks are gathered so, not cast and kept
             peak -= min(max(0, self.trace.peak(0)), 2 * sum(sizes_of(self.model).blocks))
-        return memory_of(self.layout, sizes_of(self.model), self.averages, self.parts, max(0, peak))
+        return memory_of(self.layout, sizes_of(self.model), self.averages, self.parts, max(0, peak), self.trained)
 
 
 def fits(setting: PlannedStep, machine: Machine, spare: float = SPARE_SHARE) -> bool:

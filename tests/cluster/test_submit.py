@@ -80,9 +80,7 @@ def test_without_slurm_one_line_says_what_to_do(shards, tmp_path, monkeypatch):
     refused(train_words(shards, tmp_path / "run"), r"no Slurm on this machine .*local.yaml$", CLUSTERS / "a100.yaml")
 
 
-def test_the_h100_example_is_accepted_by_sbatch_and_is_what_the_readme_shows(
-    slurm, shards, tmp_path, capsys, monkeypatch
-):
+def test_the_h100_example_is_accepted_by_sbatch_and_is_what_the_docs_show(slurm, shards, tmp_path, capsys, monkeypatch):
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
     words = train_words(shards, Path("runs/h"), "batch_size=16", "--dry-run", "--cluster", str(CLUSTERS / "h100.yaml"))
@@ -94,7 +92,7 @@ def test_the_h100_example_is_accepted_by_sbatch_and_is_what_the_readme_shows(
     assert result.returncode == 0 and "to start at" in result.stderr, result.stderr
     assert not (tmp_path / "runs" / "h").exists()
     shown = script.replace(str(tmp_path), "/home/me").replace(sys.executable, "/home/me/flowar/.venv/bin/python")
-    assert shown.replace("\n\n\n", "\n\n") in (ROOT / "README.md").read_text()
+    assert shown.replace("\n\n\n", "\n\n") in (ROOT / "docs" / "cluster.md").read_text()
 
 
 def test_every_start_of_a_job_meets_at_a_port_of_its_own(monkeypatch):

@@ -6,13 +6,13 @@ import signal
 import pytest
 import torch
 
-from data_prep import encode, train_vae
+from data_prep import check, encode, train_vae
 from data_prep.autoencoder import build_autoencoder, whiten
 from data_prep.sources import open_source
 from data_prep.training_images import read_centres, split_held_out
 from flowar.base.errors import EXIT_AGAIN, UserError
 from flowar.base.run_folder import CHECKPOINTS, list_checkpoints
-from flowar.config.data import PrepareConfig, VAEConfig
+from flowar.config.data import CheckConfig, PrepareConfig, VAEConfig
 from flowar.config.tokenizing import TrainVAEConfig
 from flowar.latents.schema import read_passport
 from flowar.latents.vae import load_vae
@@ -58,6 +58,22 @@ def test_what_it_writes_is_a_vae_whose_latents_are_white(trained, image_folder, 
         )
     )
     assert read_passport(out_dir).measured_multiplier == pytest.approx(1, abs=1e-3)
+
+
+def test_a_vae_whose_weights_changed_is_refused_and_check_names_it(trained, tmp_path, capsys):
+    check_folder = CheckConfig(path=trained.out_dir)
+    check.main(check_folder)
+    assert f"whole: VAE {trained.out_dir}" in capsys.readouterr().out
+    folder = tmp_path / "vae"
+    shutil.copytree(trained.out_dir, folder)
+    file = folder / train_vae.VAE_WEIGHTS_FILE
+    damaged = bytearray(file.read_bytes())
+    damaged[-10] ^= 1
+    file.write_bytes(damaged)
+    with pytest.raises(UserError, match="its weights are not those that .*vae.json was written for"):
+        load_vae(str(folder))
+    with pytest.raises(UserError, match="has 1 problems, the first: vae.name="):
+        check.main(dataclasses.replace(check_folder, path=str(folder)))
 
 
 def test_the_images_held_out_are_never_trained_on_and_measure_it(trained):

@@ -13,7 +13,8 @@ from flowar.base.distributed import World
 from flowar.base.errors import UserError
 from flowar.config.load import load_config
 from flowar.config.models import ARFlowConfig, variant_config
-from flowar.config.training import EMAConfig, ParallelConfig, PlanConfig, PlannedDataConfig
+from flowar.config.training import EMAConfig, OptimConfig, ParallelConfig, PlanConfig, PlannedDataConfig
+from flowar.models.build import create_model
 from flowar.models.costs import count_training_flops
 from flowar.planning import room, steps
 from flowar.planning.engines import Layout, collectives_of, memory_of, seconds_of, sizes_of
@@ -83,6 +84,16 @@ def test_the_largest_model_on_64_ranks_is_shared_out_evenly():
     for found, copies in ((memory.weights, 1), (memory.gradients, 1), (memory.optimizer, 2), (memory.averages, 1)):
         assert found * 64 == pytest.approx(4 * copies * sizes.total, rel=0.01)
     assert memory_of(Layout(ParallelConfig(engine="ddp"), 64, 8), sizes, 1, 1).weights == 4 * sizes.total
+
+
+def test_frozen_parameters_take_no_gradients_and_no_optimizer_state():
+    config = tiny_plan(optim=OptimConfig(frozen=("ar.*",)))
+    model = create_model(config.model)
+    trained = sum(p.numel() for name, p in model.named_parameters() if not name.startswith("ar."))
+    planned = PlannedStep.of(config, ranks=1, gpus_per_node=8)
+    memory = memory_of(planned.layout, sizes_of(config.model), 1, 1, trained=planned.trained)
+    assert (memory.gradients, memory.optimizer) == (4 * trained, 8 * trained)
+    assert memory.weights == 4 * sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize(

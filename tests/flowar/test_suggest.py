@@ -8,7 +8,7 @@ from flowar import suggest
 from flowar.base.errors import UserError
 from flowar.config.data import DataConfig
 from flowar.config.load import load_config
-from flowar.config.models import suggested_grid
+from flowar.config.models import MODEL_VARIANTS, suggested_shape
 from flowar.config.suggesting import SuggestConfig
 from flowar.config.training import TrainConfig
 from flowar.latents.batches import check_fits
@@ -40,17 +40,18 @@ def test_a_step_is_measured_by_training(config, shards):
 
 
 @pytest.mark.parametrize(
-    ("latent_size", "coarse", "patch_size", "scales"),
+    ("latent_size", "channels", "coarse", "shape"),
     [
-        (8, True, 2, [1, 2, 4]),
-        (32, True, 4, [1, 2, 4, 8]),
-        (16, False, 1, [1, 2, 4, 8, 16]),
-        (32, False, 2, [1, 2, 4, 8, 16]),
-        (7, True, 1, [1, 2, 4, 7]),
+        (8, 4, True, {"patch_size": 2, "scales": [1, 2, 4]}),
+        (32, 3, True, {"patch_size": 8, "scales": [1, 2, 4], "flow_width": 256, "flow_heads": 4}),  # pixels
+        (64, 4, True, {"patch_size": 8, "scales": [1, 2, 4, 8], "flow_width": 384, "flow_heads": 6}),
+        (16, 16, False, {"patch_size": 1, "scales": [1, 2, 4, 8, 16]}),
+        (32, 4, False, {"patch_size": 2, "scales": [1, 2, 4, 8, 16]}),
+        (7, 4, True, {"patch_size": 1, "scales": [1, 2, 4, 7]}),
     ],
 )
-def test_scales_follow_from_the_side_of_the_latents(latent_size, coarse, patch_size, scales):
-    assert suggested_grid(latent_size, coarse=coarse) == {"scales": scales, "patch_size": patch_size}
+def test_scales_and_width_follow_from_the_latents(latent_size, channels, coarse, shape):
+    assert suggested_shape(MODEL_VARIANTS["flowar-xxs"], latent_size, channels, coarse=coarse) == shape
 
 
 @pytest.mark.parametrize(("images", "variant"), [(5_000, "flowar-xs"), (200_000, "flowar-s"), (1_281_167, "flowar-l")])

@@ -44,7 +44,13 @@ class GuidedVelocity:
     """
 
     def __init__(
-        self, model: ARFlow, labels: Tensor, guidance: float, interval: tuple[float, float], guided_channels: int | None
+        self,
+        model: ARFlow,
+        labels: Tensor,
+        guidance: float,
+        interval: tuple[float, float],
+        guided_channels: int | None,
+        on_stage: Callable[[int, Tensor], None] | None = None,
     ) -> None:
         """`guidance` 1 is off; outside of `interval` in time both halves are evaluated, and nothing is guided."""
         self.model, self.guidance, self.interval, self.guided_channels = model, guidance, interval, guided_channels
@@ -52,8 +58,12 @@ class GuidedVelocity:
         if self.is_guided:
             self.labels = torch.cat([labels, torch.full_like(labels, model.config.num_classes)])
         self.memory: State | None = None
+        self.on_stage, self.stages = on_stage, 0
 
     def __call__(self, noisy: Tensor, time: float) -> Tensor:
+        if self.on_stage is not None:
+            self.on_stage(self.stages, noisy)
+            self.stages += 1
         both = torch.cat([noisy, noisy]) if self.is_guided else noisy
         times = noisy.new_full((len(both), 1), time)
         output, self.memory = self.model(both[:, None], times, self.labels, self.memory)
@@ -81,6 +91,7 @@ def sample_latents(
     noise: Tensor | None = None,
     draw_noise: Callable[[tuple[int, ...]], Tensor] | None = None,
     generator: torch.Generator | None = None,
+    on_stage: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Return generated latents (B, C, h, w), about unit std: the VAE's `decode` divides by the multiplier.
 
@@ -100,6 +111,7 @@ def sample_latents(
         noise: (B, C, h, w), standard normal; drawn with `generator` if None.
         draw_noise: (C, h, w) -> (B, C, h, w) standard normal, once a stochastic step; drawn with `generator` if None.
         generator: of the noise; torch's global one if None.
+        on_stage: called before each evaluation of the network with its number and its input, (B, C, h, w).
 
     Raises:
         ValueError: if guidance is below 1, or labels or noise have another shape.
@@ -113,7 +125,7 @@ def sample_latents(
     check_shape("noise", noise, (len(labels), *config.latent_shape))
     channels = config.guided_channels if guided_channels is None else guided_channels
     acts = guidance_acts(evaluation_times(solver, time_grid), guidance_interval)
-    velocity = GuidedVelocity(model, labels, guidance if acts else 1.0, guidance_interval, channels)
+    velocity = GuidedVelocity(model, labels, guidance if acts else 1.0, guidance_interval, channels, on_stage)
     if solver == "euler-maruyama":
         step_noise = partial(draw, config.latent_shape)
         return solve_euler_maruyama(

@@ -83,6 +83,7 @@ def sample_token_maps(
     guidance: Guidance,
     solver: str,
     draw_noise: Callable[[tuple[int, ...]], Tensor] | None,
+    on_stage: Callable[[int, Tensor], None] | None = None,
 ) -> list[Tensor]:
     """Return the generated map of every scale, (B, C, side p, side p) coarse to fine; arguments as `sample_latents`."""
     config = model.config
@@ -112,6 +113,8 @@ def sample_token_maps(
         draw = None if draw_noise is None else functools.partial(draw_noise, (side * side, config.token_width))
         tokens = solve(solver, velocity, noise[:, token_range(config.scales, span)], time_grids[index], draw)
         token_maps.append(unpatchify(tokens, side, config.patch_size))
+        if on_stage is not None:
+            on_stage(index, token_maps[-1])
     return token_maps
 
 
@@ -127,6 +130,7 @@ def sample_latents(
     noise: Tensor | None = None,
     draw_noise: Callable[[tuple[int, ...]], Tensor] | None = None,
     generator: torch.Generator | None = None,
+    on_stage: Callable[[int, Tensor], None] | None = None,
 ) -> Tensor:
     """Return generated latents (B, C, h, w), about unit std: the VAE's `decode` divides by the multiplier.
 
@@ -141,6 +145,7 @@ def sample_latents(
         noise: (B, L, C p p), standard normal, packed coarse to fine; drawn with `generator` if None.
         draw_noise: (N, C p p) -> (B, N, C p p) standard normal, once a step; for euler-maruyama.
         generator: of the noise; torch's global one if None.
+        on_stage: called after each scale with its index and its map, (B, C, side p, side p).
 
     Raises:
         ValueError: if guidance is below 1, the noise has another shape, or the grids are not one for each scale.
@@ -161,6 +166,7 @@ def sample_latents(
         guidance=Guidance(guidance, guidance_interval, guidance_schedule),
         solver=solver,
         draw_noise=draw_noise,
+        on_stage=on_stage,
     )
     return token_maps[-1]
 

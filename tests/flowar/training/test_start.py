@@ -278,7 +278,14 @@ def test_frozen_parts_stay_and_have_no_state_and_old_parts_learn_slowly(kept_sou
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "engine", ["fsdp", "zero2", "zero3", pytest.param("ddp", marks=MORE), pytest.param("zero1", marks=MORE)]
+    "engine",
+    [
+        "fsdp",
+        "zero3",
+        pytest.param("zero2", marks=MORE),
+        pytest.param("ddp", marks=MORE),
+        pytest.param("zero1", marks=MORE),
+    ],
 )
 def test_all_engines_freeze_and_slow_the_same_parts_and_resume(shards, kept_source, alone, tmp_path, engine):
     """Begun and resumed with one engine on two processes; then its checkpoint is read by one alone."""
