@@ -15,7 +15,7 @@ from flowar.base.files import write_text
 REPORT_FILE = "report.html"
 GRID_PADDING = 2  # pixels between the images of a grid
 PAGE_WIDTH = 1080  # pixels of the text; wider pictures are scaled down
-CURVE_WIDTH = 560  # pixels; a plot isn't scaled down further, so that its letters can be read: it scrolls
+SMALLEST_CURVE = 0.55  # of its own size; a plot isn't scaled down further, so that its letters can be read: it scrolls
 CONTENT_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 STYLE = """
 :root { color-scheme: light dark; --ink: #1c2128; --quiet: #57606a; --ground: #fff; --raised: #f4f6f8; --line: #d5dbe1;
@@ -102,7 +102,7 @@ def embed_png(content: bytes, size: tuple[int, int], kind: str, alt: str) -> str
     """Return the bytes of a PNG of this width and height as HTML; `kind` and `alt` as of `embed`."""
     is_curve = kind == "curve"
     kind = kind or ("pixels" if size[0] <= PAGE_WIDTH else "grid")
-    least = f' style="min-width: {min(CURVE_WIDTH, size[0])}px"' if is_curve else ""
+    least = f' style="min-width: {SMALLEST_CURVE * size[0]:.0f}px"' if is_curve else ""
     source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
     image = f'<img class="{kind}"{least} alt="{escape(alt)}" width="{size[0]}" height="{size[1]}" src="{source}">'
     return f'<div class="scroll" tabindex="0">{image}</div>' if is_curve else image
