@@ -81,6 +81,25 @@ def test_a_run_is_looked_at_until_it_is_finished_and_a_bad_look_keeps_the_page(c
     assert "not updated: " in printed and "metrics.jsonl is damaged in line 19" in printed
 
 
+def test_a_finished_run_without_its_last_preview_is_looked_at_once_more(copy, monkeypatch):
+    """It is drawn after the last checkpoint; where there will be none, the second look ends the watching."""
+    last = copy / "previews" / "step_00000018.png"
+    hidden, pages = last.rename(copy / last.name), []
+
+    def sleep(seconds):
+        pages.append((copy / watch.WATCH_FILE).read_text())
+        if len(pages) == 1:
+            hidden.rename(last)
+
+    monkeypatch.setattr(watch.time, "sleep", sleep)
+    for number in (1, 2):
+        watch.main(WatchConfig(run_dir=str(copy)))
+        page = (copy / watch.WATCH_FILE).read_text()
+        assert len(pages) == number and "refresh" in pages[-1] and "refresh" not in page
+        assert ("Samples after step 18" in page) == (number == 1) and "Samples after step 18" not in pages[-1]
+        last.unlink(missing_ok=True)
+
+
 def test_what_is_half_written_foreign_or_damaged_doesnt_end_the_watching(copy, browser):
     """A preview that can't be read is named on the page; a start that is being written will count at the next look."""
     with (copy / "history.jsonl").open("a") as history:
@@ -115,8 +134,12 @@ def test_what_cant_be_watched_or_written_is_one_clear_error(copy, tmp_path):
     (tmp_path / "a.html").mkdir()
     with pytest.raises(UserError, match=r"can't write .*a.html: Is a directory; free some space, or give another file"):
         watch.main(WatchConfig(run_dir=str(copy), file=str(tmp_path / "a.html"), once=True))
-    with (copy / "history.jsonl").open("a") as history:
-        history.write("[]\n")
+    (copy / "history.jsonl").rename(copy / "history")
+    (copy / "history.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"can't read .*history.jsonl: Is a directory; check its storage and its perm"):
+        watch.main(WatchConfig(run_dir=str(copy), once=True))
+    (copy / "history.jsonl").rmdir()
+    (copy / "history.jsonl").write_text((copy / "history").read_text() + "[]\n")
     with pytest.raises(UserError, match=r"history.jsonl is damaged in line 3 \(TypeError.*or remove that line"):
         watch.main(WatchConfig(run_dir=str(copy), once=True))
 
