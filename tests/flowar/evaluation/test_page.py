@@ -66,3 +66,18 @@ def test_the_headers_of_the_recipes_name_the_same_numbers(config):
     assert [(fid, score.rstrip(".")) for fid, score in found] == [
         (show_published("fid", source), show_published("inception_score", source)) for source in expected
     ]
+
+
+def test_the_docs_name_the_same_numbers():
+    """Rounded further, or left out, but not others."""
+    section = (ROOT / "docs" / "results.md").read_text().split("## Published")[1].split("\n## ")[0]
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in section.splitlines() if line.startswith("| FlowAR")
+    ]
+    assert len(rows) == sum(map(len, EXPECTED.values()))
+    for model, *cells, by in rows:
+        source = EXPECTED[model.lower()]["others" in by]
+        for name, cell in zip(("fid", "inception_score", "precision", "recall"), cells, strict=True):
+            for shown, exact in zip(cell.split(" to "), show_published(name, source).split(" to "), strict=True):
+                decimals = len(shown.partition(".")[2])
+                assert not shown or shown == f"{float(exact):.{decimals}f}", (model, name, shown, exact)
