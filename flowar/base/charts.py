@@ -61,11 +61,11 @@ def line_chart(title: str, lines: Sequence[Line], x_name: str, marks: Mapping[fl
     caption = escape(title) + (' <span class="note">(logarithmic)</span>' if y_axis.is_log else "")
     size = f'width="{CHART_WIDTH}" height="{CHART_HEIGHT}" viewBox="0 0 {CHART_WIDTH} {CHART_HEIGHT}"'
     svg = f'<svg class="chart" role="img" aria-label="{escape(title)}" {size}>{"".join(drawn)}</svg>'
-    return f"<figure><figcaption>{caption}</figcaption>{svg}{_legend(lines)}</figure>"
+    return f"<figure><figcaption>{caption}</figcaption>{svg}{_legend(title, lines)}</figure>"
 
 
-def _legend(lines: Sequence[Line]) -> str:
-    if len(lines) < 2:
+def _legend(title: str, lines: Sequence[Line]) -> str:
+    if len(lines) == 1 and lines[0].name == title:
         return ""
     entries = (
         f'<span><i style="background: var(--c{number % NUM_COLOURS})"></i>{escape(line.name)}</span>'

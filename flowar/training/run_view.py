@@ -17,8 +17,8 @@ from PIL import Image
 
 from flowar.base.errors import UserError
 from flowar.base.pages import GRID_PADDING, PAGE_WIDTH
-from flowar.base.records import parse_record
-from flowar.base.run_folder import CONFIG_FILE, HISTORY_FILE, METRICS_FILE, PREVIEWS
+from flowar.base.records import parse_record, read_record
+from flowar.base.run_folder import CONFIG_FILE, EVALUATIONS, HISTORY_FILE, METRICS_FILE, PREVIEWS
 from flowar.config.load import load_described
 from flowar.config.training import TrainConfig
 from flowar.latents.schema import read_passport
@@ -38,6 +38,14 @@ class Start(NamedTuple):
     after_step: int
     time: str
     processes: int
+
+
+class MeasuredFID(NamedTuple):
+    """The FID of a checkpoint's samples."""
+
+    step: int
+    fid: float
+    how: str  # by which protocol, of how many samples, against what: only what is measured alike compares
 
 
 class Picture(NamedTuple):
@@ -60,6 +68,7 @@ class RunView:
     logged: timedelta | None  # how long ago the last one was written
     starts: list[Start]
     checkpoint: tuple[int, timedelta] | None  # step and age of the newest
+    measured: list[MeasuredFID]  # by step
     film: list[Picture]  # the first images of some previews, oldest first
     newest: Picture | None  # the newest preview, all of it
     notes: list[str]  # what could not be read
@@ -91,6 +100,7 @@ def view_run(run_dir: Path) -> RunView:
         logged=age_of(metrics) if metrics.exists() else None,
         starts=read_starts(run_dir),
         checkpoint=latest_checkpoint(run_dir),
+        measured=read_measured(run_dir),
         film=[picture for picture in film if picture is not None],
         newest=newest,
         notes=list(dict.fromkeys(notes)),
@@ -133,6 +143,23 @@ def read_starts(run_dir: Path) -> list[Start]:
                 "remove that line"
             ) from error
     return starts
+
+
+def read_measured(run_dir: Path) -> list[MeasuredFID]:
+    """Return the FIDs of a run's checkpoints, by step; evaluations without one are left out.
+
+    Raises:
+        UserError: if a record is damaged.
+    """
+    found = []
+    for file in (run_dir / EVALUATIONS).glob("step_*.json"):
+        record = read_record(file, "remove it and evaluate those samples again", ("step", "num_samples", "protocol"))
+        fid = record.get("fid")
+        if isinstance(fid, int | float):
+            against = Path(str(record.get("reference"))).name
+            how = f"{record['protocol']}, {record['num_samples']} samples, against {against}"
+            found.append(MeasuredFID(int(record["step"]), float(fid), how))
+    return sorted(found)
 
 
 def list_previews(run_dir: Path) -> dict[int, Path]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from flowar.base.charts import Line, line_chart
 from flowar.base.pages import embed_png, html_table, write_page
-from flowar.training.run_view import Picture, RunView
+from flowar.training.run_view import MeasuredFID, Picture, RunView
 
 LOSS_TERM = "loss/"  # what the names of the loss's terms in metrics.jsonl begin with
 STATES = {  # of run_state.py, in the page's words
@@ -122,8 +122,18 @@ def _charts(view: RunView) -> str:
     charts = [line_chart("Loss", losses, "step", marks)]
     for title, key in (("Images per second", "images_per_s"), ("Gradient norm", "grad_norm"), ("Learning rate", "lr")):
         charts.append(line_chart(title, [Line(title, steps, view.values(key))], "step", marks))
+    if view.measured:
+        charts.append(line_chart("FID of checkpoints", _distances(view), "step", marks))
     note = '<p class="note">Dashed lines: restarts.</p>' if marks else ""
     return f'{note}<div class="charts">{"".join(charts)}</div>'
+
+
+def _distances(view: RunView) -> list[Line]:
+    """Return a line for each way to measure."""
+    by_way: dict[str, list[MeasuredFID]] = {}
+    for each in view.measured:
+        by_way.setdefault(each.how, []).append(each)
+    return [Line(how, [own.step for own in found], [own.fid for own in found]) for how, found in by_way.items()]
 
 
 def _film_row(picture: Picture) -> str:

@@ -13,6 +13,7 @@ from flowar.base.run_folder import find_latest
 from flowar.cli import main
 from flowar.config.training import PreviewConfig
 from flowar.config.watching import WatchConfig
+from flowar.training.report import record_evaluation
 from flowar.training.run_view import choose_steps, view_run
 from flowar.training.watch_page import show_duration
 from tests.browser import check_page
@@ -58,6 +59,21 @@ def test_the_page_shows_curves_by_scale_restarts_checkpoint_and_growing_samples(
         assert word in text
     assert 'http-equiv="refresh"' not in text and text.count('class="mark"') == 4  # one restart, four charts
     check_page(browser, page, names=(HOSTILE, "finished"), num_images=4)
+
+
+def test_the_fids_of_its_checkpoints_are_a_curve_for_each_way_to_measure(copy, browser):
+    for step, num_samples, fid in ((6, 100, 9.0), (12, 100, 4.0), (12, 5000, 3.0), (18, 5000, float("nan"))):
+        values = {"step": step, "num_samples": num_samples, "protocol": "adm", "samples": "s"}
+        record_evaluation(copy, values | {"reference": f"refs/{HOSTILE}"} | ({"fid": fid} if fid == fid else {}))
+    ways = [f"adm, {num_samples} samples, against {HOSTILE}" for num_samples in (100, 5000)]
+    measured = view_run(copy).measured
+    assert [tuple(each) for each in measured] == [(6, 9.0, ways[0]), (12, 3.0, ways[1]), (12, 4.0, ways[0])]
+    watch.main(WatchConfig(run_dir=str(copy), once=True))
+    check_page(browser, copy / watch.WATCH_FILE, names=("FID of checkpoints", *ways))
+    file = next((copy / "evaluations").glob("*.json"))
+    file.write_text(file.read_text().replace("adm", "mda"))
+    with pytest.raises(UserError, match="is damaged .* remove it and evaluate those samples again"):
+        view_run(copy)
 
 
 def test_a_run_is_looked_at_until_it_is_finished_and_a_bad_look_keeps_the_page(copy, monkeypatch, capsys):
