@@ -22,12 +22,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.job import ATTEMPTS_FILE, JOB_CONFIG_FILE, RECORD_FILE, Job
-from cluster.runs import RunCells, advise, find_trainer, is_run, read_run
+from cluster.runs import RunCells, advise, read_run
 from flowar.base.errors import UserError
 from flowar.cli import VERBS
 from flowar.config.load import load_described
 from flowar.config.training import TrainConfig
 from flowar.training.owner import OWNER_FILE
+from flowar.training.run_state import find_trainer, is_run
 
 JOBS = "jobs"
 REFRESH_S = 5

@@ -23,7 +23,13 @@ from flowar.config.measuring import EvaluateConfig, ReferenceConfig, SweepConfig
 from flowar.config.suggesting import SuggestConfig
 from flowar.config.tokenizing import TrainVAEConfig
 from flowar.config.training import AverageConfig, ConvertConfig, ExportConfig, PlanConfig, ReplayConfig, TrainConfig
+from flowar.config.watching import WatchConfig
 
+# Settings that are on or off and can also be written as an option
+FLAGS = {
+    "preview": "only pictures of what would be drawn; preview=true",
+    "once": "write the page once and end; once=true",
+}
 MORE_HELP = "More: `flowar VERB --help`, and `flowar help SETTING`, for example `flowar help optim.lr`"
 
 
@@ -68,6 +74,10 @@ VERBS = {
         "flowar.train:main", TrainConfig, "train a model on prepared shards; run it again to resume",
         "flowar train configs/train/flowar_l.yaml run_dir=runs/l data.path=/data/in256 vae.weights=kl16.ckpt",
         folder=("run_dir",),
+    ),
+    "watch": Verb(
+        "flowar.watch:main", WatchConfig, "one page that follows a training run: curves, samples, restarts",
+        "flowar watch runs/l  # and open runs/l/watch.html", ("run_dir",),
     ),
     "suggest": Verb(
         "flowar.suggest:main", SuggestConfig, "suggest settings to train on a dataset and this machine",
@@ -196,12 +206,11 @@ def _run(name: str, verb: Verb, words: list[str]) -> None:
         "words", nargs="*", metavar="CONFIG.yaml, key=value", help="one YAML file, then single settings"
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would be done, and exit")
-    if "preview" in _names_of_flags(verb.schema):
-        parser.add_argument(
-            "--preview", action="store_true", help="draw a few pictures to look at; same as preview=true"
-        )
+    flags = [name for name in FLAGS if name in _names_of_flags(verb.schema)]
+    for name in flags:
+        parser.add_argument(f"--{name}", action="store_true", help=FLAGS[name])
     options = parse_options(parser, words, verb.schema)
-    given = [*options.words, "preview=true"] if getattr(options, "preview", False) else options.words
+    given = [*options.words, *(f"{name}=true" for name in flags if getattr(options, name))]
     config = parse_words(verb.schema, given, verb.positionals)
     verb.load()(config, dry_run=options.dry_run)
     if options.dry_run:  # after all checks, so that an error is printed alone

@@ -14,7 +14,7 @@ import torch
 
 from flowar.base.distributed import refuse_many_processes
 from flowar.base.files import write_text
-from flowar.base.pages import REPORT_FILE, embed, write_page
+from flowar.base.pages import REPORT_FILE, embed, fold, html_table, write_page
 from flowar.base.pictures import save_grid, save_loss_curve
 from flowar.base.records import read_record
 from flowar.base.run_folder import PASSPORT_FILE
@@ -202,16 +202,16 @@ def _say(part: int, what: str) -> None:
 def write_demo_page(run_dir: Path, config: DemoConfig, numbers: dict[str, float]) -> Path:
     """Write report.html with all pictures embedded, and return its path."""
     ratio = numbers["fid_samples"] / numbers["fid_training"]
-    rows = "".join(
-        f"<tr><td>{name}</td><td>{numbers[f'{key}_samples']:.2f}</td><td>{numbers[f'{key}_ceiling']:.2f}</td>"
-        f"<td>{numbers[f'{key}_training']:.2f}</td></tr>"
+    columns = ["samples", "held-out images through the VAE", "real training images"]
+    rows = [
+        [name, *(f"{numbers[f'{key}_{which}']:.2f}" for which in ("samples", "ceiling", "training"))]
         for name, key in (
-            ("Fr&eacute;chet distance (lower is better)", "fid"),
+            ("Fr\u00e9chet distance (lower is better)", "fid"),
             ("Inception score (10 at most)", "inception_score"),
             ("precision", "precision"),
             ("recall", "recall"),
         )
-    )
+    ]
     stages, growth, variant = stages_of(config.train), "", escape(config.train.model.variant)
     if len(stages) > 1:
         growth = f"""<h2>One sample of each class, growing scale by scale</h2>
@@ -224,11 +224,10 @@ last run of the demo command took {numbers["minutes"]:.1f} minutes.</p>
 <p><b>{numbers["class_accuracy"]:.1%}</b> of {config.num_samples} samples show the requested {SHOWN[config.data]},
 according to a classifier trained on the real training images. It recognises {numbers["judge_accuracy"]:.1%} of the
 real held-out images, and {numbers["class_accuracy_ceiling"]:.1%} of them after a round trip through the VAE.</p>
-<table><tr><th>against the held-out images</th><th>samples</th><th>held-out images through the VAE</th>
-<th>real training images</th></tr>{rows}</table>
+{html_table(["against the held-out images", *columns], rows)}
 <p class="note">Computed by torch-fidelity on the classifier's 64 features. The samples are {ratio:.2f} times as far
-from the held-out images as the training images are. evaluation_samples/report.html has more, with a table of what
-each class shows.</p>
+from the held-out images as the training images are. <a href="evaluation_samples/report.html">The report of the
+evaluation</a> has more, with a table of what each class shows.</p>
 <h2>Samples, a row per class</h2>
 {embed(run_dir / "contact_sheet.png")}
 <h2>Real held-out images, a row per class</h2>
@@ -237,7 +236,7 @@ each class shows.</p>
 <h2>Training loss</h2>
 {embed(run_dir / "loss_curve.png", "curve")}
 <h2>Settings</h2>
-<pre>{escape(describe_config(config))}</pre>
+{fold("all settings of this demo", describe_config(config))}
 """
     write_page(run_dir / REPORT_FILE, variant, body)
     return run_dir / REPORT_FILE

@@ -20,6 +20,7 @@ from flowar.base.devices import pick_device
 from flowar.base.errors import UserError
 from flowar.base.files import write_text
 from flowar.base.leases import CLAIMS_FOLDER, WAIT_S, Leases, finish_together
+from flowar.base.pages import REPORT_FILE
 from flowar.base.pictures import save_scatter
 from flowar.base.records import DamagedRecordError, create_record, read_record, write_record
 from flowar.base.run_folder import AVERAGES, CHECKPOINTS, checkpoint_step, is_checkpoint, list_checkpoints
@@ -32,6 +33,7 @@ from flowar.evaluation.metrics import Frechet, groups
 from flowar.evaluation.protocols import frechet_metric
 from flowar.evaluation.references import Reference, check_reference, prepare_reference
 from flowar.evaluation.store import FeatureSink, read_features
+from flowar.evaluation.sweep_page import write_sweep_page
 from flowar.models.build import family_of
 from flowar.models.folders import export_model, find_model_folder
 from flowar.sampling.folder import identify, read_samples
@@ -84,7 +86,7 @@ class Setting:
 
 
 def main(config: SweepConfig, dry_run: bool = False) -> None:
-    """Sweep, sharing the work with all processes that run this command; print a table, write results and a recipe."""
+    """Sweep, sharing the work with all processes that run this command; print and write results, page, recipe."""
     device = pick_device(config.device)
     out_dir = Path(config.out_dir)
     model = find_model_folder(config.model)
@@ -116,7 +118,7 @@ def main(config: SweepConfig, dry_run: bool = False) -> None:
             leases, (out_dir / RESULTS_FILE).exists, lambda: write_results(config, settings, left[0], rounds)
         )
     plain_console().print(sweep_table(read_record(out_dir / RESULTS_FILE, DELETE)["settings"], config.model))
-    print(f"best: {left[0].name}; see {out_dir / RECIPE_FILE}, {RESULTS_FILE} and {PICTURE_FILE}")
+    print(f"best: {left[0].name}; see {out_dir / RECIPE_FILE}, {RESULTS_FILE} and {REPORT_FILE}")
 
 
 def list_settings(config: SweepConfig) -> list[Setting]:
@@ -328,7 +330,7 @@ def score(setting: Setting, job: SamplingJob, features_folder: Path, distance: F
 
 
 def write_results(config: SweepConfig, settings: list[Setting], winner: Setting, rounds: list[tuple[int, int]]) -> None:
-    """Write pareto.png, the winner as a recipe for `flowar sample`, and last sweep.json, which marks the sweep done."""
+    """Write pareto.png, the winner as a recipe for `flowar sample`, report.html, and last sweep.json: all done."""
     out_dir = Path(config.out_dir)
     rows: list[dict[str, Any]] = []
     for setting in settings:
@@ -357,6 +359,14 @@ def write_results(config: SweepConfig, settings: list[Setting], winner: Setting,
     )
     plain = SampleConfig(model=winner.sample.model, out_dir=winner.sample.out_dir)
     write_text(out_dir / RECIPE_FILE, header + describe_changes(plain, winner.sample))
+    write_sweep_page(
+        out_dir,
+        model=config.model,
+        reference=config.reference,
+        rows=rows,
+        picture=out_dir / PICTURE_FILE,
+        recipe=out_dir / RECIPE_FILE,
+    )
     write_record(out_dir / RESULTS_FILE, {"winner": winner.name, "settings": rows})
 
 

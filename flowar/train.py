@@ -24,7 +24,16 @@ from flowar.base.distributed import (
     world_size,
 )
 from flowar.base.errors import EXIT_AGAIN, UserError
-from flowar.base.run_folder import ANOMALIES, AVERAGES, CHECKPOINTS, METRICS_FILE, Progress, find_latest, step_name
+from flowar.base.run_folder import (
+    ANOMALIES,
+    AVERAGES,
+    CHECKPOINTS,
+    METRICS_FILE,
+    PREVIEWS,
+    Progress,
+    find_latest,
+    step_name,
+)
 from flowar.config.models import ModelConfig
 from flowar.config.training import GuardConfig, TrainConfig
 from flowar.latents.batches import Batch, read_batches
@@ -205,7 +214,7 @@ def train(config: TrainConfig, world: World) -> None:
                 checkpoints.save(whole_state(engine, ema), progress, engine.save_own_files)
             if run.vae is not None and (step % config.preview.every_steps == 0 or is_last):
                 checkpoints.wait()
-                picture = run_dir / "previews" / step_name(step)
+                picture = run_dir / PREVIEWS / step_name(step)
                 vae = run.vae.to(world.device)
                 for name, path in save_previews(engine, ema, vae, config.preview, config.seed, picture).items():
                     report.log_image(name, path, step)

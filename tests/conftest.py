@@ -20,8 +20,10 @@ from flowar.config.data import DataConfig, VAEConfig
 from flowar.config.models import ARFlowConfig, FlowARConfig
 from flowar.config.training import EMAConfig, OptimConfig, PreviewConfig, TrainConfig
 from flowar.latents.schema import read_passport
+from tests.browser import Browser, find_browser
 
-DATA = Path(__file__).parent / "data"
+ROOT = Path(__file__).parents[1]
+DATA = ROOT / "tests" / "data"
 # One more case of what another case tests already: `FLOWAR_TEST_ALL=1 make test` runs these too.
 ALL = bool(os.environ.get("FLOWAR_TEST_ALL"))
 MORE = pytest.mark.skipif(not ALL, reason="one more case; FLOWAR_TEST_ALL=1 runs it")
@@ -198,6 +200,19 @@ def bucket() -> Iterator[object]:
         client.create_bucket(Bucket="data")
         yield client
     server.stop()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """A Chromium, one for all tests; without one they are skipped, or fail where FLOWAR_TEST_NEEDS_BROWSER=1."""
+    executable = find_browser()
+    if executable is None:
+        if os.environ.get("FLOWAR_TEST_NEEDS_BROWSER"):
+            pytest.fail("there is no Chromium here, and FLOWAR_TEST_NEEDS_BROWSER is set: apt-get install chromium")
+        pytest.skip("needs Chromium: apt-get install chromium")
+    opened = Browser(executable)
+    yield opened
+    opened.close()
 
 
 def upload(bucket: object, folder: Path, prefix: str) -> str:

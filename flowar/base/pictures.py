@@ -7,12 +7,12 @@ from PIL import Image
 from torch import Tensor
 
 from flowar.base.files import write_whole
+from flowar.base.pages import GRID_PADDING
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SMALLEST_SHOWN = 64  # pixels; smaller images are enlarged
-GRID_PADDING = 2  # pixels between the images of a grid
 
 
 def save_png(image: Tensor, path: Path) -> None:

@@ -34,6 +34,7 @@ METRICS_FILE = "metrics.jsonl"
 CHECKPOINTS = "checkpoints"
 AVERAGES = "averages"
 ANOMALIES = "anomalies"
+PREVIEWS = "previews"
 EVALUATIONS = "evaluations"  # a file for each time that samples of a checkpoint were measured
 STATE_FILE = "state.json"
 METADATA_FILE = ".metadata"  # torch.distributed.checkpoint's

@@ -37,9 +37,11 @@ class DrawConfig:
     shift: float = 1.0  # time_grid=shifted: above 1, more steps near the noise
     # of the flow's ODE; the released code uses euler
     solver: Literal["euler", "heun", "midpoint", "adams-bashforth", "euler-maruyama"] = "euler"
-    guidance: float = 2.4  # 1: none; above, further from no class; paper: S 4.3, L 2.4, H 2.4
+    # 1: none; above, further from no class. The authors' README: S 4.3, L 2.4, H 2.4; their script: S 4.2, H 2.8
+    guidance: float = 2.4
     guidance_schedule: Literal["linear", "constant"] = "linear"  # over scales; released: from 1 to guidance
-    guidance_interval: tuple[float, float] = (0.0, 0.9)  # paper: S and L 0.9, H 0.7 (with 50 steps)
+    # (low, high) in time. The authors' README: up to 0.9 for S and L, up to 0.7 for H (with 50 steps)
+    guidance_interval: tuple[float, float] = (0.0, 0.9)
     # On a GPU; lower precision changes the last bits of an image. The authors sample in fp16
     precision: Literal["fp32", "tf32", "bf16", "fp16"] = "fp32"
 

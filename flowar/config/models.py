@@ -291,15 +291,15 @@ def _arflow(size: str, patch_size: int, depth: int, width: int, heads: int) -> A
     )
 
 
-# The released models; a comment is what the paper reports for ImageNet at 256 px (parameters, FID, IS).
+# The paper's models, with their parameters in its table 1; evaluation/expected.py has their published FID and the like.
 MODEL_VARIANTS: dict[str, ModelConfig] = {
     config.variant: config
     for config in (
         #                          AR: depth, width, heads   flow: depth, width, heads
-        _flowar("flowar-s",       (12,  768, 12),           ( 2, 1024, 16), "attn_mlp"),        # 170 M, 3.61, 234.1
-        _flowar("flowar-b",       (16,  768, 12),           ( 6, 1024, 16), "attn_mlp"),        # 300 M, 2.90, 272.5
-        _flowar("flowar-l",       (16, 1024, 16),           (12, 1024, 16), "attn_cross_mlp"),  # 589 M, 1.90, 281.4
-        _flowar("flowar-h",       (30, 1536, 16),           (12, 1536, 24), "attn_cross_mlp"),  # 1.9 B, 1.65, 296.5
+        _flowar("flowar-s",       (12,  768, 12),           ( 2, 1024, 16), "attn_mlp"),        # 170 M
+        _flowar("flowar-b",       (16,  768, 12),           ( 6, 1024, 16), "attn_mlp"),        # 300 M
+        _flowar("flowar-l",       (16, 1024, 16),           (12, 1024, 16), "attn_cross_mlp"),  # 589 M
+        _flowar("flowar-h",       (30, 1536, 16),           (12, 1536, 24), "attn_cross_mlp"),  # 1.9 B
         _flowar("flowar-h-paper", (30, 1536, 16),           (18, 1536, 24), "attn_mlp"),        # as in its table 8
         # For small latents and data, by default those of 32 px with `flowar train-vae`; see `flowar suggest`.
         _flowar("flowar-xs",      ( 6,  256,  4),           ( 4,  256,  4), "attn_mlp",         # 12.9 M

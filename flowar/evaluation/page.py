@@ -1,4 +1,4 @@
-"""The report of `flowar evaluate`: numbers next to the paper's, samples, nearest real images, precision and recall."""
+"""The report of `flowar evaluate`: numbers next to published ones, samples, neighbours, precision and recall."""
 
 import json
 from html import escape
@@ -9,20 +9,13 @@ import torch
 from torch import Tensor
 
 from flowar.base.errors import UserError
-from flowar.base.pages import REPORT_FILE, embed, html_table, write_page
+from flowar.base.pages import REPORT_FILE, embed, fold, html_table, write_page
 from flowar.base.pictures import SMALLEST_SHOWN, save_curve, save_grid
+from flowar.evaluation.expected import EXPECTED, show_published
 from flowar.evaluation.image_sets import ImageSet, open_images
 from flowar.evaluation.metrics import precision_recall
 from flowar.evaluation.references import Reference
 from flowar.evaluation.store import Features
-
-# FID and Inception score in the paper (arXiv:2412.15205, table 1): ImageNet at 256 px, 50,000 images, ADM's reference.
-PAPER = {
-    "flowar-s": (3.61, 234.1),
-    "flowar-b": (2.90, 272.5),
-    "flowar-l": (1.90, 281.4),
-    "flowar-h": (1.65, 296.5),
-}
 
 # The files that an evaluation writes; the first one is written last.
 EVALUATION_FILE, BY_CLASS_FILE = "metrics.json", "metrics_by_class.json"
@@ -32,6 +25,11 @@ CURVE_NEIGHBOURHOODS = (1, 2, 3, 5, 10)
 
 CURVE_IMAGES = 5_000  # of each side: distances grow with the square
 CLASSES_SHOWN = 10  # worst and best
+ABBREVIATIONS = {"fid": "FID", "sfid": "sFID", "kid": "KID"}
+PUBLISHED_NOTE = (
+    " Published numbers are of 50,000 samples against ADM's reference of ImageNet at 256 px; the weights that the "
+    "authors released, measured by others, differ from the paper."
+)
 MOST_CONFUSION_CLASSES, MISTAKES_SHOWN = 20, 30  # the whole table up to this many classes; else the commonest mistakes
 
 
@@ -58,7 +56,7 @@ def write_evaluation_page(
         f"{record['protocol']}, features by {escape(record['extractor']['name'])} (weights "
         f"{record['extractor']['weights_sha256'][:12]}); flowar {record['flowar']}, torch {record['torch']}.</p>",
         "<h2>Numbers</h2>",
-        _numbers(record),
+        numbers_table(record),
     ]
     parts += [f'<p class="note">{escape(note)}</p>' for note in record["notes"]]
     if record.get("classes"):
@@ -85,23 +83,27 @@ def write_evaluation_page(
     if by_class:
         parts += ["<h2>FID by class</h2>", _classes(by_class)]
     settings = {"settings": record["settings"], "sampling": record["sampling"]}
-    parts += ["<h2>Settings</h2>", f"<pre>{escape(json.dumps(settings, indent=2))}</pre>"]
+    parts += [
+        "<h2>Settings</h2>",
+        fold("how it was measured, and how the samples were drawn", json.dumps(settings, indent=2)),
+    ]
     write_page(out_dir / REPORT_FILE, f"{record['samples']}: evaluation", "\n".join(parts))
 
 
-def _numbers(record: dict[str, Any]) -> str:
+def numbers_table(record: dict[str, Any]) -> str:
+    """Return the metrics of a metrics.json with their intervals, beside what is published of such a model, as HTML."""
     variant = (record["sampling"] or {}).get("variant")
-    paper = dict(zip(("fid", "inception_score"), PAPER[variant], strict=True)) if variant in PAPER else {}
+    sources = EXPECTED.get(str(variant), ())
     ceiling = (record.get("ceiling") or {}).get("metrics", {})
     rows = []
     for name, metric in record["metrics"].items():
         interval = f"{metric['low']:.4g} to {metric['high']:.4g}" if "low" in metric else ""
-        published = f"{paper[name]:g}" if name in paper else ""
+        published = [show_published(name, source) for source in sources]
         value = "not a number" if metric["value"] is None else f"{metric['value']:.4f}"
         real = [show_value(ceiling.get(name))] if ceiling else []
-        rows.append([name.replace("_", " "), value, interval, *real, published, metric.get("note", "")])
+        rows.append([show_name(name), value, interval, *real, *published, metric.get("note", "")])
     columns = ["metric", "value", "95% interval", *(["real images through the VAE"] if ceiling else [])]
-    table = html_table([*columns, f"paper, {variant}" if paper else "paper", ""], rows)
+    table = html_table([*columns, *(f"{variant}: {source.source}" for source in sources), ""], rows)
     said = ""
     if ceiling:
         said = (
@@ -113,9 +115,15 @@ def _numbers(record: dict[str, Any]) -> str:
         + said
         + '<p class="note">Intervals of FID, sFID, FD and Inception score cover the expected value over seeds for this '
         "number of samples and this reference, by leaving out groups of samples in turn. Those of precision and recall "
-        "are intervals of a share of this many images. FID is larger with fewer images. The paper uses 50,000 samples "
-        "and ADM's reference of ImageNet.</p>"
+        "are intervals of a share of this many images. FID is larger with fewer images."
+        f"{PUBLISHED_NOTE if sources else ''}</p>"
     )
+
+
+def show_name(metric: str) -> str:
+    """Return the name of a metric of metrics.json as people write it."""
+    words = metric.replace("fd_dinov2", "FD-DINOv2").split("_")
+    return " ".join(ABBREVIATIONS.get(word, word) for word in words)
 
 
 def show_value(metric: dict[str, Any] | None) -> str:

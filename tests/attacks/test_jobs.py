@@ -10,7 +10,6 @@ import pytest
 from cluster.commands import resume_command
 from cluster.commands import submit_command as submit
 from cluster.job import Job
-from cluster.runs import find_trainer
 from cluster.status import cancel, find_jobs, logs, status
 from flowar.base.errors import UserError
 from flowar.base.records import read_record, write_record
@@ -18,6 +17,7 @@ from flowar.base.run_folder import find_latest, list_checkpoints
 from flowar.config.jobs import ClusterConfig, DoctorConfig
 from flowar.config.load import describe_config
 from flowar.training.owner import take_over
+from flowar.training.run_state import find_trainer
 from tests.conftest import MORE, flip_bit
 from tests.processes import PATIENCE_S, fork_context, start, stop, wait_until
 
@@ -239,7 +239,7 @@ def test_a_checkpoint_that_is_deleted_while_status_looks_at_it_does_not_count(ru
             shutil.rmtree(newest)
         return latest
 
-    monkeypatch.setattr("cluster.runs.find_latest", find_and_delete)
+    monkeypatch.setattr("flowar.training.run_state.find_latest", find_and_delete)
     text = shown(run_dir, capsys)
     assert "train RUNNING this machine" in text
     assert ("its checkpoint of step 4" if older else "no complete checkpoint yet") in text

@@ -16,6 +16,7 @@ from flowar.config.load import load_config
 from flowar.demo import main
 from flowar.latents.schema import read_passport
 from flowar.models.costs import count_parameters
+from tests.browser import check_page
 from tests.commands import PAGES, ROOT, commands_of, snippets
 from tests.conftest import MORE
 from tests.processes import join, start
@@ -56,6 +57,17 @@ def test_the_demo_ends_in_a_report_and_runs_again_in_place(short, tmp_path):
     weights = {file: file.read_bytes() for file in (run_dir / "train").rglob("model.safetensors")}
     assert "0 still to draw" in demo(run_dir, tmp_path / "second_log")
     assert all(file.read_bytes() == content for file, content in weights.items())
+
+
+@pytest.mark.slow
+def test_the_demos_pages_open_in_a_browser(short, browser):
+    """That of the demo, those of its evaluations by a judge of its own, and that of its training."""
+    run_dir, _ = short
+    check_page(browser, run_dir / "report.html", names=("flowar-demo on handwritten digits",), num_images=4)
+    check_page(browser, run_dir / "evaluation_samples" / "report.html", names=("Classes, by the judge",), num_images=3)
+    check_page(browser, run_dir / "evaluation_training" / "report.html", num_images=3)
+    cli.main(["watch", str(run_dir / "train"), "--once"])
+    check_page(browser, run_dir / "train" / "watch.html", names=("Growing samples",))
 
 
 @pytest.mark.slow

@@ -15,8 +15,10 @@ from flowar.config.measuring import ExtractorConfig, SweepConfig
 from flowar.evaluation.demo_images import write_image_folders
 from flowar.evaluation.extractors import OWN
 from flowar.evaluation.store import read_features
+from flowar.evaluation.sweep_page import write_sweep_page
 from flowar.models.build import create_model
 from flowar.models.folders import save_model
+from tests.browser import check_page
 from tests.conftest import randomise, save_untrained_judge
 from tests.processes import draw_deaths, run_with_deaths
 
@@ -82,6 +84,31 @@ def test_half_of_the_settings_reach_the_next_round_and_the_best_becomes_a_recipe
     stamp = (out_dir / "settings" / best["name"] / "score_80.json").stat().st_mtime_ns
     sweep.main(config)
     assert (out_dir / "settings" / best["name"] / "score_80.json").stat().st_mtime_ns == stamp
+
+
+@pytest.mark.slow
+def test_the_page_of_a_sweep_opens_in_a_browser(alone, browser):
+    rows = json.loads((alone[0] / "sweep.json").read_text())["settings"]
+    check_page(browser, alone[0] / "report.html", names=tuple(row["name"] for row in rows), num_images=1)
+
+
+def test_hostile_names_stay_text_on_the_page_of_a_sweep(tmp_path, browser):
+    Image.new("RGB", (900, 600), "white").save(tmp_path / "pareto.png")
+    (tmp_path / "recipe.yaml").write_text("# <script>alert(2)</script>\n")
+    row = {
+        "name": "<b onclick=alert(3)>x",
+        "num_images": 4,
+        "fid": 1.0,
+        "interval": None,
+        "gflops": 2.0,
+        "pareto": True,
+    }
+    write_sweep_page(
+        tmp_path, model="<img src=x onerror=alert(1)>", reference="<script>", rows=[row],
+        picture=tmp_path / "pareto.png", recipe=tmp_path / "recipe.yaml",
+    )  # fmt: skip
+    names = ("<img src=x onerror=alert(1)>", "<script>alert(2)</script>", "<b onclick=alert(3)>x")
+    check_page(browser, tmp_path / "report.html", names=names, num_images=1)
 
 
 @pytest.mark.slow
