@@ -20,7 +20,7 @@ COMMANDS = [
 WRITTEN_BEFORE = ("my/train.yaml", "fashion/train.yaml")  # by another command of the same page
 BANNED = re.compile(
     r"\b(?i:mend(s|ed)?|goes on|go on|whoever)\b|\b(is|are) none\b|, which is no \w"
-    r"|(?<!there )\bis no (?!longer|such)\w+"
+    r"|(?<![Tt]here )\bis no (?!longer|such)\w+"
 )
 
 
