@@ -34,6 +34,7 @@ from flowar.latents.cache import fetch
 from flowar.latents.schema import INDEX_FILE, LISTING_FILE, SHARD_HASH, Passport
 from flowar.latents.shards import LatentShards, Shard
 from flowar.latents.vae import VAE, from_uint8, load_vae, to_uint8
+from flowar.models.cards import CARD_FILE
 
 ROWS_AT_ONCE = 256
 MAX_THREADS = 16
@@ -171,7 +172,7 @@ def stray_files(shards: LatentShards) -> list[str]:
     """Return a problem for each file of a local dataset that no index knows: two datasets may have been mixed."""
     if shards.is_remote:
         return []
-    known = {PASSPORT_FILE, INDEX_FILE, LISTING_FILE, *(shard.name for shard in shards.shards)}
+    known = {PASSPORT_FILE, INDEX_FILE, LISTING_FILE, CARD_FILE, *(shard.name for shard in shards.shards)}
     there = (file.relative_to(shards.folder) for file in shards.folder.rglob("*") if file.is_file())
     return [f"{name} belongs to no dataset; remove it" for name in sorted(map(str, there)) if name not in known]
 

@@ -37,6 +37,7 @@ from flowar.latents.schema import (
     shard_columns,
     write_passport,
 )
+from flowar.models.cards import CARD_FILE, data_card
 
 PLAN_FILE = "plan.json"
 CHUNK_FILE = "chunk.json"
@@ -255,6 +256,7 @@ def merge_chunks(
         **settings,
         **statistics.figures(),
     )
+    write_text(partial / CARD_FILE, data_card(passport))
     write_passport(passport, partial)
 
 

@@ -143,7 +143,9 @@ def main(config: EvaluateConfig, dry_run: bool = False) -> None:
         if run is not None and is_of_run:
             values = {metric.name: metric.value for metric in metrics if math.isfinite(metric.value)}
             of = {"num_samples": len(own), "protocol": config.protocol, "samples": str(samples.absolute())}
-            record_evaluation(run[0], {"step": run[1], **of, "reference": config.reference, **values})
+            intervals = {metric.name: metric.interval for metric in metrics if metric.interval is not None}
+            about_them = {"reference": config.reference, "intervals": intervals}
+            record_evaluation(run[0], {"step": run[1], **of, **about_them, **values})
         write_record(out_dir / EVALUATION_FILE, record)  # last: it marks the evaluation as done
 
     was_done = is_done()

@@ -55,7 +55,7 @@ class Extractor:
         if config.name.startswith(TIMM) and config.name not in FEATURE_EXTRACTORS_REGISTRY:
             register_feature_extractor(config.name, TimmFeatures)
         if config.name not in FEATURE_EXTRACTORS_REGISTRY:
-            known = ", ".join((*FEATURE_EXTRACTORS_REGISTRY, OWN, f"{TIMM}NAME"))
+            known = ", ".join(dict.fromkeys((*FEATURE_EXTRACTORS_REGISTRY, OWN, f"{TIMM}NAME")))
             raise UserError(f"extractor.name={config.name} is unknown; choose one of {known}")
         check_weights(config)
         is_checked = check_hub_weights(config) or (config.weights is not None and not config.other_weights)

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from flowar.base.distributed import has_lost_ranks
 from flowar.base.errors import UserError
-from flowar.base.files import publish_folder
+from flowar.base.files import publish_folder, write_text
 from flowar.base.records import read_record, write_record
 from flowar.base.run_folder import (
     MODEL_CONFIG_FILE,
@@ -32,6 +32,7 @@ from flowar.base.run_folder import (
 from flowar.base.tensors import load_tensors, save_tensors
 from flowar.config.models import ModelConfig, config_from_dict
 from flowar.models.build import create_model
+from flowar.models.cards import CARD_FILE, model_card
 from flowar.models.checkpoint_files import CheckedReader, DamagedCheckpointError, check_small_files
 from flowar.models.family import Model
 from flowar.models.state_dicts import load_strictly
@@ -136,6 +137,7 @@ def save_model_whole(
                 if leftover.name != LOCK_FILE:
                     leftover.unlink()
             save_model(config, state, partial)
+            write_text(partial / CARD_FILE, model_card(config, checkpoint, weights))
             if checkpoint is not None:
                 about = {"model": str(checkpoint.absolute()), "step": checkpoint_step(checkpoint), "weights": weights}
                 write_record(partial / SOURCE_FILE, about)

@@ -402,7 +402,7 @@ def test_a_paired_difference_has_a_narrower_interval_than_two_distances(digits, 
     [
         (
             {"extractor": ExtractorConfig(name="inseption")},
-            "extractor.name=inseption is unknown; choose one of inception",
+            "extractor.name=inseption is unknown; choose one of ",
         ),
         ({"extractor": ExtractorConfig(weights="/none")}, "extractor.weights=/none does not exist"),
         ({"extractor": ExtractorConfig(name=OWN, images="/none")}, "extractor.images=/none does not exist"),

@@ -1,13 +1,17 @@
 import pytest
 import torch
+from huggingface_hub import DatasetCard, ModelCard
 
 from flowar import export
 from flowar.base.errors import UserError
-from flowar.base.run_folder import find_latest
+from flowar.base.run_folder import checkpoint_step, find_latest
 from flowar.config.training import AverageConfig, EMAConfig, ExportConfig
+from flowar.models.build import create_model
+from flowar.models.cards import as_code
 from flowar.models.checkpoint_files import write_checksums
 from flowar.models.folders import load_model
 from flowar.train import main
+from flowar.training.report import record_evaluation
 from tests.conftest import training
 
 
@@ -54,3 +58,35 @@ def test_a_step_that_was_not_kept_is_one_clear_error(run_dir, tmp_path):
         export.average(AverageConfig(run_dir=str(run_dir), out_dir=out, std=0.1, step=5))
     with pytest.raises(UserError, match=r"std=0.5 must lie in \(0, 0.28\)"):
         AverageConfig(run_dir="", out_dir="", std=0.5)
+
+
+def test_an_export_has_a_card_of_what_it_is_and_names_stay_text(run_dir, tmp_path):
+    step = checkpoint_step(find_latest(run_dir))
+    record_evaluation(
+        run_dir,
+        {
+            "step": step, "num_samples": 50_000, "protocol": "adm", "samples": "/home/me/samples", "reference": "in256",
+            "fid": 1.875, "intervals": {"fid": (1.8, 1.95)},
+        },
+    )  # fmt: skip
+    export.export(ExportConfig(model=str(run_dir), out_dir=str(tmp_path / "model")))
+    text = (tmp_path / "model" / "README.md").read_text()
+    card = ModelCard(text)
+    assert card.data.library_name == "flowar" and card.data.license == "apache-2.0" and "flowar" in card.data.tags
+    for said in (
+        f"Step {step}, weights `ema`",
+        "| images | 24 |",
+        "`dark`, `light`",
+        "fid 1.875 (95%: 1.8 to 1.95)",
+        "lr: 0.0",
+    ):
+        assert said in text, said
+    assert "/home/me" not in text and str(run_dir) not in text
+    assert as_code("a`<script>|\n") == "`a'<script>/ `"
+
+
+def test_a_model_and_a_dataset_have_cards(shards, tmp_path):
+    create_model("flowar-demo").save_pretrained(tmp_path / "model")
+    assert ModelCard.load(tmp_path / "model" / "README.md").data.library_name == "flowar"
+    card = DatasetCard.load(shards / "README.md")
+    assert "mds" in card.data.tags and "| classes | 2: `dark`, `light` |" in card.text

@@ -5,7 +5,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -16,6 +16,7 @@ from flowar.models.arflow.generate import guidance_acts, released_time_grid, sam
 from flowar.models.arflow.loss import sample_times, training_loss, velocity_error
 from flowar.models.arflow.model import ARFlow
 from flowar.models.arflow.released import convert, is_released
+from flowar.models.cards import model_card
 from flowar.models.family import check_shape
 from flowar.models.solvers import evaluation_times, make_time_grid
 
@@ -47,6 +48,10 @@ class HubARFlow(
 
     def __init__(self, config: ARFlowConfig) -> None:
         super().__init__(config)
+
+    def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
+        """Return the README.md that huggingface_hub saves and pushes."""
+        return ModelCard(model_card(self.config))
 
 
 def create(config: ARFlowConfig) -> HubARFlow:

@@ -5,13 +5,14 @@ from functools import lru_cache, partial
 from typing import Any, Literal, NamedTuple
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from flowar.config.drawing import DrawConfig
 from flowar.config.models import FlowARConfig
 from flowar.config.training import OptimConfig
+from flowar.models.cards import model_card
 from flowar.models.flowar.generate import Guidance, make_time_grids, sample_latents, sample_token_maps
 from flowar.models.flowar.loss import sample_time, scale_losses, scale_weights, training_loss
 from flowar.models.flowar.model import FlowAR
@@ -48,6 +49,10 @@ class HubFlowAR(
 
     def __init__(self, config: FlowARConfig) -> None:
         super().__init__(config)
+
+    def generate_model_card(self, *_: Any, **__: Any) -> ModelCard:
+        """Return the README.md that huggingface_hub saves and pushes."""
+        return ModelCard(model_card(self.config))
 
 
 def create(config: FlowARConfig) -> HubFlowAR:
