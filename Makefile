@@ -1,5 +1,6 @@
-# Each makes .venv first, once. make demo: digits from scratch to a report. make check: style, types, structure, docs, under
-# a minute. make test: what CI runs. make test-all: every case and the full numbers of kills, for the night.
+# Each target first makes .venv, if it doesn't exist. make demo: train on digits from scratch, up to a report. make check:
+# style, types, structure and docs, in about a minute. make test: what CI runs. make test-all: every case and all kills, at
+# night.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -o pipefail -c
@@ -21,7 +22,7 @@ check: $(VENV)/.installed
 	@$(RUN)/pytest -q --no-header --durations=0 --durations-min=5 tests/test_structure.py
 	@NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet
 
-# In two halves, side by side; each prints under its own name.
+# Runs in two halves, side by side; each prints under its own name.
 test: check
 	@echo "== tests: about ten minutes on two CPU cores =="
 	@$(MAKE) --no-print-directory -j2 test-flowar test-others
@@ -38,9 +39,9 @@ test-others: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flowar needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'
-	@echo "== setting up $(VENV): downloads and installs about 5 GB, some minutes =="
+	@echo "== setting up $(VENV): downloads and installs about 5 GB, takes some minutes =="
 	@$(PYTHON) -m venv $(VENV)
-	@$(RUN)/pip install --progress-bar off --disable-pip-version-check -c constraints.txt -e '.[dev]' | sed -u -n -e 's/^Collecting \([^ <>=!;]*\).*/  fetching \1/p' -e 's/^Installing collected.*/  installing, a minute or two/p' -e '/^ERROR/p'
+	@$(RUN)/pip install --progress-bar off --disable-pip-version-check -c constraints.txt -e '.[dev]' | sed -u -n -e 's/^Collecting \([^ <>=!;]*\).*/  fetching \1/p' -e 's/^Installing collected.*/  installing, takes a minute or two/p' -e '/^ERROR/p'
 	@touch $@
 
 clean:

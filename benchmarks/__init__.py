@@ -1,1 +1,1 @@
-"""Speed and memory, measured side by side in one run: `python -m benchmarks.NAME`."""
+"""Measure speed and memory side by side in one run: `python -m benchmarks.NAME`."""

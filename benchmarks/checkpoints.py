@@ -1,4 +1,4 @@
-"""What the hashes of checkpoints cost: saving and loading, ours beside torch's own writer and reader, as ratios.
+"""The cost of hashing checkpoints: saving and loading with ours and with torch's own writer and reader, as ratios.
 
 Run `python -m benchmarks.checkpoints`.
 """
@@ -29,13 +29,13 @@ def make_state(num_bytes: int) -> dict[str, Tensor]:
     """Return random tensors.
 
     Args:
-        num_bytes: of all of them.
+        num_bytes: of all tensors together.
     """
     return {f"model.{number}": torch.randn(num_bytes // 4 // TENSORS) for number in range(TENSORS)}
 
 
 def finish(saving: object) -> None:
-    """Wait until a save in the background is done."""
+    """Wait until a background save is done."""
     assert isinstance(saving, Future)
     saving.result()
 
@@ -58,7 +58,7 @@ def load_plain(state: dict[str, Tensor], folder: Path) -> None:
 
 
 def time_load(load: Callable[..., None], folder: Path, num_bytes: int) -> float:
-    """Return how many seconds it takes to load, where nothing was loaded before."""
+    """Return the seconds that loading takes in a process that hasn't loaded anything before."""
     state = make_state(num_bytes)
     began = time.perf_counter()
     load(state, folder)
@@ -66,7 +66,7 @@ def time_load(load: Callable[..., None], folder: Path, num_bytes: int) -> float:
 
 
 def measure(state: dict[str, Tensor], save: Callable[..., None], load: Callable[..., None], root: Path) -> list[float]:
-    """Return how many seconds it takes to save, until the checkpoint has its name, and to load in a fresh process."""
+    """Return the seconds to save, until the checkpoint has its final name, and to load in a fresh process."""
     hidden, folder = root / ".checkpoint", root / "checkpoint"
     hidden.mkdir()
     began = time.perf_counter()

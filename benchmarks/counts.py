@@ -1,26 +1,26 @@
-"""What a training step and a sampled batch consist of, as exact integers, so that no machine is needed to compare them.
+"""Count the operations of a training step and a sampled batch exactly, to compare versions without a machine.
 
 python -m benchmarks.counts            print the counts of the code as it is
 python -m benchmarks.counts --write    write them to benchmarks/counts.txt, which tests compare with the code
 python -m benchmarks.counts --compiled [--write]
-                                       of a training step whose blocks are compiled (compiled.txt): minutes, needs g++
+                                       of a training step with compiled blocks (compiled.txt): takes minutes, needs g++
 
-Counted on tensors without memory, float32, batches of 8, through the public API: `training_loss` and its backward pass,
-in training mode; `sample_latents` with the released settings of FlowAR-L (25 steps, guidance 2.4 up to time 0.9), of
+Counted on meta tensors, float32, batches of 8, through the public API: `training_loss` and its backward pass, in
+training mode; `sample_latents` with the released settings of FlowAR-L (25 steps, guidance 2.4 up to time 0.9), and for
 ARFlow with 250 steps of its stochastic sampler, guidance 1.5. A batch of ARFlow's training is 8 sequences of 5 images.
 
-- flops: of matrix products, a multiply-add is 2; per image. As torch's FlopCounterMode gives them.
-- operations: calls of aten operations that are no views; per step, per batch. Attention counts as its matrix products,
-  softmax and scalings, as torch computes it where there is no fused kernel.
-- bytes: of all inputs and outputs of these operations, per image: what would be moved if nothing were fused.
+- flops: of matrix products, a multiply-add is 2; per image. These are the counts of torch's FlopCounterMode.
+- operations: calls of aten operations except views; per step, per batch. Attention counts as its matrix products,
+  softmax and scalings, as torch computes it without a fused kernel.
+- bytes: of all inputs and outputs of these operations, per image: the traffic if nothing were fused.
 
-Compiled blocks are counted by inductor, on a CPU: kernels of one block of each kind, forward and backward, and what
-they read and write. The rest of the step is counted as above. Attention with dropout is one kernel on a GPU, but
-explicit products on a CPU, so it is counted without dropout.
+Inductor counts compiled blocks, on a CPU: the kernels of one block of each kind, forward and backward, and their reads
+and writes. The rest of the step is counted as above. Attention with dropout is one kernel on a GPU, but explicit
+products on a CPU, so it is counted without dropout.
 
-Each count grows by the same amount with every block, and with every step of the solver, guided or not (but ARFlow's
-first, which has no memory to read). So it is taken at two sizes each and carried on to the whole model; a test compares
-that with counting everything.
+Each count grows by the same amount with every block, and with every step of the solver, guided or not (except ARFlow's
+first step, which has no memory to read). So it is taken at two sizes each and extrapolated to the whole model; a test
+compares that with counting everything.
 """
 
 import argparse
@@ -56,14 +56,14 @@ Counts = Counter[str]  # flops, operations, bytes; of a batch
 
 
 def counted(work: Callable[[], object]) -> Counts:
-    """Return what some work on tensors without memory consists of."""
+    """Return the counts of some work on meta tensors."""
     with Tally() as tally:
         work()
     return Counter({"flops": tally.flops, "operations": sum(tally.operations.values()), "bytes": tally.bytes})
 
 
 def sized(config: FlowARConfig, ar_pairs: int, flow_blocks: int) -> FlowARConfig:
-    """Return a model's shape with these numbers of blocks; a pair is one below and one above the middle."""
+    """Return a model's shape with these numbers of blocks; a pair counts blocks below and above the middle."""
     return dataclasses.replace(config, variant="custom", ar_depth=2 * ar_pairs, flow_depth=flow_blocks)
 
 
@@ -95,14 +95,14 @@ def grid_of(unguided: int, guided: int) -> torch.Tensor:
 
 
 def released_steps() -> tuple[int, int]:
-    """Return how many steps of the released grid lie above the guidance interval, and how many in it."""
+    """Return how many steps of the released grid are above the guidance interval, and how many in it."""
     times = API.released_time_grid(NUM_STEPS)[:-1]
     guided = int((times <= GUIDANCE_INTERVAL[1]).sum())
     return len(times) - guided, guided
 
 
 def carry_on(first: Counts, second: Counts, times: int) -> Counts:
-    """Return what is reached from `first` by as many steps of the size from `first` to `second`."""
+    """Extrapolate: return `first` plus a number of steps of the size from `first` to `second`."""
     return Counter({name: first[name] + times * (second[name] - first[name]) for name in first})
 
 
@@ -163,18 +163,18 @@ def count_compiled_block(config: FlowARConfig, kind: str) -> Counts:
     """Return inductor's counts of one block, forward and backward: bytes of the whole batch, and kernels.
 
     Args:
-        config: with as few blocks as there may be; blocks of a kind are compiled once, so one is counted.
+        config: with as few blocks as possible; blocks of a kind are compiled once, so one is counted.
         kind: "AutoregressiveBlock", "FlowBlock" or "CrossAttentionFlowBlock".
     """
     torch._dynamo.reset()
     metrics.reset()
-    told = logging.Logger("nobody", logging.INFO)  # inductor counts bytes only where somebody is told
+    told = logging.Logger("nobody", logging.INFO)  # inductor counts bytes only for a logger
     model = API.create_model(config).train()
     for block in family_of(config).blocks(model):
         if type(block).__name__ == kind:
             block.forward = torch.compile(block.forward)
     latents, labels = torch.zeros(BATCH, *config.latent_shape), torch.zeros(BATCH, dtype=torch.int64)
-    uncached = torch._inductor.config.patch(force_disable_caches=True)  # what comes from a cache is not counted
+    uncached = torch._inductor.config.patch(force_disable_caches=True)  # cached kernels are not counted
     with uncached, mock.patch.object(compile_fx, "inductor_metrics_log", told):
         API.training_loss(model, latents, labels).backward()
     kernels = sum(elements > 0 for _, elements in metrics.nodes_num_elem)
@@ -224,7 +224,7 @@ def header() -> str:
 
 
 def all_lines(names: tuple[str, ...], of_model: Callable[[str], tuple[str, ...]]) -> list[str]:
-    """Return the lines of counts.txt, or of compiled.txt, as the code is."""
+    """Return the lines of counts.txt, or of compiled.txt, for the current code."""
     return [header(), *(line for name in names for line in of_model(name))]
 
 

@@ -1,8 +1,8 @@
-"""What weights to start from are worth: the demo's model on other digits and sizes, against fresh weights.
+"""The value of starting from weights: fine-tune the demo's model on other digits and sizes, against fresh weights.
 
-Both train for a tenth of the demo's steps with the same settings, seeds, batches and draws; compared are the loss on
-held-out digits, with the same noise and times, and how many samples of the same noise show the digit they were asked
-for. Run `flowar demo run_dir=runs/demo` first, then this: `--demo runs/demo --out runs/tuned`.
+Both train for a tenth of the demo's steps with the same settings, seeds, batches and draws. This compares their loss on
+held-out digits, with the same noise and times, and how many samples from the same noise show the requested digit. Run
+`flowar demo run_dir=runs/demo` first, then this: `--demo runs/demo --out runs/tuned`.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from flowar.models.folders import load_model
 from flowar.training.step import StepSettings, draw_training_inputs
 
 DEMO = DEMOS["flowar"]
-GROUPS = 36  # of held-out images, between which the error of the mean loss is taken
+GROUPS = 36  # of held-out images, for the error of the mean loss
 DRAWS = 8  # of noise and time for each held-out image
 SAMPLES = 400
 AT_ONCE = 200
@@ -42,7 +42,7 @@ Z_95 = 1.96  # of a normal distribution
 
 
 class Task(NamedTuple):
-    """What the demo's model is taken to."""
+    """A task that the demo's model is fine-tuned on."""
 
     name: str
     digits: tuple[int, ...]
@@ -74,7 +74,7 @@ def prepare(demo: Path, out: Path, task: Task, split: str) -> Path:
 
 
 def settings(demo: Path, out: Path, data: Path, seed: int, *, is_fresh: bool, lr: float) -> TrainConfig:
-    """Return a run of a tenth of the demo's steps; a fresh one has the same model, positions as in any fresh model."""
+    """Return a run of a tenth of the demo's steps; a fresh run has the same model, with a fresh model's positions."""
     recipe, shards = DEMO.train, LatentShards(DataConfig(path=str(data))).passport
     steps = recipe.count_steps(LatentShards(DataConfig(path=str(demo / "data"))).passport.num_images) // 10
     run_dir = out / f"{'fresh' if is_fresh else 'init'}_{lr:g}_{seed}"
@@ -109,7 +109,7 @@ def held_out_losses(model: Model, config: TrainConfig, data: Path) -> NDArray[np
 
 @torch.inference_mode()
 def shows_asked(model: Model, config: TrainConfig, task: Task, demo: Path) -> NDArray[np.float64]:
-    """Return whether each sample shows the digit it was asked for, by the demo's judge, (SAMPLES,)."""
+    """Return whether each sample shows the requested digit, by the demo's judge, (SAMPLES,)."""
     (judge, _), vae = load_judge(demo / "judge.safetensors"), load_vae(config.vae.name, None)
     family, generator = family_of(config.model), torch.Generator().manual_seed(0)
     found = []

@@ -1,12 +1,12 @@
-"""All that is measured on one GPU, part by part: run it, and run it again to go on.
+"""Run everything that is measured on one GPU, part by part; run the same command to resume.
 
 python -m benchmarks.gpu --out gpu.json               everything that gpu.json doesn't hold yet, FlowAR-L
 python -m benchmarks.gpu --list                       the names of the parts
 python -m benchmarks.gpu --out gpu.json --parts limits train-bf16-compiled
-python -m benchmarks.gpu --device cpu --tiny --out /tmp/tiny.json     every part, at the size of a toy
+python -m benchmarks.gpu --device cpu --tiny --out /tmp/tiny.json     every part, at toy size
 
-Each part is a process of its own, which has `--timeout-s` (so that the whole fits machines that end commands), and is
-written as soon as it is done. What fails or takes too long is written as such; `--again` repeats it.
+Each part runs in its own process, for at most `--timeout-s`, and is written as soon as it is done. Parts that fail or
+take too long are recorded as such; `--again` repeats them.
 """
 
 import argparse
@@ -53,7 +53,7 @@ TINY_MODEL = FlowARConfig(
     variant="custom", num_classes=10, ar_depth=2, ar_width=32, ar_heads=2, flow_depth=1, flow_width=32, flow_heads=2
 )
 TINY_VAE = {**MAR_CONFIG, "block_out_channels": (8,) * 5, "norm_num_groups": 4}
-READ_STEPS = 3  # of the two lengths of training whose reads of the device are compared
+READ_STEPS = 3  # two lengths of training, whose device reads are compared
 
 Result = dict[str, Any]
 
@@ -72,7 +72,7 @@ class Machine:
         return TINY_MODEL if self.tiny else variant_config(self.model)
 
     def batch(self, size: int) -> int:
-        """Return a batch size, or that of a toy."""
+        """Return a batch size, or the toy's."""
         return 2 if self.tiny else size
 
     def bench(self, *, batch: int, rounds: int, **settings: Any) -> BenchConfig:
@@ -96,7 +96,7 @@ def as_result(found: dict[str, bench.Measured], batch: int) -> Result:
 
 
 def compare(machine: Machine, **settings: Any) -> Result:
-    """Measure the model, and its baseline where that isn't off; the share of what useful FLOPs could give."""
+    """Measure the model, and its baseline unless that is off; and the MFU by useful FLOPs."""
     config = machine.bench(**settings)
     found = bench.measure(config, torch.device(machine.device))
     result = as_result(found, config.batch_size)
@@ -109,7 +109,7 @@ def compare(machine: Machine, **settings: Any) -> Result:
 
 
 def limits(machine: Machine) -> Result:
-    """Measure what large matrix products and copies reach."""
+    """Measure the rates of large matrix products and copies."""
     found = {}
     for precision in ("fp32",) if machine.tiny else ("fp32", "tf32", "bf16"):
         flops_per_s, bytes_per_s = bench.measure_limits(torch.device(machine.device), precision)
@@ -118,7 +118,7 @@ def limits(machine: Machine) -> Result:
 
 
 def decode(machine: Machine, size: int) -> Result:
-    """Measure MAR-VAE's decoder, of random weights: what drawing takes beside the latents."""
+    """Measure MAR-VAE's decoder with random weights: the time that drawing takes on top of the latents."""
     device, batch = torch.device(machine.device), machine.batch(size)
     vae = VAE(AutoencoderKL(**(TINY_VAE if machine.tiny else MAR_CONFIG)), "mar").to(device).eval()
     part = min(batch, 64)
@@ -135,7 +135,7 @@ def decode(machine: Machine, size: int) -> Result:
 
 
 def flash(machine: Machine, what: str) -> Result:
-    """Measure with attention=flash, if that package is here."""
+    """Measure with attention=flash, if flash_attn is installed."""
     if importlib.util.find_spec("flash_attn") is None:
         return {"left_out": "flash_attn is not installed"}
     return compare(machine, what=what, batch=32 if what == "train" else 64, rounds=5, precision="bf16",
@@ -143,7 +143,7 @@ def flash(machine: Machine, what: str) -> Result:
 
 
 def training(machine: Machine, folder: Path, steps: int, parallel: ParallelConfig, log_every: int) -> TrainConfig:
-    """Return a run of this number of steps on random latents."""
+    """Return a run of `num_steps` steps on random latents."""
     batch, rows = machine.batch(32), 64
     if not (folder / "mds").exists():
         moments = np.random.default_rng(0).standard_normal((rows, *SHAPE), dtype=np.float32).astype(np.float16)
@@ -173,7 +173,7 @@ def engine(machine: Machine, parallel: ParallelConfig) -> Result:
 
 
 def gap(machine: Machine) -> Result:
-    """Trace `flowar train`: how much of the time between updates the device computes, and its longest pauses."""
+    """Trace `flowar train`: the share of the time between updates when the device is busy, and its longest pauses."""
     on_gpu = machine.device != "cpu"
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     steps = 4 if machine.tiny else 24
@@ -187,11 +187,11 @@ def gap(machine: Machine) -> Result:
 
 
 def pauses(intervals: list[tuple[float, float]], updates: list[float]) -> Result:
-    """Return the share of the second half of the time between updates in which something runs, and the longest pauses.
+    """Return the busy share of the time between updates, in the second half of the run, and the longest pauses.
 
     Args:
-        intervals: (start, end) of all that ran, in microseconds.
-        updates: when the optimizer's were over; the first half warms up.
+        intervals: (start, end) of everything that ran, in microseconds.
+        updates: when the optimizer's updates ended; the first half warms up.
     """
     first, last = (min(updates) + max(updates)) / 2, max(updates)
     busy, idle, until = 0.0, [], first
@@ -205,7 +205,7 @@ def pauses(intervals: list[tuple[float, float]], updates: list[float]) -> Result
 
 
 def syncs(machine: Machine) -> Result:
-    """Count where a step, a batch of latents and the whole training loop wait for the device."""
+    """Count how often a step, a batch of latents and the whole training loop wait for the device, and where."""
     device = torch.device(machine.device)
     found: Result = {}
     for what in ("train", "sample"):
@@ -222,7 +222,7 @@ def syncs(machine: Machine) -> Result:
 
 
 def waits_of(work: Callable[[], object], device: torch.device) -> Result:
-    """Return how often some work reads a number from the device, and on a GPU all that waits for it, by place."""
+    """Return how often some work reads a number from the device, and on a GPU all waits for it, by line of code."""
     with contextlib.ExitStack() as stack:
         caught = stack.enter_context(warnings.catch_warnings(record=True))
         warnings.simplefilter("always")
@@ -236,7 +236,7 @@ def waits_of(work: Callable[[], object], device: torch.device) -> Result:
 
 
 def make_parts() -> dict[str, Callable[[Machine], Result]]:
-    """Return the parts, by name, the most telling first."""
+    """Return the parts, by name, the most informative first."""
     parts: dict[str, Callable[[Machine], Result]] = {"limits": limits}
     alone = {"compile": True, "baseline": False}
     for precision in ("bf16", "tf32"):
@@ -269,13 +269,13 @@ def run_part(name: str, machine: Machine) -> Result:
         pick_device(machine.device)
         with torch.compiler.set_stance("force_eager") if machine.tiny else contextlib.nullcontext():
             return PARTS[name](machine) | {"took_s": round(time.perf_counter() - began, 1)}
-    except Exception as error:  # the other parts are measured all the same
+    except Exception as error:  # the other parts are still measured
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
 
 
 def run_apart(name: str, machine: Machine, timeout_s: float) -> Result:
-    """Return what `run_part` does, from a process of its own, which is ended after a time."""
+    """Return the result of `run_part`, run in a new process that is killed after a time."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
     process = multiprocessing.get_context("spawn").Process(target=send_part, args=(sender, name, machine))
     process.start()
@@ -295,12 +295,12 @@ def run_apart(name: str, machine: Machine, timeout_s: float) -> Result:
 
 
 def send_part(sender: Any, name: str, machine: Machine) -> None:
-    """Be the process of one part."""
+    """Run one part; the target of its process."""
     sender.send(run_part(name, machine))
 
 
 def describe(machine: Machine) -> dict[str, str]:
-    """Return what the figures are of."""
+    """Return the machine, versions and settings that the figures belong to."""
     on_gpu = machine.device != "cpu"
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
@@ -318,8 +318,10 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--parts", nargs="*", default=list(PARTS), choices=list(PARTS), metavar="PART")
     parser.add_argument("--model", default="flowar-l")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="a toy, to see that every part runs")
-    parser.add_argument("--timeout-s", type=float, default=TIMEOUT_S, help="of a part; 0: all in this process")
+    parser.add_argument("--tiny", action="store_true", help="toy sizes, to check that every part runs")
+    parser.add_argument(
+        "--timeout-s", type=float, default=TIMEOUT_S, help="limit for each part; 0: run all in this process"
+    )
     parser.add_argument("--again", action="store_true", help="repeat what failed")
     parser.add_argument("--list", action="store_true", help="print the names of the parts")
     options = parser.parse_args(words)
@@ -327,14 +329,14 @@ def main(words: list[str] | None = None) -> None:
         print("\n".join(PARTS))
         return
     if options.device != "cpu" and not torch.cuda.is_available():
-        sys.exit("no GPU here: run this on a machine with one, or with --device cpu --tiny to see that every part runs")
+        sys.exit("no GPU found: run this on a machine with a GPU, or check that it runs with --device cpu --tiny")
     machine = Machine(options.device, options.model, options.tiny)
     what = describe(machine)
     done: Result = {"machine": what, "parts": {}}
     if options.out.exists():
         done = json.loads(options.out.read_text())
     if done["machine"] != what:
-        sys.exit(f"{options.out} is of {done['machine']}, but this is {what}; give another --out")
+        sys.exit(f"{options.out} is for {done['machine']}, but this is {what}; give another --out")
     for name in options.parts:
         known = done["parts"].get(name)
         if known is not None and not (options.again and "error" in known):

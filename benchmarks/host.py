@@ -1,7 +1,8 @@
-"""What the host does between two steps of FlowAR-H, and what one step sends: on one CPU, as rank 0 of 64 under FSDP2.
+"""Time the host's work between two steps of FlowAR-H, and count a step's communication, as rank 0 of 64 under FSDP2.
 
-The process group has no processes, the model FlowAR-H's 611 parameters with a few channels each: what is left is the
-bookkeeping, which a GPU waits for. python -m benchmarks.host      medians per part, then collectives by setting
+Runs on one CPU. The process group has no other processes, and the model has FlowAR-H's 611 parameters with a few
+channels each, so only the bookkeeping is left, which a GPU would wait for.
+python -m benchmarks.host      medians per part, then collectives by setting
 """
 
 import argparse
@@ -32,7 +33,7 @@ from flowar.training.step import StepSettings, TrainingInputs, accumulate, agree
 RANKS = 64
 STEPS, WARM_UP = 20, 3
 PARAMETERS = 611  # named ones of FlowAR-H
-SAMPLES = 32  # of one rank, of a batch of 2,048
+SAMPLES = 32  # per rank, in a batch of 2,048
 CPU = torch.device("cpu")
 SETTINGS: tuple[dict[str, Any], ...] = (
     {}, {"fsdp_reshard": False}, {"fsdp_bf16": True}, {"fsdp_bf16": True, "fsdp_reshard": False},
@@ -42,7 +43,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 
 @contextlib.contextmanager
 def imagined_ranks(count: int = RANKS) -> Iterator[World]:
-    """Start a process group whose other ranks don't exist: a collective returns at once, and says nothing."""
+    """Start a process group whose other ranks don't exist; collectives return at once, without data."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=count)
     try:
         yield World(0, count, CPU, None)
@@ -51,7 +52,7 @@ def imagined_ranks(count: int = RANKS) -> Iterator[World]:
 
 
 def narrow(model: ModelConfig) -> FlowARConfig:
-    """Return the shape of a FlowAR with as many parameters by name, and a few channels and tokens."""
+    """Return the shape of a FlowAR with the same named parameters, but only a few channels and tokens."""
     assert isinstance(model, FlowARConfig)
     return dataclasses.replace(
         model, variant="custom", scales=(1, 2), ar_width=64, flow_width=64, ar_heads=2, flow_heads=2,
@@ -60,7 +61,7 @@ def narrow(model: ModelConfig) -> FlowARConfig:
 
 
 def random_inputs(settings: StepSettings, size: int, number: int = 1) -> TrainingInputs:
-    """Return what a step is made of, from random moments."""
+    """Return the inputs of a step, from random moments."""
     channels, *sides = settings.model.latent_shape
     moments = torch.randn(size, 2 * channels, *sides)
     batch = Batch(moments, torch.zeros(size, dtype=torch.int64), torch.arange(size))
@@ -77,7 +78,7 @@ def make_parts(
 
 
 def time_gap() -> dict[str, float]:
-    """Return the median milliseconds of what happens between the last backward pass and the next forward pass."""
+    """Return the median milliseconds of each part between the last backward pass and the next forward pass."""
     seconds: dict[str, list[float]] = defaultdict(list)
 
     @contextlib.contextmanager
@@ -109,7 +110,7 @@ def time_gap() -> dict[str, float]:
 
 
 class Collectives(TorchDispatchMode):
-    """Counts collectives, and the bytes of what comes out of a gather or goes into a reduction, by kind and dtype."""
+    """Counts collectives, and the bytes that a gather returns or a reduction takes, by kind and dtype."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -136,14 +137,14 @@ def count_collectives(
 
     Args:
         parallel: the engine and its settings.
-        model: its shape; None: FlowAR-H's, with a few channels, whose calls are right, not the bytes.
+        model: its shape; None: FlowAR-H's with a few channels, for which only the calls are right, not the bytes.
         precision: of the step.
         parts: of the batch, of one sample each.
     """
     with imagined_ranks() as world:
         engine, settings = make_parts(model or narrow(variant_config("flowar-h")), parallel, world, precision, parts)
         inputs = random_inputs(settings, parts)
-        for step in range(2):  # the first one sets things up
+        for step in range(2):  # the first step sets things up
             with contextlib.nullcontext(Collectives()) if step == 0 else Collectives() as found:
                 numbers = agree(engine, accumulate(engine, inputs, settings), settings)
                 engine.step(1e-4, numbers.grad_norm)

@@ -1,7 +1,7 @@
-"""Rows per second that reach the training loop: our reader beside the alternatives, on the same rows in random order.
+"""Rows per second that reach the training loop: our reader against alternatives, on the same rows in random order.
 
-Run `python -m benchmarks.loading`. MAR-VAE's shape, float16: 16 KiB a row. Everything lies in the page cache, so this
-measures the readers and not the disk.
+Run `python -m benchmarks.loading`. Rows have MAR-VAE's shape, float16, 16 KiB. Everything is in the page cache, so this
+measures the readers, not the disk.
 """
 
 import argparse
@@ -46,7 +46,7 @@ class Npz(Dataset[Any]):
 
 
 class Memmap(Dataset[Any]):
-    """One array in one file, mapped into memory; no labels, no checks."""
+    """One memory-mapped array in one file; no labels, no checks."""
 
     def __init__(self, file: Path) -> None:
         self.array = np.load(file, mmap_mode="r")
@@ -82,7 +82,7 @@ def write_all(root: Path, moments: NDArray[np.float16]) -> None:
 
 
 def readers(root: Path, count: int, workers: int) -> dict[str, Callable[[], Iterator[Any]]]:
-    """Return what is compared: for each name, a function that starts one epoch."""
+    """Return the readers to compare: for each name, a function that starts one epoch."""
     from streaming import StreamingDataset
 
     logging.getLogger("streaming").setLevel(logging.ERROR)

@@ -1,12 +1,12 @@
-"""What `flowar plan` says: beside what one H100 took, from 8 to 512 GPUs, and of what was not measured yet.
+"""Compare `flowar plan` with measurements on one H100, and predict what was not measured, up to 512 GPUs.
 
-python -m benchmarks.planning measured               plan beside measured: seconds
-python -m benchmarks.planning fit                    the four constants again, from the measured speeds
-python -m benchmarks.planning scaling [--picture F]  strong and weak scaling, 8 to 512 GPUs: minutes
-python -m benchmarks.planning predictions            speeds of one H100 that nobody measured: ten minutes
+python -m benchmarks.planning measured               plan and measurement side by side: takes seconds
+python -m benchmarks.planning fit                    fit the four constants to the measured speeds again
+python -m benchmarks.planning scaling [--picture F]  strong and weak scaling, 8 to 512 GPUs: takes minutes
+python -m benchmarks.planning predictions            speeds of one H100 that were not measured: takes ten minutes
 
-measured.json holds the operations of the code that was measured, counted as planning/trace.py does; later code does
-less, so that its speed is a prediction.
+measured.json holds the operations of the code that was measured, counted as in planning/trace.py; later code does less
+work, so its speed is a prediction.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def measured_runs() -> list[dict[str, Any]]:
 
 
 def phase_seconds(phase: list[list[Any]], machine: Machine, precision: str) -> float:
-    """Return how long operations take between which the host waits for nothing; rows are those of measured.json."""
+    """Return how long operations take if the host never waits between them; `phase` has rows of measured.json."""
     names = {"m": "matmul", "a": "attention", "o": "other"}
     rows = [(Operation(names[kind], *rest), count) for kind, *rest, count in phase]  # type: ignore[arg-type]
     on_device: float = sum(count * operation_seconds(operation, machine, precision) for operation, count in rows)
@@ -57,7 +57,7 @@ def phase_seconds(phase: list[list[Any]], machine: Machine, precision: str) -> f
 
 
 def compared() -> Iterator[tuple[str, float, float, float | None, float | None]]:
-    """Yield what was measured: its name, images/s planned and measured, GiB planned and measured."""
+    """Yield each measurement: its name, images/s planned and measured, GiB planned and measured."""
     sizes = sizes_of(variant_config("flowar-l"))
     updating = sizes.total * (UPDATE_BYTES + AVERAGE_BYTES) / (H100.bytes_per_s * machines.LARGE_COPY_SHARE)
     for run in measured_runs():
@@ -85,7 +85,7 @@ def say_measured() -> None:
 
 
 def fit() -> None:
-    """Print the constants with which the plan comes nearest to the measured speeds, least squares of logarithms."""
+    """Print the constants that bring the plan nearest to the measured speeds, by least squares of logarithms."""
 
     def set_constants(values: list[float]) -> None:
         half, tf32, fp32, machines.EAGER_SHARE = values
@@ -103,7 +103,7 @@ def fit() -> None:
 
 
 def spread(name: str, gpus: int, *, weak: bool) -> PlannedStep:
-    """Return a shipped recipe on so many GPUs: its batch, or as many samples on each as on 64."""
+    """Return a shipped recipe on `gpus` GPUs, with its batch, or with the samples per GPU that 64 GPUs have."""
     recipe = load_config(PlanConfig, RECIPES[name])
     batch = recipe.batch_size * gpus // 64 if weak else recipe.batch_size
     setting = PlannedStep.of(dataclasses.replace(recipe, batch_size=batch, micro_batch_size=None), gpus, 8)
@@ -123,10 +123,10 @@ def scale() -> dict[tuple[str, bool], list[float]]:
 def say_scaling(picture: Path | None) -> None:
     """Print the table of scaling, and draw it."""
     found = scale()
-    print("| images/s (of what 8 GPUs do, each) | " + " | ".join(map(str, GPUS)) + " |")
+    print("| images/s (per GPU, relative to 8) | " + " | ".join(map(str, GPUS)) + " |")
     print("|---" * (len(GPUS) + 1) + "|")
     for (name, weak), rates in found.items():
-        kind = "weak, 32 samples a GPU" if weak else "strong, batch 2,048"
+        kind = "weak, 32 samples per GPU" if weak else "strong, batch 2,048"
         cells = [f"{rate:,.0f} ({rate / gpus / (rates[0] / 8):.0%})" for rate, gpus in zip(rates, GPUS, strict=True)]
         print(f"| FlowAR-{name.upper()}, {kind} | " + " | ".join(cells) + " |")
         if weak:
@@ -175,7 +175,7 @@ def main() -> None:
     """Do what the command line says."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.planning", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=["measured", "fit", "scaling", "predictions"])
-    parser.add_argument("--picture", type=Path, help="where scaling is drawn")
+    parser.add_argument("--picture", type=Path, help="file for the picture of scaling")
     options = parser.parse_args()
     if options.what == "scaling":
         say_scaling(options.picture)

@@ -1,8 +1,9 @@
 """Images per second of the whole `flowar prepare` over those of the VAE alone, on the same images.
 
-Run `python -m benchmarks.prepare [--vae mar]`. An autoencoder of the real size with random weights, 256 px, JPEG files
-of about ImageNet's size. The VAE alone encodes cropped images from memory in the same batches; `flowar prepare` lists
-the files, decodes and crops them, encodes, writes, hashes and merges. Loading the VAE is in neither.
+Run `python -m benchmarks.prepare [--vae mar]`. It uses an autoencoder of the real size with random weights, 256 px, and
+JPEG files of about ImageNet's size. The VAE alone encodes cropped images from memory in the same batches; `flowar
+prepare` lists the files, decodes and crops them, encodes, writes, hashes and merges. Neither time includes loading the
+VAE.
 """
 
 import argparse
@@ -49,7 +50,7 @@ def write_images(root: Path, count: int) -> None:
 
 
 def encode_alone(vae: VAE, batches: list[torch.Tensor]) -> float:
-    """Return the seconds that the VAE takes for images that lie ready in memory."""
+    """Return the seconds that the VAE takes for images that are ready in memory."""
     began = time.perf_counter()
     with torch.inference_mode():
         for batch in batches:
@@ -58,7 +59,7 @@ def encode_alone(vae: VAE, batches: list[torch.Tensor]) -> float:
 
 
 def prepare_all(vae: VAE, config: PrepareConfig) -> float:
-    """Return the seconds of `flowar prepare` with a VAE that is loaded already."""
+    """Return the seconds of `flowar prepare` with a VAE that is already loaded."""
     with contextlib.redirect_stdout(io.StringIO()):
         began = time.perf_counter()
         encode.prepare(config, vae, torch.device("cpu"))
@@ -82,7 +83,7 @@ def main() -> None:
         source = open_source(config.images)
         views = [make_views(decode_image(source.read(number)), config, number) for number in range(len(source))]
         batches = torch.from_numpy(np.concatenate(views)).permute(0, 3, 1, 2).split(config.batch_size)
-        encode_alone(vae, batches[:1])  # what torch sets up once
+        encode_alone(vae, batches[:1])  # torch's one-time setup
         alone, whole = [], []
         for repeat in range(options.repeats):
             alone.append(encode_alone(vae, batches))

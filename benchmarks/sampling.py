@@ -1,7 +1,7 @@
-"""Images/s of `flowar sample`, all of it, over those of model and VAE alone; and of 2 processes over 1.
+"""Images/s of the whole `flowar sample` against model and VAE alone; and of 2 processes against 1.
 
-Run `python -m benchmarks.sampling`. An untrained FlowAR of the demo's shape; each process has one thread. The kinds of
-runs alternate; medians.
+Run `python -m benchmarks.sampling`. It uses an untrained FlowAR of the demo's shape, and one thread per process. Kinds
+of runs alternate; it prints medians.
 """
 
 import argparse
@@ -43,7 +43,7 @@ def bare(config: SampleConfig) -> float:
 
 
 def work(config: SampleConfig, ready: Semaphore, go: Event) -> None:
-    """Be one worker: say that all is imported, wait, draw."""
+    """Run one worker: report that imports are done, wait, draw."""
     torch.set_num_threads(1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     load_vae("demo")  # imports diffusers, which takes seconds
@@ -53,7 +53,7 @@ def work(config: SampleConfig, ready: Semaphore, go: Event) -> None:
 
 
 def whole(config: SampleConfig, processes: int) -> float:
-    """Return the images/s of so many workers from loading the weights to the last file."""
+    """Return the images/s of several workers, from loading the weights to the last file."""
     context = multiprocessing.get_context("spawn")
     ready, go = context.Semaphore(0), context.Event()
     workers = [context.Process(target=work, args=(config, ready, go)) for _ in range(processes)]

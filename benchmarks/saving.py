@@ -1,6 +1,6 @@
-"""What planning a save costs rank 0, of any number of ranks: torch's own planner with the plans of all of them.
+"""The cost of planning a save on rank 0, for any number of ranks: torch's own planner with the plans of all ranks.
 
-It runs in a thread, and takes the interpreter from the one that trains. Run `python -m benchmarks.saving`.
+Planning runs in a thread, and takes the interpreter from the thread that trains. Run `python -m benchmarks.saving`.
 """
 
 import argparse
@@ -35,14 +35,14 @@ def checkpoint_shapes(model: str) -> dict[str, torch.Size]:
 
 
 def plan_of(state: dict[str, Tensor], is_coordinator: bool) -> tuple[DefaultSavePlanner, SavePlan]:
-    """Return what a rank with these tensors plans."""
+    """Return the plan of a rank with these tensors."""
     planner = DefaultSavePlanner()
     planner.set_up_planner(state, None, is_coordinator)
     return planner, planner.create_local_plan()
 
 
 def whole_plans(shapes: dict[str, torch.Size], num_ranks: int) -> tuple[DefaultSavePlanner, list[SavePlan]]:
-    """Return rank 0's planner and the plans of all ranks: each tensor is of one of them."""
+    """Return rank 0's planner and the plans of all ranks; each tensor belongs to one rank."""
     owners = share_out({name: shape.numel() for name, shape in shapes.items()}, num_ranks)
     states: list[dict[str, Tensor]] = [{} for _ in range(num_ranks)]
     for name, owner in owners.items():
@@ -52,7 +52,7 @@ def whole_plans(shapes: dict[str, torch.Size], num_ranks: int) -> tuple[DefaultS
 
 
 def count_operations(stop: threading.Event, seconds: float) -> float:
-    """Return how many small operations a second this thread does, for so long or until `stop` is set."""
+    """Return how many small operations per second this thread does, for a given time or until `stop` is set."""
     vector, count, began = torch.zeros(4), 0, time.perf_counter()
     while not stop.is_set() and time.perf_counter() - began < seconds:
         vector.add_(1)

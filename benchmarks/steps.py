@@ -1,8 +1,8 @@
-"""Fréchet distance and distance to the exact solution over the work of an image, for solvers, time grids and annealing.
+"""Fréchet distance and distance to the exact solution against the work per image, for solvers, grids and annealing.
 
 Run `python -m benchmarks.steps --demo runs/demo`, after `flowar demo`; it writes steps.json and steps.png. All points
-draw the same images from the same noise, so that their differences are surer than their distances. What was drawn
-before is not drawn again.
+draw the same images from the same noise, so their differences are more certain than the distances themselves. Images
+that were drawn before are not drawn again.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from flowar.models.folders import load_model
 from flowar.sampling.folder import hash_json
 
 BATCH = 100
-KEPT = 500  # images of a file, and those that are compared with the exact solution
+KEPT = 500  # images in a file, and images that are compared with the exact solution
 ROUNDS = 12  # of timing
 GROUPS = 50  # of images that are left out in turn, for intervals
 GUIDANCE = 1.1  # suits the digits, as in `flowar demo`
@@ -51,7 +51,7 @@ MARKERS = {
     "released grid, annealed": "P",
 }  # fmt: skip
 
-# settings that make a curve -> the numbers of steps
+# settings of a curve -> numbers of steps
 CURVES: tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...] = (
     ("euler, released grid", {}, (8, 12, 18, 25)),
     ("euler, released grid, annealed", {"last_scale_steps": ANNEALED}, (25,)),
@@ -77,14 +77,14 @@ CURVES: tuple[tuple[str, dict[str, Any], tuple[int, ...]], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Drawn:
-    """What one way to draw gave."""
+    """The results of one way to draw."""
 
     latents: Tensor  # (N, C, h, w)
     features: Tensor  # (N, 64), of the digit classifier
 
 
 class Judge:
-    """Draws images one way or another, keeps them in a folder, and measures them."""
+    """Draws images in different ways, keeps them in a folder, and measures them."""
 
     def __init__(self, demo: Path, folder: Path) -> None:
         self.model, self.vae = load_model(demo / "train"), load_vae("demo")
@@ -102,13 +102,13 @@ class Judge:
         return features
 
     def draw(self, how: DrawConfig, num_images: int) -> Drawn:
-        """Return images drawn this way, from the folder where they are there."""
+        """Return images drawn this way, from the folder if it has them."""
         parts = [self._draw_part(how, first) for first in range(0, num_images, KEPT)]
         latents, features = (np.concatenate([part[name] for part in parts]) for name in ("latents", "features"))
         return Drawn(torch.from_numpy(latents), torch.from_numpy(features))
 
     def _draw_part(self, how: DrawConfig, start: int) -> dict[str, NDArray[Any]]:
-        """Return what was drawn of KEPT images."""
+        """Return the results for KEPT images."""
         file = self.folder / f"{hash_json(decisive_settings(how), self.weights)}_{start:06d}.npz"
         if not file.exists():
             latents, features = [], []
@@ -130,7 +130,7 @@ class Judge:
         return family.generate(self.model, labels, noise, how, StepNoise(numbers, 0, noise.device))[-1]
 
     def speedups(self, ways: list[DrawConfig]) -> list[float]:
-        """Return by which factor each way needs less CPU time than the first one. They alternate; medians."""
+        """Return by what factor each way needs less CPU time than the first one; medians of alternating rounds."""
         seconds: list[list[float]] = [[] for _ in ways]
         for _ in range(ROUNDS):
             for own, how in zip(seconds, ways, strict=True):
@@ -145,13 +145,13 @@ class Judge:
         return family_of(self.model.config).sampling_flops(self.model.config, how) / 1e9
 
     def distances(self, drawn: Drawn) -> list[float]:
-        """Return the Fréchet distance to the real digits of all images, then without each group."""
+        """Return the Fréchet distance of all images to the real digits, then without each group in turn."""
         group = groups(torch.arange(len(drawn.features)) % self.model.config.num_classes, GROUPS)
         without = statistics_without(drawn.features, group)
         return [self.distance.distance(own) for own in (statistics(drawn.features), *without)]
 
     def measure(self, name: str, how: DrawConfig, num_images: int) -> dict[str, Any]:
-        """Return the numbers of one way to draw, beside those of the released way with the same guidance."""
+        """Return the numbers of one way to draw, relative to the released settings with the same guidance."""
         released = DrawConfig(guidance=how.guidance)
         drawn, base = self.draw(how, num_images), self.draw(released, num_images)
         own, other = self.distances(drawn), self.distances(base)
@@ -189,7 +189,7 @@ def point(settings: dict[str, Any], num_steps: int) -> DrawConfig:
 
 
 def save_picture(rows: list[dict[str, Any]], presets: list[dict[str, Any]], path: Path) -> None:
-    """Write two diagrams over the work of an image: distances to real digits, and to the exact solution."""
+    """Write two diagrams against the work per image: distances to real digits, and to the exact solution."""
     figure = Figure(figsize=(10, 6), layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2)
@@ -220,8 +220,8 @@ def run() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--demo", type=Path, default=Path("runs/demo"), help="a finished `flowar demo`")
     parser.add_argument("--out", type=Path, default=Path("runs/steps"))
-    parser.add_argument("--images", type=int, default=1000, help=f"of each point, a multiple of {KEPT}")
-    parser.add_argument("--preset-images", type=int, default=2000, help="of each preset")
+    parser.add_argument("--images", type=int, default=1000, help=f"images per point, a multiple of {KEPT}")
+    parser.add_argument("--preset-images", type=int, default=2000, help="images per preset")
     options = parser.parse_args()
     torch.set_num_threads(1)
     judge = Judge(options.demo, options.out)

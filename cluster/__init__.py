@@ -1,1 +1,1 @@
-"""What only a cluster needs. It imports flowar, flowar never imports it; empty until jobs are submitted from here."""
+"""Submit and follow Slurm jobs. This package imports flowar, but flowar never imports it."""

@@ -40,16 +40,16 @@ def submit_command(words: list[str]) -> None:
         "--dry-run", action="store_true", help="check everything, print the batch script, submit nothing"
     )
     parser.add_argument(
-        "--follow", metavar="RUN_DIR", type=Path, help="evaluate: each new checkpoint of a training run"
+        "--follow", metavar="RUN_DIR", type=Path, help="evaluate each new checkpoint of this training run"
     )
-    parser.add_argument("--once", action="store_true", help="with --follow: look once, as from cron")
+    parser.add_argument("--once", action="store_true", help="with --follow: look once and exit, for cron")
     schema = next((VERBS[word].schema for word in words if word in VERBS), None)
     options = parse_options(parser, words, schema)
     if options.verb == "evaluate" and options.words[:1] == ["make-reference"]:
         options.verb = options.words.pop(0)
     if options.follow is not None:
         if options.verb != "evaluate":
-            raise UserError(f"--follow measures checkpoints: flowar submit evaluate, not {options.verb}")
+            raise UserError(f"--follow works with `flowar submit evaluate`, not with {options.verb}; use evaluate")
         follow(options.follow, options.words, options.cluster, once=options.once, dry_run=options.dry_run)
     elif options.verb == "pipeline":
         run_dir, jobs = plan_pipeline(options.words, options.cluster)
@@ -58,21 +58,21 @@ def submit_command(words: list[str]) -> None:
         submit([plan_job(options.verb, options.words, options.cluster)], dry_run=options.dry_run)
     else:
         known = (*SUBMITTED_VERBS, "pipeline")
-        raise UserError(f"{options.verb!r} can't be submitted{did_you_mean(options.verb, known)}")
+        raise UserError(f"{options.verb!r} can't be submitted as a job{did_you_mean(options.verb, known)}")
 
 
 def resume_command(words: list[str]) -> None:
-    """Submit a run's newest job again, with the code that it ran; of a pipeline, what is not finished."""
+    """Submit a run's latest job again, with the code that it ran; for a pipeline, all unfinished jobs."""
     parser = argparse.ArgumentParser(prog="flowar resume", description=resume_command.__doc__)
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("words", nargs="*", metavar="key=value", help="settings of the cluster that change: nodes=6")
+    parser.add_argument("words", nargs="*", metavar="key=value", help="cluster settings to change, for example nodes=6")
     parser.add_argument("--dry-run", action="store_true")
     options = parse_options(parser, words, ClusterConfig)
     newest = newest_job(options.run_dir)
     chain = [job for job in find_jobs(options.run_dir) if job.folder.name.endswith(stamp_of(newest))]
     unfinished = [job for job in chain if not is_finished(job)]
     if not unfinished:
-        more = "; to train on, submit it again with more epochs" if newest.verb == "train" else ""
+        more = "; to train longer, submit it again with more epochs" if newest.verb == "train" else ""
         raise UserError(f"{options.run_dir}: {newest.verb} is finished, so there is nothing to resume{more}")
     planned = []
     for before in unfinished:

@@ -1,4 +1,4 @@
-"""What Slurm says about this task -> the variables that torch reads. Nothing else reads SLURM_*.
+"""Translate what Slurm says about this task into the variables that torch reads. No other module reads SLURM_*.
 
 submitit's JobEnvironment knows the names, for Slurm and for its local processes. Read next: job.py.
 """
@@ -19,9 +19,9 @@ from flowar.base.errors import UserError
 from flowar.base.failures import MachineError
 from flowar.config.jobs import ClusterConfig
 
-FIRST_PORT, NUM_PORTS = 20_000, 12_000  # below the range from which systems give ports to clients
-PORTS_APART = 7919  # of one job's starts, so that jobs submitted together don't meet
-ASK_S = 30  # for an answer of Slurm
+FIRST_PORT, NUM_PORTS = 20_000, 12_000  # below the range of ephemeral ports
+PORTS_APART = 7919  # between the starts of one job, so that jobs submitted together don't collide
+ASK_S = 30  # to wait for an answer from Slurm
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class TaskEnvironment:
     """This process's place in its job."""
 
     job_id: str  # 1234, or 1234_5 in an array
-    restarts: int  # how often Slurm has started this job again
+    restarts: int  # how often Slurm has restarted this job
     rank: int
     num_tasks: int
     hosts: tuple[str, ...]
@@ -52,8 +52,8 @@ def read_task() -> TaskEnvironment:
 def export_for_torch() -> None:
     """Set RANK, WORLD_SIZE and so on.
 
-    The rendezvous is the first host, with a port that follows from the job's id and how often it was started again:
-    a dead start's port may be taken for minutes.
+    The rendezvous is the first host, with a port that follows from the job's id and its number of restarts, as the port
+    of an earlier start may stay in use for minutes.
     """
     given = JobEnvironment()
     restarts = read_task().restarts
@@ -74,9 +74,9 @@ def export_for_torch() -> None:
 
 
 def route_to(host: str) -> str:
-    """Return the network interface through which a host is reached; nothing if that is loopback, or not known.
+    """Return the network interface that leads to a host; "" if that is loopback, or not known.
 
-    gloo would take the one that has the address of this host's name, which may be loopback or a slow one.
+    gloo would take the interface with the address of this host's name, which may be loopback or slow.
     """
     with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 9))  # sends nothing
@@ -93,7 +93,7 @@ def scheduler_node_name() -> str:
 
 
 def find_address(node: str) -> str:
-    """Return where a node is reached: its name, or the address that Slurm has for it where no name server knows it."""
+    """Return the address of a node: its name, or Slurm's address for it if no name server knows the name."""
     with contextlib.suppress(OSError):
         socket.getaddrinfo(node, None)
         return node
@@ -105,28 +105,28 @@ def find_address(node: str) -> str:
 
 
 def check_resources(task: TaskEnvironment, cluster: ClusterConfig) -> None:
-    """Check that this task may use what was asked for.
+    """Check that this task got the CPUs and GPUs that were requested.
 
     Raises:
         UserError: if it got fewer CPUs, which is a matter of settings; names the node.
-        MachineError: if there are fewer GPUs, so that the job starts again without this node.
+        MachineError: if it sees fewer GPUs, so that the job restarts without this node.
     """
     node = f"on node {scheduler_node_name()}"
     cpus = len(os.sched_getaffinity(0))
     if cpus < task.cpus_asked:
         raise UserError(
-            f"cpus_per_task={task.cpus_asked} was asked for, but this task may use {cpus} CPUs {node}; does srun get "
-            "--cpus-per-task? Is the node's TaskPlugin right? To go on elsewhere, exclude the node"
+            f"cpus_per_task={task.cpus_asked} was requested, but this task can use only {cpus} CPUs {node}; check that "
+            "srun gets --cpus-per-task and that the node's TaskPlugin is right, or exclude the node"
         )
     if cluster.gpus_per_node:
-        import torch  # only where there are GPUs: this takes seconds
+        import torch  # takes seconds, so only on GPU nodes
 
         gpus = torch.cuda.device_count()
         if gpus < cluster.gpus_per_node:
             raise MachineError(
-                f"gpus_per_node={cluster.gpus_per_node} was asked for, but torch sees {gpus} {node} "
-                f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}): every task must see all of them, so "
-                "leave --gpus-per-task out"
+                f"gpus_per_node={cluster.gpus_per_node} was requested, but torch sees {gpus} {node} "
+                f"(CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES')}); every task must see all GPUs of its "
+                "node, so leave out --gpus-per-task"
             )
 
 
@@ -135,7 +135,7 @@ def seconds_left() -> float | None:
 
     Raises:
         OSError: if there is no squeue.
-        subprocess.SubprocessError: if it doesn't answer.
+        subprocess.SubprocessError: if squeue doesn't answer.
     """
     command = ["squeue", "-h", "-j", JobEnvironment().job_id, "-o", "%L"]
     return parse_duration(subprocess.run(command, capture_output=True, text=True, timeout=ASK_S, check=True).stdout)
@@ -155,7 +155,7 @@ def parse_duration(text: str) -> float | None:
 
 @contextlib.contextmanager
 def outside_of_jobs() -> Iterator[None]:
-    """Hide the variables of a job or launcher around us: a job may be submitted from inside another one."""
+    """Hide the variables of a surrounding job or launcher, as a job may be submitted from inside another one."""
     given = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "FLOWAR_JOB")
     schedulers = ("SLURM_", "SBATCH_", "SUBMITIT_") if "SLURM_JOB_ID" in os.environ else ()
     hidden = [name for name in os.environ if name in given or name.startswith(schedulers)]
@@ -168,7 +168,7 @@ def outside_of_jobs() -> Iterator[None]:
 
 @contextlib.contextmanager
 def with_variables(values: Mapping[str, str]) -> Iterator[None]:
-    """Have variables in the environment, for what is started meanwhile."""
+    """Set environment variables for processes that are started inside the context."""
     before = {name: os.environ.get(name) for name in values}
     os.environ.update(values)
     try:
@@ -182,10 +182,10 @@ def with_variables(values: Mapping[str, str]) -> Iterator[None]:
 
 
 def check_passed(names: Iterable[str], sbatch: Mapping[str, str]) -> None:
-    """Check that sbatch hands these variables of its environment to the job.
+    """Check that sbatch passes these variables of its environment to the job.
 
     Raises:
-        UserError: if its --export leaves one out.
+        UserError: if --export leaves one out.
     """
     setting = "cluster.sbatch.export" if "export" in sbatch else "SBATCH_EXPORT"
     export = sbatch.get("export", os.environ.get("SBATCH_EXPORT", "ALL"))
@@ -193,13 +193,13 @@ def check_passed(names: Iterable[str], sbatch: Mapping[str, str]) -> None:
     for name in names:
         if "ALL" not in exported and name not in exported:
             raise UserError(
-                f"cluster.environment.{name} is passed from your shell, but {setting}={export} keeps it from the job; "
-                f"use ALL, or a list with {name} in it"
+                f"cluster.environment.{name} is passed from your shell, but {setting}={export} doesn't pass it to the "
+                f"job; use ALL, or a list with {name} in it"
             )
 
 
 def first_lines(folder: Path, passed: Iterable[str] = ()) -> list[str]:
-    """Return what the batch script does before srun: nothing if all is done, or a passed variable is missing."""
+    """Return the lines before srun; they end the script if the job is finished or a passed variable is missing."""
     lack = "was not passed by sbatch: submit the job again with `flowar resume`"
     return [
         "id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}; id=${id:-$SLURM_JOB_ID}",
@@ -213,17 +213,17 @@ def first_lines(folder: Path, passed: Iterable[str] = ()) -> list[str]:
 
 
 def last_lines(folder: Path, max_restarts: int) -> list[str]:
-    """Return what the batch script does after srun: finish, requeue, or say why not.
+    """Return the lines after srun, which mark the job as finished, requeue it, or say why not.
 
-    In bash, as this also has to work where the tasks run in a container. A script that outlived its node's daemon finds
-    that Slurm has started the job again, and leaves it alone.
+    They are bash, as this must also work if the tasks run in a container. A script that outlived its node's daemon
+    notices that Slurm has restarted the job, and leaves it alone.
     """
     return [
         "rc=$?",
         f"cd {shlex.quote(str(folder))} || exit 1",
         """show() { scontrol show job "$id" | sed -n "s/.*$1=\\([A-Z0-9_]*\\).*/\\1/p"; }""",
         'is_newest() { now=$(show Restarts); [ -z "$now" ] || [ "$now" = "$n" ]; }',
-        "exclude() {",  # only a pending job's list can be changed: this one is, until this script ends
+        "exclude() {",  # the list can only be changed while the job is pending, which it is until this script ends
         '  old=$(scontrol show job "$id" | sed -n "s/.*ExcNodeList=\\([^ ]*\\).*/\\1/p")',
         '  new=$(sort -u "exclude_$id.$n" | paste -sd,)',
         '  if [ -n "$old" ] && [ "$old" != "(null)" ]; then new=$old,$new; fi',
@@ -243,7 +243,7 @@ def last_lines(folder: Path, max_restarts: int) -> list[str]:
         "  done",
         '  echo "Slurm did not requeue the job" > "failed_$id"; exit 1',
         "}",
-        "watched() {",  # what NCCL's watchdogs have written, where one of them ended its process
+        "watched() {",  # what NCCL's watchdogs have written, if one of them ended its process
         '  if ls "nccl_$id.$n"_rank_* > /dev/null 2>&1; then',
         '    echo "; who waited for whom: $PWD/nccl_$id.${n}_rank_*, read by torchfrtrace"',
         "  fi",

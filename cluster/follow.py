@@ -1,7 +1,7 @@
-"""`flowar submit evaluate --follow RUN_DIR`: each new checkpoint of a training run is measured by a job of its own.
+"""`flowar submit evaluate --follow RUN_DIR`: measure each new checkpoint of a training run in its own job.
 
-The training knows nothing of it and never waits. What was done is read from the folders, so this can be stopped and
-started at any time:
+The training isn't involved and never waits. The state is in the folders, so following can be stopped and restarted at
+any time:
     RUN_DIR/evaluations/step_00001000/model     the averaged weights, until the job has finished
     RUN_DIR/evaluations/step_00001000           its samples or their features, evaluation/, jobs/
     RUN_DIR/evaluations/step_00001000.*.json    its metrics; report.py
@@ -27,11 +27,11 @@ from flowar.models.folders import export_model
 from flowar.sampling.job import choose_vae
 
 MODEL = "model"
-MAY_PASS = (UserError, OSError)  # Slurm is busy, or a disk is full: the next look may go better
+MAY_PASS = (UserError, OSError)  # Slurm is busy, or a disk is full: the next try may succeed
 
 
 def follow(run_dir: Path, words: list[str], cluster_file: str, *, once: bool, dry_run: bool) -> None:
-    """Submit a job for each checkpoint that is due and has none, until the training's job and these are finished.
+    """Submit a job for each due checkpoint without one, until the training's job and these jobs are finished.
 
     A training that was not submitted as a job is followed until Ctrl-C.
 
@@ -39,8 +39,8 @@ def follow(run_dir: Path, words: list[str], cluster_file: str, *, once: bool, dr
         run_dir: of the training.
         words: of the command line: a YAML file of FollowConfig, settings, settings of the cluster.
         cluster_file: YAML.
-        once: look once instead of going on.
-        dry_run: say what would be submitted.
+        once: look once, then return.
+        dry_run: print what would be submitted.
 
     Raises:
         UserError: if something doesn't fit.
@@ -50,8 +50,11 @@ def follow(run_dir: Path, words: list[str], cluster_file: str, *, once: bool, dr
     if not run_dir.is_dir():
         raise UserError(f"--follow {run_dir} does not exist; give the run_dir of a training run")
     if not Path(config.evaluate.reference).exists():
-        raise UserError(f"evaluate.reference={config.evaluate.reference} does not exist")
-    print(f"following {run_dir}, every {config.poll_s:g} s; Ctrl-C ends it, the same command goes on")
+        raise UserError(
+            f"evaluate.reference={config.evaluate.reference} does not exist; make it with `flowar evaluate "
+            "make-reference`, or give images"
+        )
+    print(f"following {run_dir}, every {config.poll_s:g} s; stop with Ctrl-C, the same command resumes")
     if dry_run:
         for checkpoint in due_checkpoints(run_dir, config):
             print(f"would measure {checkpoint} with {num_images(config, checkpoint_step(checkpoint)):,} images")
@@ -66,7 +69,7 @@ def follow(run_dir: Path, words: list[str], cluster_file: str, *, once: bool, dr
 
 
 def is_done(run_dir: Path, config: FollowConfig) -> bool:
-    """Return whether nothing is due any more; not so where that can't be found out now."""
+    """Return whether nothing is left to do; False if that can't be determined now."""
     try:
         return not due_checkpoints(run_dir, config) and is_over(run_dir)
     except MAY_PASS as error:
@@ -75,7 +78,7 @@ def is_done(run_dir: Path, config: FollowConfig) -> bool:
 
 
 def look(run_dir: Path, config: FollowConfig, cluster: ClusterConfig) -> None:
-    """Submit what is due, and delete the weights of what has been measured."""
+    """Submit jobs for due checkpoints, and delete the copied weights of measured ones."""
     for checkpoint in due_checkpoints(run_dir, config):
         submit_measurement(run_dir, checkpoint, config, cluster)
     for model in (run_dir / EVALUATIONS).glob(f"step_*/{MODEL}"):
@@ -85,12 +88,12 @@ def look(run_dir: Path, config: FollowConfig, cluster: ClusterConfig) -> None:
 
 
 def submitted_jobs(folder: Path) -> list[Job]:
-    """Return the jobs of a folder that the scheduler has got: who died before that left one without ids."""
+    """Return the jobs of a folder that reached the scheduler; an interrupted submission leaves a job without ids."""
     return [job for job in find_jobs(folder) if job.ids]
 
 
 def due_checkpoints(run_dir: Path, config: FollowConfig) -> list[Path]:
-    """Return the complete checkpoints that are to be measured and have no job yet, oldest first."""
+    """Return the complete checkpoints that should be measured and have no job yet, oldest first."""
     due = []
     for checkpoint in list_checkpoints(run_dir):
         step = checkpoint_step(checkpoint)
@@ -107,7 +110,7 @@ def is_milestone(config: FollowConfig, step: int) -> bool:
 
 
 def num_images(config: FollowConfig, step: int) -> int:
-    """Return how many images are drawn of a step's checkpoint."""
+    """Return how many images are drawn for a step's checkpoint."""
     return config.milestone_images if is_milestone(config, step) else config.num_images
 
 
@@ -124,9 +127,9 @@ def submit_measurement(run_dir: Path, checkpoint: Path, config: FollowConfig, cl
         except (UserError, OSError):
             if checkpoint.exists():
                 raise
-            print(f"{checkpoint} was deleted before its weights were copied; keep more: keep_checkpoints=")
+            print(f"{checkpoint} was deleted before its weights were copied; raise keep_checkpoints to keep more")
             return
-    vae = choose_vae(sample.vae, checkpoint)  # of the run; its model's folder doesn't name the VAE's weights
+    vae = choose_vae(sample.vae, checkpoint)  # from the run, as the copied model doesn't name the VAE's weights
     drawn = dataclasses.replace(sample, weights="ema", vae=vae, num_images=num_images(config, step))
     drawing = extend(SampleConfig, drawn, model=str(model), out_dir=str(folder))
     evaluation = extend(
@@ -136,7 +139,7 @@ def submit_measurement(run_dir: Path, checkpoint: Path, config: FollowConfig, cl
 
 
 def is_over(run_dir: Path) -> bool:
-    """Return whether the run was submitted as a job that has finished, and no job measures any more."""
+    """Return whether the run was submitted as a job that has finished, and no measuring job is left."""
     jobs = [job for job in submitted_jobs(run_dir) if job.verb == "train"]
     measuring = [job for folder in (run_dir / EVALUATIONS).glob("step_*/") for job in submitted_jobs(folder)[-1:]]
     return bool(jobs) and is_finished(jobs[-1]) and not any(is_live(job) for job in measuring)

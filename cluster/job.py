@@ -1,20 +1,20 @@
-"""What every task of a job does, and how it ends: finished, to be started again, or failed. Read next: submit.py.
+"""What every task of a job does, and how it ends: finished, to be restarted, or failed. Read next: submit.py.
 
-A job has a folder (ID is Slurm's number, N how often Slurm has started the job again):
-    job.json, config.yaml     what runs where; `Job`. The folder is its user's alone: settings may hold secrets
-    code/, code.json          the code that runs, also after a requeue; its git commit; diff.patch where it was changed
-    environment.json          python and its packages, as they are where the tasks run
+A job has a folder (ID is Slurm's number, N the number of restarts by Slurm):
+    job.json, config.yaml     what runs where; `Job`. Only its user can read the folder, as settings may hold secrets
+    code/, code.json          the code that runs, also after a requeue; its git commit; diff.patch if it was changed
+    environment.json          python and its packages on the node of the first task
     ID_RANK_log.out, .err     what each task printed, over all starts (submitit's names)
     attempts.jsonl            one line per start: when and where
-    again_ID.N                the tasks stopped on purpose and go on in a new start; "counted" in it: nothing was gained
-    trouble_ID.N              storage or a machine failed: the job starts again, counted
+    again_ID.N                the tasks stopped on purpose and a new start resumes; "counted" in it: no progress
+    trouble_ID.N              storage or a machine failed: the job restarts, and this counts as a failure
     exclude_ID.N              nodes that the new start avoids
-    error_ID.N                our code said why it can't go on
-    nccl_ID.N_rank_*          what each rank had asked of NCCL when one waited for too long
+    error_ID.N                why our code can't continue
+    nccl_ID.N_rank_*          each rank's recent NCCL calls, written when a rank waited too long
     progress_ID               the newest checkpoint's step when the job started; more steps clear failures_ID
-    failures_ID               one line per end without gain, to stop after max_restarts of them
-    cancelled_ID              `flowar cancel` asked for the end
-    finished_ID, failed_ID    all is done; it is not started again, and why
+    failures_ID               one line per end without progress; the job stops after max_restarts of them
+    cancelled_ID              the job was cancelled with `flowar cancel`
+    finished_ID, failed_ID    all work is done; or why the job is not restarted
 """
 
 import dataclasses
@@ -47,23 +47,23 @@ from flowar.config.training import TrainConfig
 RECORD_FILE, JOB_CONFIG_FILE, ENVIRONMENT_FILE = "job.json", "config.yaml", "environment.json"
 ATTEMPTS_FILE = "attempts.jsonl"
 CALLS_KEPT = 2000  # of NCCL, for the trace that its watchdog writes
-GRACE_S = 20  # to end after a signal, where nothing is saved
-LAST_MOMENT_S = 30  # before the end of the job's time, when what hangs is ended
-LOOK_AGAIN_S, ASK_AGAIN_S = 600, 60  # time limits can be changed while a job runs; after no answer
+GRACE_S = 20  # to end after a signal, if nothing is saved
+LAST_MOMENT_S = 30  # before the end of the job's time, when a hanging process is ended
+LOOK_AGAIN_S, ASK_AGAIN_S = 600, 60  # as time limits can change while a job runs; and when squeue didn't answer
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One submission, as job.json keeps it."""
+    """One submission, as stored in job.json."""
 
     verb: str
     cluster: ClusterConfig
     folder: Path
-    ids: tuple[str, ...] = ()  # of the scheduler: 1234, or 1234_0, 1234_1, ... of an array
+    ids: tuple[str, ...] = ()  # from the scheduler: 1234, or 1234_0, 1234_1, ... for an array
     submitted: float = 0  # seconds since 1970
-    code: str = ""  # git commit, with "+ changes" where files differed from it
-    cwd: str = ""  # from which relative paths count
-    # Variables of cluster.environment that sbatch gets from the environment, and by which words: values may be secrets
+    code: str = ""  # git commit, with "+ changes" if files differed from it
+    cwd: str = ""  # relative paths start here
+    # Variables of cluster.environment that sbatch takes from the shell, by name: not stored, as they may be secrets
     passed: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def save(self) -> None:
@@ -73,15 +73,13 @@ class Job:
 
     @classmethod
     def load(cls, folder: Path) -> "Job":
-        """Return the job of a folder. Settings that this version doesn't know are left out.
+        """Return the job of a folder. Settings that this version doesn't know are ignored.
 
         Raises:
             UserError: if its job.json is damaged.
         """
         file = folder / RECORD_FILE
-        cure = (
-            f"cancel what it runs (`squeue --me -o '%i %k'` shows the number beside this folder), and remove {folder}"
-        )
+        cure = f"cancel its job (`squeue --me -o '%i %k'` shows the number beside this folder), and remove {folder}"
         record = read_record(file, cure)
         try:
             values = _known(cls, record) | {"cluster": _known(ClusterConfig, record["cluster"]), "folder": "."}
@@ -93,7 +91,7 @@ class Job:
         return dataclasses.replace(job, folder=folder.resolve())
 
     def mark(self, kind: str, job_id: str) -> Path:
-        """Return the file that says something about one of the ids: finished, failed, failures or cancelled."""
+        """Return the file that marks one of the ids as finished, failed or cancelled, or counts its failures."""
         return self.folder / f"{kind}_{job_id}"
 
 
@@ -103,7 +101,7 @@ def _known(schema: type[Any], record: dict[str, Any]) -> dict[str, Any]:
 
 
 def run_task(folder: str) -> None:
-    """Run the job's verb as one of its tasks. submitit calls this on every task, at every start."""
+    """Run the job's verb as one of its tasks. submitit calls this in every task, at every start."""
     job = Job.load(Path(folder))
     Task(job, environment.read_task()).run()
 
@@ -117,7 +115,7 @@ class Task:
         self.is_stopping = False
 
     def run(self) -> None:
-        """Set up, run the verb, and note how it ended."""
+        """Set up, run the verb, and record how it ended."""
         self._handle_signals()
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))  # NCCL's watchdog
         environment.export_for_torch()
@@ -154,8 +152,8 @@ class Task:
         return self.job.folder / f"{kind}_{self.place.job_id}.{self.place.restarts}"
 
     def _fail(self, reason: str, error: Exception) -> None:
-        """Note why this start ends, and whether the job may go on in another one or elsewhere; end."""
-        from flowar.base.distributed import has_lost_ranks  # torch, which is there already
+        """Record why this start failed, and whether the job may restart, here or on other nodes; then exit."""
+        from flowar.base.distributed import has_lost_ranks  # imports torch, which is already loaded
 
         node = environment.scheduler_node_name()
         where = f"task {self.place.rank} on {node}: {' '.join(reason.split())}"
@@ -165,10 +163,10 @@ class Task:
             with self._mark("exclude").open("a") as file:
                 file.write(node + "\n")
         if self.is_stopping:
-            pass  # noted already
+            pass  # already recorded
         elif goes_on and kind != Failure.FINAL:
             write_text(self._mark("trouble"), f"{kind} failed, {where}\n")
-        elif self.job.verb == "doctor" or not has_lost_ranks(error):  # else no fault of ours: another task died
+        elif self.job.verb == "doctor" or not has_lost_ranks(error):  # else another task died
             write_text(self.job.mark("failed", self.place.job_id) if is_local else self._mark("error"), where + "\n")
         exit_with(where)
 
@@ -191,27 +189,29 @@ class Task:
         write_text(file, f"{step}\n")
 
     def _change_folder(self) -> None:
-        """Go to where the job was submitted, from which relative paths count; containers start elsewhere."""
+        """Change to the folder of submission, where relative paths start; containers start elsewhere."""
         try:
             os.chdir(self.job.cwd)
         except OSError as error:
             raise UserError(
-                f"the folder of submission {self.job.cwd} is not here ({error.strerror}); mount it on all nodes and in "
-                "containers, or submit from one that is"
+                f"can't enter the folder of submission {self.job.cwd} ({error.strerror}); mount it on all nodes and in "
+                "containers, or submit from a folder that is mounted there"
             ) from error
 
     def _handle_signals(self) -> None:
-        """Have the stop signals end this process so that the job is started again.
+        """Make the stop signals end this process in such a way that the job is restarted.
 
-        This replaces submitit's handlers, which requeue from inside rank 0's handler and leave the others alone.
-        Training replaces it in turn while its loop runs: there all ranks agree on a step, and save.
+        This replaces submitit's handlers, which requeue from inside rank 0's handler and leave the other ranks alone.
+        Training replaces it in turn while its loop runs, where all ranks agree on a step and save.
         """
 
         def stop(number: int, frame: FrameType | None) -> None:
             self.is_stopping = True
             for other in STOP_SIGNALS:
                 signal.signal(other, signal.SIG_IGN)
-            timer = threading.Timer(GRACE_S, os._exit, [EXIT_AGAIN])  # should something wait for peers, or swallow this
+            timer = threading.Timer(
+                GRACE_S, os._exit, [EXIT_AGAIN]
+            )  # in case something waits for peers, or swallows this
             timer.daemon = True
             timer.start()
             self._mark("again").write_text("" if VERBS[self.job.verb].shares_work else "counted")
@@ -222,16 +222,17 @@ class Task:
         signal.signal(signal.SIGCONT, signal.SIG_DFL)
 
     def _stop_before_the_end(self) -> None:
-        """Send this process SIGUSR2 when the job's time is nearly over, should Slurm's own signal not come.
+        """Send this process SIGUSR2 when the job's time is nearly over, in case Slurm's own signal doesn't arrive.
 
-        In training all ranks agree, so that rank 0 alone looks; elsewhere each does. What hangs is ended at last.
+        In training all ranks agree, so only rank 0 checks; in other verbs each rank does. A process that still hangs
+        shortly before the end is killed.
         """
         if self.job.cluster.scheduler == "local" or (self.job.verb == "train" and self.place.rank > 0):
             return
 
         def watch() -> None:
             has_asked = False
-            time.sleep(random.uniform(0, min(self.place.rank, ASK_AGAIN_S / 2)))  # a thousand tasks not all at once
+            time.sleep(random.uniform(0, min(self.place.rank, ASK_AGAIN_S / 2)))  # spread a thousand tasks
             while True:
                 try:
                     left = environment.seconds_left()

@@ -1,7 +1,7 @@
 """A real Slurm on one machine, to try things and for the tests: `python -m cluster.local_slurm start FOLDER`.
 
-Needs root in a container or virtual machine, and Debian's packages slurm-wlm and munge. Everything it writes is below
-FOLDER, it listens on loopback with ports of its own, and it never touches a Slurm or munge that is there already.
+Needs root in a container or virtual machine, and Debian's packages slurm-wlm and munge. It writes only below FOLDER,
+listens on its own loopback ports, and never touches an existing Slurm or munge.
 """
 
 import argparse
@@ -61,19 +61,19 @@ def start_slurm(folder: Path, num_nodes: int, more: str = "") -> Path:
 
     Args:
         folder: new or empty, and not below a folder that others may write to.
-        num_nodes: called n1, n2, ...
-        more: lines for slurm.conf, for example of more partitions.
+        num_nodes: the nodes are called n1, n2, ...
+        more: lines for slurm.conf, for example for more partitions.
 
     Raises:
-        UserError: if it can't be started.
+        UserError: if Slurm can't be started.
     """
     missing = [name for name in PROGRAMS if find_program(name) is None]
     if missing or os.geteuid() != 0:
         lack = f"{', '.join(missing)} not found" if missing else "this user is not root"
-        raise UserError(f"a Slurm of one's own needs root, `apt-get install slurm-wlm munge`: {lack}")
+        raise UserError(f"a private Slurm needs root and two packages, but {lack}; apt-get install slurm-wlm munge")
     folder = folder.resolve()
     if folder.exists() and any(folder.iterdir()):
-        raise UserError(f"{folder} is not empty; give a new folder, or end the Slurm in it with `stop`")
+        raise UserError(f"{folder} is not empty; give a new folder, or stop the Slurm in it with `stop`")
     for name in ("munge", "state"):
         (folder / name).mkdir(parents=True, mode=0o755)
     names = [f"n{number}" for number in range(1, num_nodes + 1)]
@@ -120,15 +120,15 @@ def wait_until_idle(conf: Path, names: list[str]) -> None:
 
 
 def stop_slurm(folder: Path) -> None:
-    """End all daemons that `start` has left running in `folder`, and what they run."""
+    """Stop all daemons that `start` has started in `folder`, and the jobs that they run."""
     folder = folder.resolve()
     if not (folder / CONF).is_file():
-        raise UserError(f"{folder} holds no {CONF} of `start`")
+        raise UserError(f"{folder} has no {CONF}; give a folder that `start` was called with")
     daemons = []
     for file in (*folder.glob("*.pid"), folder / "munge" / "pid"):
         with contextlib.suppress(FileNotFoundError, ValueError, psutil.NoSuchProcess):
             daemon = psutil.Process(int(file.read_text()))
-            if str(folder) in " ".join(daemon.cmdline()):  # else the number is somebody else's by now
+            if str(folder) in " ".join(daemon.cmdline()):  # else another process has this number by now
                 daemon.send_signal(signal.SIGTERM)
                 daemons.append(daemon)
     _, alive = psutil.wait_procs(daemons, timeout=END_WITHIN_S)
@@ -155,7 +155,7 @@ def free_ports(number: int) -> list[int]:
 
 
 def run(program: str, arguments: list[str], folder: Path) -> None:
-    """Start a daemon, which goes to the background by itself."""
+    """Start a daemon; it puts itself in the background."""
     command = [find_program(program) or program, *arguments]
     log = folder / "start.log"
     environment = os.environ | {"SLURM_CONF": str(folder / CONF)}
@@ -169,7 +169,7 @@ def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m cluster.local_slurm", description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=("start", "stop"))
-    parser.add_argument("folder", type=Path, help="of its configuration, logs and state")
+    parser.add_argument("folder", type=Path, help="for its configuration, logs and state")
     parser.add_argument("--nodes", type=int, default=4)
     options = parser.parse_args()
     try:
@@ -177,7 +177,7 @@ def main() -> None:
             stop_slurm(options.folder)
         else:
             conf = start_slurm(options.folder, options.nodes)
-            print(f"{options.nodes} nodes are idle; now type\nexport SLURM_CONF={conf}")
+            print(f"{options.nodes} nodes are idle; now run\nexport SLURM_CONF={conf}")
     except UserError as error:
         sys.exit(f"local_slurm: {error}")
 

@@ -1,4 +1,4 @@
-"""What a training run's folder says of itself, however the run was started. Read next: status.py."""
+"""Read the state of a training run from its folder, however the run was started. Read next: status.py."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -42,21 +42,21 @@ def read_run(run_dir: Path) -> RunCells:
             raise
         raise UserError(
             f"{file} is damaged ({type(error).__name__}: {error}): each line must be a JSON object with step, loss, "
-            "images_per_s and remaining_s; remove the lines that are not"
+            "images_per_s and remaining_s; remove all other lines"
         ) from error
 
 
 def advise(run_dir: Path, trainer: Trainer) -> str:
-    """Return in a sentence what can be done with a run that no scheduler started."""
+    """Return a sentence on what you can do with a run that no scheduler started."""
     latest = latest_checkpoint(run_dir)
     where = {
-        "RUNNING": f"process {trainer.pid} trains {run_dir}; `kill {trainer.pid}` has it save and stop",
+        "RUNNING": f"process {trainer.pid} is training {run_dir}; `kill {trainer.pid}` makes it save and stop",
         "STOPPED": f"process {trainer.pid} has ended; the same `flowar train` command resumes {run_dir}",
-        "UNKNOWN": f"process {trainer.pid} of {trainer.host} trained {run_dir} last; look there whether it lives",
-        "FINISHED": f"{run_dir} is trained to its end",
+        "UNKNOWN": f"process {trainer.pid} on {trainer.host} trained {run_dir} last; check there if it still runs",
+        "FINISHED": f"{run_dir} is fully trained",
     }[trainer.state]
     if latest is None:
-        return f"{where}. It has no complete checkpoint yet, so that nothing can be drawn or measured"
+        return f"{where}. It has no complete checkpoint yet, so it can't be sampled or evaluated"
     return f"{where}. `flowar sample model={run_dir}` draws with its checkpoint of step {latest[0]:,}"
 
 

@@ -1,4 +1,4 @@
-"""`flowar status`, `logs` and `cancel`: what a run's jobs do, from Slurm's queue and from the files in their folders.
+"""`flowar status`, `logs` and `cancel`: the state of a run's jobs, from Slurm's queue and the files in their folders.
 
 Read next: job.py for these files.
 """
@@ -33,11 +33,11 @@ from flowar.training.run_state import find_trainer, is_run
 JOBS = "jobs"
 REFRESH_S = 5
 TAIL_LINES = "50"
-WIDTH = 160  # of the table, where no terminal has one
+WIDTH = 160  # of the table, without a terminal
 
 
 def jobs_folder(verb: str, config: object) -> Path:
-    """Return where the jobs of a verb are kept: in the folder that it writes, or beside a dataset or file."""
+    """Return the folder for the jobs of a verb: inside the verb's output folder, or beside a dataset or file."""
     row = VERBS[verb]
     folder = Path(next(value for name in row.folder if (value := getattr(config, name)) is not None))
     if row.has_jobs_beside or folder.suffix in (".npz", ".tar"):
@@ -53,9 +53,9 @@ def find_jobs(folder: Path) -> list[Job]:
 
 
 def find_ids(job: Job) -> Job:
-    """Return a job with its ids. A submission that was killed has noted none: the scheduler knows them, or its starts.
+    """Return a job with its ids. If the submission was killed before it recorded them, ask the queue and past starts.
 
-    Still none: the scheduler never got it.
+    A job that still has no ids never reached the scheduler.
     """
     if job.ids:
         return job
@@ -74,7 +74,7 @@ def newest_job(folder: Path) -> Job:
     """Return the job that was submitted last.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is no job.
     """
     jobs = find_jobs(folder)
     if not jobs:
@@ -83,10 +83,10 @@ def newest_job(folder: Path) -> Job:
 
 
 def _without_jobs(folder: Path) -> str:
-    """Return what to do about a folder that has no jobs."""
+    """Return advice for a folder that has no jobs."""
     if is_run(folder):
         return advise(folder, find_trainer(folder))
-    return f"its jobs would be in {folder / JOBS}; is that the folder that the verb writes?"
+    return f"its jobs would be in {folder / JOBS}; give the folder that the verb writes"
 
 
 class Queued(NamedTuple):
@@ -99,7 +99,7 @@ class Queued(NamedTuple):
 
 
 def ask_queue(job: Job) -> dict[str, Queued]:
-    """Return what is still queued or running of a job, by id. A local job runs as long as its process."""
+    """Return the ids of a job that are still queued or running. A local job runs as long as its process."""
     if job.cluster.scheduler == "local":
         alive = (job_id for job_id in job.ids if find_controller(job_id, job))
         return {job_id: Queued("RUNNING", "this machine", "") for job_id in alive}
@@ -110,7 +110,7 @@ def ask_queue(job: Job) -> dict[str, Queued]:
 
 
 def queue(*words: str) -> dict[str, Queued]:
-    """Return squeue's answer by job id; nothing if it knows no such job, or isn't there."""
+    """Return squeue's answer by job id; {} if it knows no such job, or isn't installed."""
     try:
         answer = subprocess.run(
             ["squeue", "-h", "-o", "%i|%T|%N|%r|%L|%k", *words], capture_output=True, text=True, timeout=30
@@ -118,18 +118,18 @@ def queue(*words: str) -> dict[str, Queued]:
     except FileNotFoundError:
         return {}
     except subprocess.TimeoutExpired as error:
-        raise UserError(f"squeue doesn't answer within {error.timeout:g} s; try again") from error
+        raise UserError(f"squeue didn't answer within {error.timeout:g} s; try again") from error
     found = {}
     for line in answer.stdout.splitlines():
         job_id, state, nodes, reason, left, comment = line.split("|", 5)
         found[job_id] = Queued(state, nodes or (f"({reason})" if reason != "None" else ""), left, comment)
     if answer.returncode and "Invalid job id" not in answer.stderr:
-        raise UserError(f"squeue doesn't answer: {answer.stderr.strip()}")
+        raise UserError(f"squeue failed: {answer.stderr.strip()}; try again")
     return found
 
 
 def find_controller(job_id: str, job: Job) -> psutil.Process | None:
-    """Return the process of submitit that runs a local job's tasks: the one of this number, or its shell's child."""
+    """Return the process of submitit that runs a local job's tasks: the one with this number, or its child."""
     with contextlib.suppress(psutil.Error):
         first = psutil.Process(int(job_id))
         return next((process for process in (first, *first.children()) if _is_controller(process, job)), None)
@@ -149,7 +149,7 @@ def is_live(job: Job) -> bool:
 
 
 def state_of(job: Job, job_id: str, queued: dict[str, Queued]) -> str:
-    """Return how one of a job's ids stands: the scheduler's word if it has one, else how it ended."""
+    """Return the state of one of a job's ids: the scheduler's word if it has one, otherwise how it ended."""
     if job_id in queued:
         return queued[job_id].state
     for kind in ("finished", "failed", "cancelled"):
@@ -157,20 +157,20 @@ def state_of(job: Job, job_id: str, queued: dict[str, Queued]) -> str:
             return kind.upper()
     if shutil.which("squeue") is None and job.cluster.scheduler == "slurm":
         return "UNKNOWN"
-    # Stopped on purpose, but Slurm doesn't have it any more; or ended from outside: scancel, a time limit.
+    # Stopped on purpose, but no longer in Slurm's queue; or ended from outside, by scancel or a time limit.
     return "STOPPED" if any(job.folder.glob(f"again_{job_id}.*")) else "ENDED"
 
 
 def is_finished(job: Job) -> bool:
-    """Return whether all of a job's ids have done all their work."""
+    """Return whether all of a job's ids have finished their work."""
     return bool(job.ids) and all(job.mark("finished", job_id).exists() for job_id in job.ids)
 
 
 def status(words: list[str]) -> None:
     """Show jobs, states, nodes, step, loss, speed, time left, restarts and the age of the last checkpoint."""
     parser = argparse.ArgumentParser(prog="flowar status", description=status.__doc__)
-    parser.add_argument("run_dirs", nargs="*", type=Path, help="runs or datasets; none: all your live jobs")
-    parser.add_argument("--watch", action="store_true", help=f"again every {REFRESH_S} s, until Ctrl-C")
+    parser.add_argument("run_dirs", nargs="*", type=Path, help="runs or datasets; default: all your live jobs")
+    parser.add_argument("--watch", action="store_true", help=f"refresh every {REFRESH_S} s, until Ctrl-C")
     options = parser.parse_args(words)
     console = Console()
     if not console.is_terminal:
@@ -208,7 +208,7 @@ def status_table(run_dirs: list[Path]) -> Table:
             table.add_row(*map(escape, cells), style="red" if state == "FAILED" else None)
         if not job.ids:
             table.add_row(escape(run), "", job.verb, "NOT SUBMITTED")
-            notes.append(f"{job.folder}: the submission was interrupted; submit it again")
+            notes.append(f"{job.folder}: its submission was interrupted; submit it again")
         for job_id in job.ids:
             if job.mark("failed", job_id).exists():
                 notes.append(f"{job_id}: {job.mark('failed', job_id).read_text(errors='replace').strip()}")
@@ -217,12 +217,12 @@ def status_table(run_dirs: list[Path]) -> Table:
 
 
 def _add_run(table: Table, folder: Path, *, has_jobs: bool) -> list[str]:
-    """Add a row for a run that no scheduler started, if it is one; return what there is to say about it."""
+    """Add a row for a run that no scheduler started, if it is one; return notes about it."""
     if not is_run(folder):
         if not has_jobs:
             raise UserError(f"no job was submitted for {folder}; {_without_jobs(folder)}")
         return []
-    if has_jobs and not (folder / OWNER_FILE).exists():  # a job that waits for its start
+    if has_jobs and not (folder / OWNER_FILE).exists():  # a job that hasn't started yet
         return []
     trainer = find_trainer(folder)
     if has_jobs and (trainer.job or trainer.state != "RUNNING"):
@@ -234,7 +234,7 @@ def _add_run(table: Table, folder: Path, *, has_jobs: bool) -> list[str]:
 
 
 def _grouped(job: Job, queued: dict[str, Queued]) -> Iterable[tuple[str, list[str]]]:
-    """Yield the ids of an array that are in the same state together."""
+    """Yield (state, ids) for the ids of an array, grouped by state."""
     by_state = sorted(job.ids, key=lambda job_id: state_of(job, job_id, queued))
     for state, ids in itertools.groupby(by_state, key=lambda job_id: state_of(job, job_id, queued)):
         yield state, list(ids)
@@ -260,7 +260,7 @@ def training_folder(job: Job) -> Path | None:
 
 
 def live_jobs() -> list[Job]:
-    """Return all jobs of this user that are queued or running, found by the comment that `flowar submit` gives them."""
+    """Return this user's jobs that are queued or running, found by the comment that `flowar submit` sets."""
     if shutil.which("squeue") is None:
         raise UserError("there is no Slurm on this machine (no squeue on PATH); name a run: flowar status RUN_DIR")
     answer = subprocess.run(["squeue", "-h", "--me", "-o", "%k"], capture_output=True, text=True)
@@ -269,13 +269,13 @@ def live_jobs() -> list[Job]:
 
 
 def logs(words: list[str]) -> None:
-    """Show what a task of the newest job prints."""
+    """Show what a task of the latest job printed."""
     parser = argparse.ArgumentParser(prog="flowar logs", description=logs.__doc__)
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--rank", type=int, default=0, help="which task")
-    parser.add_argument("--array", type=int, default=0, help="which job of an array")
-    parser.add_argument("--verb", help="of the newest job of this verb")
-    parser.add_argument("-f", "--follow", action="store_true", help="go on, until Ctrl-C")
+    parser.add_argument("--rank", type=int, default=0, help="number of the task")
+    parser.add_argument("--array", type=int, default=0, help="number of the job in an array")
+    parser.add_argument("--verb", help="show the latest job of this verb")
+    parser.add_argument("-f", "--follow", action="store_true", help="keep printing new lines, until Ctrl-C")
     options = parser.parse_args(words)
     jobs = [job for job in find_jobs(options.run_dir) if options.verb in (None, job.verb)]
     if not jobs:
@@ -285,20 +285,21 @@ def logs(words: list[str]) -> None:
     files = [jobs[-1].folder / f"{job_id}_{options.rank}_log.{end}" for end in ("out", "err")]
     files = [file for file in files if file.exists()]
     if not files:
-        there = ", ".join(sorted(file.name for file in jobs[-1].folder.glob("*_log.*"))) or "none: has it started?"
-        raise UserError(f"{jobs[-1].folder} has no log of rank {options.rank}; there are: {there}")
+        there = ", ".join(sorted(file.name for file in jobs[-1].folder.glob("*_log.*")))
+        there = f"choose one of {there}" if there else "check with `flowar status` that it has started"
+        raise UserError(f"{jobs[-1].folder} has no log of rank {options.rank}; {there}")
     with contextlib.suppress(KeyboardInterrupt):
         subprocess.run(["tail", "-n", TAIL_LINES, *(["-F"] if options.follow else []), *map(str, files)])
 
 
 def cancel(words: list[str]) -> None:
-    """End a run's jobs for good. What runs is asked to save and stop, and killed if it does not in time."""
+    """Cancel a run's jobs for good. Running jobs are asked to save and stop, and killed if they don't in time."""
     parser = argparse.ArgumentParser(prog="flowar cancel", description=cancel.__doc__)
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--now", action="store_true", help="don't wait until it has saved")
+    parser.add_argument("--now", action="store_true", help="don't wait for running jobs to save")
     options = parser.parse_args(words)
     ended = []
-    for job in reversed(find_jobs(options.run_dir)):  # those that wait for others first
+    for job in reversed(find_jobs(options.run_dir)):  # first those that wait for others
         queued = ask_queue(job)
         ended += list(queued)
         running = [job_id for job_id, seen in queued.items() if seen.state == "RUNNING"]
@@ -318,12 +319,12 @@ def cancel(words: list[str]) -> None:
 
 
 def end_job(job: Job) -> None:
-    """End what is queued or running of a job, at once; a local one's tasks may save first."""
+    """End all of a job that is queued or running, at once; tasks of a local job may save first."""
     left = list(ask_queue(job))
     if job.cluster.scheduler == "local":
         for job_id in left:
             if (controller := find_controller(job_id, job)) is not None:
-                controller.terminate()  # it hands the signal to the tasks
+                controller.terminate()  # it passes the signal on to the tasks
     elif left:
         _scancel(*left)
 
@@ -331,4 +332,4 @@ def end_job(job: Job) -> None:
 def _scancel(*words: str) -> None:
     answer = subprocess.run(["scancel", *words], capture_output=True, text=True)
     if answer.returncode and "already completing" not in answer.stderr and "Invalid job id" not in answer.stderr:
-        raise UserError(f"scancel refuses: {answer.stderr.strip()}")
+        raise UserError(f"scancel failed: {answer.stderr.strip()}; try again")

@@ -1,6 +1,6 @@
-"""`flowar submit VERB ...`: any verb as a Slurm job, by submitit; and `flowar resume`. Knows no model and no dataset.
+"""`flowar submit VERB ...`: any verb as a Slurm job, with submitit; and `flowar resume`. Knows no model or dataset.
 
-The code is copied into the job's folder, and the copy is what runs: also after a requeue, weeks later.
+The code is copied into the job's folder, and this copy is what runs, even after a requeue weeks later.
 Read next: job.py for what runs, status.py for how to watch it.
 """
 
@@ -43,27 +43,27 @@ PACKAGES = ("flowar", "cluster", "data_prep")
 
 CODE = "code"
 SRUN = ("--kill-on-bad-exit=1", "--wait=0", "--distribution=block:block")
-NEVER = 1_000_000  # submitit's own count of time-outs, which we don't use
+NEVER = 1_000_000  # limit of submitit's own count of time-outs, which we don't use
 
 
 def stamp_of(job: Job) -> str:
-    """Return the time in the name of a job's folder, which the jobs of one submission have in common."""
+    """Return the time in the name of a job's folder; all jobs of one submission share it."""
     return job.folder.name.split("-", 1)[1]
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedJob:
-    """What will be submitted."""
+    """A job that will be submitted."""
 
     verb: str
     config: Any  # of the verb's schema
     cluster: ClusterConfig
     jobs: Path  # the folder that gets the job's folder
-    again: Job | None = None  # whose code and settings run again; None: what is installed here
+    again: Job | None = None  # the job to repeat, with its code and settings; None: the installed code
 
     @property
     def cwd(self) -> str:
-        """From which relative paths count."""
+        """The folder where relative paths start."""
         return self.again.cwd if self.again else str(Path.cwd())
 
 
@@ -73,13 +73,13 @@ def without_cluster(words: list[str]) -> list[str]:
 
 
 def read_cluster(file: str, words: list[str]) -> ClusterConfig:
-    """Return the settings of the cluster: its YAML file, then those words that begin with `cluster.`."""
+    """Return the settings of the cluster: its YAML file, then the words that start with `cluster.`."""
     settings = (word.removeprefix("cluster.") for word in words if word.startswith("cluster."))
     return load_config(ClusterConfig, file, tuple(settings))
 
 
 def plan_job(verb: str, words: list[str], cluster_file: str) -> PlannedJob:
-    """Return the job that the command line asks for.
+    """Return the job that the command line describes.
 
     Raises:
         UserError: if a setting is wrong.
@@ -94,7 +94,7 @@ def plan_pipeline(words: list[str], cluster_file: str) -> tuple[Path, list[Plann
     config = parse_words(PipelineConfig, words)
     unknown = [name for name in config.cluster if name not in PIPELINE]
     if unknown:
-        raise UserError(f"cluster.{unknown[0]} is not a step of the pipeline; there are: {', '.join(PIPELINE)}")
+        raise UserError(f"cluster.{unknown[0]} is not a step of the pipeline; choose from {', '.join(PIPELINE)}")
     jobs = []
     for verb in PIPELINE:
         if getattr(config, verb) is not None:
@@ -102,12 +102,12 @@ def plan_pipeline(words: list[str], cluster_file: str) -> tuple[Path, list[Plann
             settings = getattr(config, verb)
             jobs.append(PlannedJob(verb, settings, cluster, jobs_folder(verb, settings)))
     if not jobs:
-        raise UserError(f"the pipeline has no step; give settings for some of: {', '.join(PIPELINE)}")
+        raise UserError(f"the pipeline has no step; give settings for at least one of {', '.join(PIPELINE)}")
     return Path(config.run_dir), jobs
 
 
 def own_words(settings: dict[str, Any], prefix: str = "") -> tuple[str, ...]:
-    """Return a step's settings of the cluster as words of a command line; what is passed stays as it was written."""
+    """Return a step's cluster settings as words of a command line; passed variables stay as they were written."""
     words: list[str] = []
     for name, value in settings.items():
         if isinstance(value, dict):
@@ -124,10 +124,10 @@ def submit(planned: list[PlannedJob], *, dry_run: bool, listed_in: Path | None =
     Args:
         planned: in their order.
         dry_run: print what would be submitted instead.
-        listed_in: folder of a chain, where links to the jobs' folders go.
+        listed_in: folder of a chain, which gets links to the jobs' folders.
 
     Raises:
-        UserError: if the cluster would refuse one of them, or its folder is in use; nothing is submitted then.
+        UserError: if the cluster would refuse a job, or its folder is in use; then nothing is submitted.
     """
     for job in planned:
         check(job, alone=len(planned) == 1)
@@ -149,10 +149,10 @@ def submit(planned: list[PlannedJob], *, dry_run: bool, listed_in: Path | None =
             if listed_in is not None:
                 (listed_in / JOBS).mkdir(parents=True, exist_ok=True)
                 link = listed_in / JOBS / folder.name
-                if not link.exists():  # the chain may be listed where one of its jobs is
+                if not link.exists():  # the chain's folder may be that of one of its jobs
                     link.symlink_to(folder)
     except BaseException:
-        for folder in made:  # the last one's number may not have been noted yet
+        for folder in made:  # the last one's number may not be recorded yet
             if (folder / RECORD_FILE).is_file():
                 end_job(find_ids(Job.load(folder)))
         raise
@@ -165,7 +165,7 @@ def submit(planned: list[PlannedJob], *, dry_run: bool, listed_in: Path | None =
 
 
 def make_folder(folder: Path) -> None:
-    """Make a job's folder, which is this submission's from then on."""
+    """Make a job's folder; from then on it belongs to this submission."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         folder.mkdir(mode=0o700)  # settings, and lines of the batch script, may hold secrets
@@ -178,10 +178,10 @@ def make_folder(folder: Path) -> None:
 
 
 def submit_one(job: PlannedJob, folder: Path, after: tuple[str, ...]) -> Job:
-    """Fill the job's folder, hand the job to the scheduler, and note its ids."""
+    """Fill the job's folder, pass the job to the scheduler, and record its ids."""
     try:
         code = copy_code(job.again, folder)
-        if job.again is not None:  # word for word, for the code of that time
+        if job.again is not None:  # unchanged, as it belongs to the code of that time
             shutil.copy(job.again.folder / JOB_CONFIG_FILE, folder / JOB_CONFIG_FILE)
         else:
             save_described(job.config, folder / JOB_CONFIG_FILE)
@@ -215,7 +215,7 @@ def submit_one(job: PlannedJob, folder: Path, after: tuple[str, ...]) -> Job:
 
 
 def passed_variables(cluster: ClusterConfig) -> dict[str, FromEnvironment]:
-    """Return those variables of a job that came from the environment: sbatch gets them from there, and no file."""
+    """Return the variables of a job that come from the environment; sbatch gets them there, no file holds them."""
     return {name: value for name, value in cluster.environment.items() if isinstance(value, FromEnvironment)}
 
 
@@ -225,7 +225,7 @@ def make_executor(job: PlannedJob, folder: Path, after: tuple[str, ...] = ()) ->
     setup = [
         *cluster.setup,
         f"export PYTHONPATH={shlex.quote(str(folder / CODE))}${{PYTHONPATH:+:$PYTHONPATH}}",
-        "export PYTHONSAFEPATH=1",  # else the code in the current folder would win
+        "export PYTHONSAFEPATH=1",  # else code in the current folder would be imported first
         *(f"export {key}={shlex.quote(value)}" for key, value in cluster.environment.items() if key not in passed),
     ]
     if cluster.scheduler == "local":
@@ -247,7 +247,7 @@ def make_executor(job: PlannedJob, folder: Path, after: tuple[str, ...] = ()) ->
     if after:
         numbers = ":".join(dict.fromkeys(job_id.split("_")[0] for job_id in after))
         optional["dependency"] = f"afterok:{numbers}"
-        more["kill-on-invalid-dep"] = "yes"  # else it would wait for ever for one that failed
+        more["kill-on-invalid-dep"] = "yes"  # else it would wait forever for a job that failed
     executor.update_parameters(
         job_name=f"flowar-{job.verb}",
         comment=str(folder),  # `flowar status` finds the folder of a live job by it
@@ -257,7 +257,7 @@ def make_executor(job: PlannedJob, folder: Path, after: tuple[str, ...] = ()) ->
         cpus_per_task=cluster.cpus_per_task,
         signal_delay_s=cluster.stop_before_end_s,
         setup=[*first_lines(folder, passed), *setup],
-        # Neighbouring ranks on one socket, beside their GPUs; and nobody is killed because another one has finished.
+        # Neighbouring ranks on one socket, near their GPUs; and no task is killed because another one has finished.
         srun_args=[*SRUN, f"--cpus-per-task={cluster.cpus_per_task}", *cluster.srun],
         teardown=last_lines(folder, cluster.max_restarts),
         additional_parameters=more,
@@ -267,7 +267,7 @@ def make_executor(job: PlannedJob, folder: Path, after: tuple[str, ...] = ()) ->
 
 
 def batch_script(job: PlannedJob, folder: Path) -> str:
-    """Return what sbatch would get."""
+    """Return the script that sbatch would get."""
     if job.cluster.scheduler == "local":
         return "none: scheduler=local starts processes on this machine"
     executor = make_executor(job, folder)
@@ -278,13 +278,13 @@ def batch_script(job: PlannedJob, folder: Path) -> str:
 
 
 def check(job: PlannedJob, *, alone: bool) -> None:
-    """Raise a UserError if the job can't run as it is asked for: settings, scheduler, a live job in the same folder."""
+    """Raise a UserError if the job can't run: wrong settings, no scheduler, a live job in the same folder."""
     cluster = job.cluster
     if cluster.scheduler == "local":
         if cluster.nodes != 1:
-            raise UserError(f"cluster.nodes={cluster.nodes}, but scheduler=local has this machine only; set it to 1")
+            raise UserError(f"cluster.nodes={cluster.nodes}, but scheduler=local has only this machine; set it to 1")
         if not alone:
-            raise UserError("a pipeline needs a scheduler that knows dependencies; with scheduler=local run its steps")
+            raise UserError("a pipeline needs scheduler=slurm; with scheduler=local run its steps one by one")
     elif shutil.which("sbatch") is None:
         raise UserError(
             "there is no Slurm on this machine (no sbatch on PATH); submit from a login node, or use "
@@ -292,7 +292,10 @@ def check(job: PlannedJob, *, alone: bool) -> None:
         )
     if cluster.array > 1 and not VERBS[job.verb].shares_work:
         sharing = ", ".join(name for name, verb in VERBS.items() if verb.shares_work)
-        raise UserError(f"cluster.array={cluster.array}: only {sharing} share their work between jobs")
+        raise UserError(
+            f"cluster.array={cluster.array}, but {job.verb} can't share its work between jobs, only {sharing} can; set "
+            "cluster.array=1"
+        )
     if job.verb == "check" and cluster.nodes * cluster.tasks > 1:
         raise UserError(
             f"`flowar {job.verb}` runs in one process, not in {cluster.nodes} x {cluster.tasks}; set cluster.nodes=1 "
@@ -303,36 +306,38 @@ def check(job: PlannedJob, *, alone: bool) -> None:
         check_path(job.jobs.absolute(), "a job's folder", r"%\\")
         check_path(Path(job.cwd), "the folder of submission", r"\\")
     if "time" in cluster.sbatch:
-        raise UserError(f"cluster.sbatch.time={cluster.sbatch['time']} is given as cluster.time_min; use that")
+        raise UserError(f"cluster.sbatch.time={cluster.sbatch['time']} is not supported; set cluster.time_min instead")
     for other in find_jobs(job.jobs):
         if other.verb == job.verb and is_live(other):
             raise UserError(
-                f"{job.jobs} is in use by job {', '.join(other.ids)} ({other.verb}); wait for it, or end it with "
+                f"{job.jobs} is in use by job {', '.join(other.ids)} ({other.verb}); wait for it, or cancel it with "
                 f"`flowar cancel {job.jobs.parent}`"
             )
     if job.verb == "train":
         try:
-            with contextlib.chdir(job.cwd):  # from which its relative paths count
+            with contextlib.chdir(job.cwd):  # where its relative paths start
                 check_training(job.config, cluster.nodes * cluster.tasks, has_data=alone)
         except OSError as error:
-            raise UserError(f"the folder of submission {job.cwd} can't be entered: {error.strerror}") from error
+            raise UserError(
+                f"can't enter the folder of submission {job.cwd}: {error.strerror}; restore it, or submit a new job"
+            ) from error
     if cluster.scheduler == "slurm":
         check_by_slurm(job)
 
 
 def check_path(path: Path, what: str, forbidden: str) -> None:
-    """Raise a UserError if Slurm would take some characters of a path for signs of its own.
+    """Raise a UserError if Slurm would interpret some characters of a path.
 
-    %j in the name of a log is the job's number, and a backslash takes a meaning away, or is lost.
+    %j in the name of a log is the job's number, and a backslash is an escape, or is lost.
     """
     found = re.search(rf"[{forbidden}\x00-\x1f]", str(path))
     if found:
-        raise UserError(f"{what} would be {str(path)!r}, but Slurm can't have {found[0]!r} in it; give another path")
+        raise UserError(f"{what} would be {str(path)!r}, but Slurm can't handle {found[0]!r} in it; give another path")
 
 
 def check_training(config: TrainConfig, num_tasks: int, *, has_data: bool) -> None:
-    """Check what a training run would refuse at its start, for as many tasks as it will have."""
-    import torch  # takes seconds, and other verbs need none of it
+    """Check what a training run would refuse at its start, for its number of tasks."""
+    import torch  # takes seconds, and other verbs don't need it
 
     from flowar.base.distributed import World
     from flowar.training.setup import plan_run, split_batch
@@ -344,9 +349,9 @@ def check_training(config: TrainConfig, num_tasks: int, *, has_data: bool) -> No
 
 
 def check_by_slurm(job: PlannedJob) -> None:
-    """Have Slurm check the batch script without running it, and the account against the partition's list.
+    """Let Slurm check the batch script without running it, and check the account against the partition's list.
 
-    Slurm itself looks at accounts only where there is an accounting database.
+    Slurm itself checks accounts only if it has an accounting database.
     """
     cluster = job.cluster
     if cluster.partition and cluster.account:
@@ -354,8 +359,8 @@ def check_by_slurm(job: PlannedJob) -> None:
         allowed = re.search(r"AllowAccounts=(\S+)", answer.stdout)
         if allowed and allowed[1] != "ALL" and cluster.account not in allowed[1].split(","):
             raise UserError(
-                f"cluster.account={cluster.account} may not use cluster.partition={cluster.partition}, which is for: "
-                f"{allowed[1]}"
+                f"cluster.account={cluster.account} may not use cluster.partition={cluster.partition}; use one of its "
+                f"accounts, {allowed[1]}, or another partition"
             )
     script = batch_script(job, job.jobs.absolute() / "dry-run")
     with outside_of_jobs():
@@ -364,7 +369,7 @@ def check_by_slurm(job: PlannedJob) -> None:
         hint = ""
         if "partition" in answer.stderr:
             names = subprocess.run(["sinfo", "-h", "-o", "%R"], capture_output=True, text=True).stdout.split()
-            hint = f" (cluster.partition={job.cluster.partition}; there are: {', '.join(names)})"
+            hint = f" (cluster.partition={job.cluster.partition}; the partitions are {', '.join(names)})"
         raise UserError(f"Slurm refuses the {job.verb} job: {last_line(answer.stderr)}{hint}")
 
 
@@ -377,7 +382,7 @@ def last_line(text: str) -> str:
 def copy_code(again: Job | None, folder: Path) -> str:
     """Copy the code that will run into the job's folder; return its git commit, or version.
 
-    What is copied is what this process runs, with all changes that are not committed; these are kept as diff.patch.
+    The copy is the code that this process runs, with all uncommitted changes; these are also kept as diff.patch.
     """
     root = again.folder / CODE if again else Path(flowar.__file__).parents[1]
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
@@ -405,7 +410,7 @@ def copy_code(again: Job | None, folder: Path) -> str:
 
 
 def git(root: Path, *words: str) -> str | None:
-    """Return git's answer, or None where there is none."""
+    """Return git's answer, or None if git fails or isn't installed."""
     try:
         answer = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True)
     except FileNotFoundError:

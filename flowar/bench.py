@@ -1,6 +1,6 @@
-"""`flowar bench`: a model beside the plain baseline of its family, in one process, turn by turn.
+"""`flowar bench`: a model against the plain baseline of its family, in one process, taking turns.
 
-The baseline is `baseline.py` in the family's folder: the same words as family.py, computed as the paper's authors do.
+The baseline is `baseline.py` in the family's folder: the functions of family.py, computed as the paper's authors do.
 Read next: config/benching.py, models/flowar/baseline.py.
 """
 
@@ -30,18 +30,18 @@ from flowar.models.tally import PeakMemory, Tally, tensors_in
 from flowar.training.engine import prepare_blocks
 
 OURS, BASELINE = "model", "baseline"
-GEMM_SIDES, COPY_BYTES = {"cpu": 1024, "cuda": 8192}, {"cpu": 2**28, "cuda": 2**31}  # of what tells a device's limits
+GEMM_SIDES, COPY_BYTES = {"cpu": 1024, "cuda": 8192}, {"cpu": 2**28, "cuda": 2**31}  # to measure a device's limits
 LIMIT_RUNS = 7
 PROFILE_ROWS = 15
-DRAWING_COMPILES = any(each.name == "compile" for each in fields(DrawConfig))  # then the family does it, as it draws
+DRAWING_COMPILES = any(each.name == "compile" for each in fields(DrawConfig))  # then the family compiles while drawing
 
 
 @dataclass
 class Measured:
-    """What one of the two took."""
+    """What the model or the baseline took."""
 
     seconds: list[float] = field(default_factory=list)  # of each round
-    peak_bytes: int = 0  # of one round, beside weights and inputs
+    peak_bytes: int = 0  # of one round, on top of weights and inputs
     operations: int = 0
     bytes: int = 0
     flops: int = 0
@@ -53,7 +53,7 @@ class Measured:
 
 
 def baseline_of(model: Any) -> Any | None:
-    """Return the module of the plain baseline of a model's family, or None where it has none."""
+    """Return the module of the plain baseline of a model's family, or None if it has no baseline."""
     family: Any = family_of(model)  # a module
     name = f"{family.__name__.rpartition('.')[0]}.baseline"
     try:
@@ -65,12 +65,12 @@ def baseline_of(model: Any) -> Any | None:
 
 
 def make_work(config: BenchConfig, module: Any, model: Model, device: torch.device) -> Callable[[], object]:
-    """Return what is measured: it does the work once.
+    """Return the function that is measured; each call does the work once.
 
     Args:
-        config: what, on which shape.
-        module: the family, or its baseline: what knows losses and how to generate.
-        model: made by it, on the device.
+        config: what to measure, and the model's shape.
+        module: the family, or its baseline, with the losses and the sampler.
+        model: made by `module`, on the device.
         device: also "meta".
     """
     shape, family, batch = config.measured_model, family_of(config.model), config.batch_size
@@ -101,7 +101,7 @@ def draw_step_noise(batch: int, device: torch.device, shape: tuple[int, ...]) ->
 
 
 def attention_work(model: Model, forward: Callable[[], object]) -> Callable[[], object]:
-    """Return what runs a model's first attention layer forward and backward, on what it gets in a training step."""
+    """Return a function that runs a model's first attention layer forward and backward, on a training step's inputs."""
     layers = [module for module in model.modules() if type(module).__name__.endswith("Attention")]
     assert layers, "the model has no module whose class ends with Attention"
     given: list[Any] = []
@@ -121,7 +121,7 @@ def attention_work(model: Model, forward: Callable[[], object]) -> Callable[[], 
 
 
 def timed(work: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds that some work takes, on the device too."""
+    """Return the seconds that some work takes, including on the device."""
     synchronize(device)
     began = time.perf_counter()
     work()
@@ -130,13 +130,13 @@ def timed(work: Callable[[], object], device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a device has done what it was given."""
+    """Wait until a device has finished its queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def peak_of(work: Callable[[], object], device: torch.device) -> int:
-    """Return the most memory that some work has at once, beside what there was before, in bytes."""
+    """Return the peak memory of some work, on top of what was allocated before, in bytes."""
     if device.type == "cuda":
         synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -151,7 +151,7 @@ def peak_of(work: Callable[[], object], device: torch.device) -> int:
 
 
 def measure_limits(device: torch.device, precision: str) -> tuple[float, float]:
-    """Return what a device reaches: FLOP/s of a large matrix product, and bytes/s of a large copy, read and written."""
+    """Return a device's limits: FLOP/s of a large matrix product, and bytes/s of a large copy, read plus written."""
     side, size = GEMM_SIDES[device.type], COPY_BYTES[device.type]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, source = torch.randn(side, side, device=device, dtype=dtype), torch.zeros(size, dtype=torch.int8, device=device)
@@ -163,12 +163,12 @@ def measure_limits(device: torch.device, precision: str) -> tuple[float, float]:
 
 
 def count_worked(config: BenchConfig) -> int:
-    """Return how many images are worked on at once: a training sample may be a sequence of them."""
+    """Return how many images are processed at once; a training sample can be a sequence of images."""
     return config.batch_size * (1 if config.what == "sample" else config.measured_model.images_per_sample)
 
 
 def useful_flops(config: BenchConfig, found: dict[str, Measured]) -> int:
-    """Return the FLOPs of one image that count for the MFU, of both alike: the fewest that are known to do."""
+    """Return the FLOPs of one image that count for the MFU of both: the smallest known count that does the work."""
     shape, known = config.measured_model, [one.flops // count_worked(config) for one in found.values() if one.flops]
     if config.what == "train":
         known.append(count_training_flops(shape))
@@ -178,7 +178,7 @@ def useful_flops(config: BenchConfig, found: dict[str, Measured]) -> int:
 
 
 def measure(config: BenchConfig, device: torch.device) -> dict[str, Measured]:
-    """Return what the model took, and its baseline."""
+    """Return what the model and its baseline took."""
     shape = config.measured_model
     family, plain = family_of(shape), baseline_of(shape) if config.baseline else None
     modules = {OURS: family} | ({BASELINE: plain} if plain else {})
@@ -205,7 +205,7 @@ def measure(config: BenchConfig, device: torch.device) -> dict[str, Measured]:
         tf32 = "fp32" if config.precision == "fp32" else "tf32"
         stack.enter_context(drawing_precision(config.precision if config.what == "sample" else tf32, device))
         for name, work in works.items():
-            work()  # compiles, and lets the allocator find its sizes
+            work()  # compiles, and warms up the allocator
             found[name].peak_bytes = peak_of(work, device)
         for _ in range(config.rounds):
             for name, work in works.items():
@@ -230,7 +230,7 @@ def show_profile(name: str, work: Callable[[], object], device: torch.device) ->
 def main(config: BenchConfig, dry_run: bool = False) -> None:
     """Measure and print."""
     device = pick_device(config.device)
-    _ = config.measured_model  # or says what is wrong with depth
+    _ = config.measured_model  # raises if depth is wrong
     if dry_run:
         return
     flops_per_s, bytes_per_s = measure_limits(device, config.precision)
@@ -251,7 +251,7 @@ def main(config: BenchConfig, dry_run: bool = False) -> None:
     row("images/s", lambda one: f"{images / one.median_s:.4g}")
     if useful:
         row("MFU by useful FLOPs", lambda one: f"{useful * images / one.median_s / flops_per_s:.1%}")
-    row("peak memory beside weights, GiB", lambda one: f"{one.peak_bytes / 2**30:.3f}")
+    row("peak memory without weights, GiB", lambda one: f"{one.peak_bytes / 2**30:.3f}")
     if config.counts:
         row("operations", lambda one: f"{one.operations:,}")
         row("GFLOPs per image", lambda one: f"{one.flops / images / 1e9:,.1f}")
@@ -261,7 +261,7 @@ def main(config: BenchConfig, dry_run: bool = False) -> None:
     Console().print(table)
     print(
         f"Limits measured in this run: {flops_per_s / 1e12:.3g} TFLOP/s of matrix products, "
-        f"{bytes_per_s / 1e9:.3g} GB/s of copies. Useful FLOPs: {useful / 1e9:,.1f} G an image."
+        f"{bytes_per_s / 1e9:.3g} GB/s of copies. Useful FLOPs: {useful / 1e9:,.1f} G per image."
     )
     if BASELINE in found:
         pairs = zip(found[OURS].seconds, found[BASELINE].seconds, strict=True)

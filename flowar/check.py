@@ -1,4 +1,4 @@
-"""Is a folder whole? Every file of it that flowar reads back, against its hash. Read-only.
+"""Is a folder whole? Compares every file that flowar reads back with its hash. Read-only.
 
 Datasets are checked by data_prep/check.py, which sends the other kinds here.
 """
@@ -40,7 +40,7 @@ KINDS = "a dataset, a VAE, a training run, a checkpoint, a model, samples, featu
 
 
 def kind_of(folder: Path) -> str | None:
-    """Return what a folder holds, by the files in it; None: nothing that this file checks."""
+    """Return what a folder holds, judging by its files; None if it is nothing that this module checks."""
     marks = {
         "run": CHECKPOINTS,
         "checkpoint": METADATA_FILE,
@@ -54,14 +54,14 @@ def kind_of(folder: Path) -> str | None:
 
 
 def check_folder(folder: Path) -> Iterator[str]:
-    """Yield what in a folder is not what was written; print what is.
+    """Yield a message for everything in a folder that differs from what was written; print what is whole.
 
     Raises:
-        UserError: if it is no folder of a kind that can be checked.
+        UserError: if the folder is not of a kind that can be checked.
     """
     kind = kind_of(folder)
     if kind is None:
-        raise UserError(f"{folder} is not a folder that flowar wrote; give {KINDS}")
+        raise UserError(f"{folder} holds nothing that flowar can check; give {KINDS}")
     checks = {
         "run": check_training_run,
         "checkpoint": check_checkpoint,
@@ -92,7 +92,7 @@ def check_checkpoint(folder: Path) -> Iterator[str]:
 
 
 def check_samples(folder: Path) -> Iterator[str]:
-    """Check samples: their record, every image, what they are packed in, and features that were drawn instead."""
+    """Check samples: their record, every image, the packed files, and features drawn instead of images."""
     yield from problem_of(functools.partial(read_samples, folder), f"record {folder / SAMPLES_FILE}")
     if (folder / IMAGES_FOLDER).is_dir():
         yield from problem_of(functools.partial(read_images, folder), f"images of {folder}")
@@ -105,7 +105,7 @@ def read_images(folder: Path) -> str:
     """Read every image of samples; return how many there are.
 
     Raises:
-        UserError: if one is not what was drawn, or missing.
+        UserError: if an image is damaged or missing.
     """
     images = open_images(folder, "samples")
     with ThreadPoolExecutor(READ_AT_ONCE) as pool:
@@ -124,10 +124,10 @@ def check_features(folder: Path) -> Iterator[str]:
 
 
 def read_store_whole(folder: Path) -> str:
-    """Read all features of a folder and its statistics; return how many images they are of.
+    """Read all features of a folder and its statistics; return how many images they cover.
 
     Raises:
-        UserError: if something is not what was written, or missing.
+        UserError: if something is damaged or missing.
     """
     record = read_store(folder)
     if (folder / STATISTICS_FILE).exists():
@@ -149,14 +149,14 @@ def check_training_run(folder: Path) -> Iterator[str]:
         if is_checkpoint(entry):
             yield from check_checkpoint(entry)
         else:
-            yield f"{entry} is not a whole checkpoint; the next start of the run sets it aside"
+            yield f"{entry} is incomplete; the run sets it aside when it starts next"
     for bundle in sorted((folder / ANOMALIES).glob("batch_*")):
         yield from problem_of(functools.partial(load_bundle, bundle), f"skipped step {bundle}")
         yield from check_checkpoint(bundle / WEIGHTS_FOLDER)
 
 
 def problem_of(read: Callable[[], object], what: str) -> Iterator[str]:
-    """Read something; yield its UserError, or print that it is whole, with what `read` says of it."""
+    """Read something; yield its error message, or print that it is whole, with what `read` returns."""
     try:
         found = read()
     except (UserError, OSError) as error:

@@ -1,4 +1,4 @@
-"""The `flowar` command: hands `flowar VERB ...` to that verb's function. Holds no logic; imports torch only to run.
+"""The `flowar` command: passes `flowar VERB ...` to that verb's function. Holds no logic; imports torch only to run.
 
 A new verb is one row of VERBS and one file. Read next: config/load.py, then the file of the verb you use.
 """
@@ -27,25 +27,25 @@ from flowar.config.watching import WatchConfig
 
 # Settings that are on or off and can also be written as an option
 FLAGS = {
-    "preview": "only pictures of what would be drawn; preview=true",
-    "once": "write the page once and end; once=true",
+    "preview": "draw a few pictures to look at; same as preview=true",
+    "once": "write the page once and exit; same as once=true",
 }
 MORE_HELP = "More: `flowar VERB --help`, and `flowar help SETTING`, for example `flowar help optim.lr`"
 
 
 @dataclass(frozen=True)
 class Verb:
-    """One verb: where its code is, its settings, its help, and what a scheduler has to know of it."""
+    """One verb: where its code is, its settings, its help, and what a scheduler needs to know."""
 
     function: str  # "module:function", called with (config, dry_run)
     schema: type[Any]
     summary: str
     example: str
     positionals: tuple[str, ...] = ()  # settings that bare words fill, in this order
-    # To run as a job: the settings that name the folder it writes (the first one given counts). Empty: never as a job.
+    # To run as a job: the settings that name the output folder (the first one given counts). Empty: never as a job.
     folder: tuple[str, ...] = ()
-    has_jobs_beside: bool = False  # the jobs' folder stands beside that folder, which is a dataset that others share
-    shares_work: bool = False  # any number of processes do it together; what is done is kept
+    has_jobs_beside: bool = False  # the jobs' folder goes beside the output folder, a dataset that others share
+    shares_work: bool = False  # any number of processes can share the work; finished work is kept
 
     def load(self) -> Callable[..., None]:
         """Return the verb's function; this imports what it needs."""
@@ -56,17 +56,17 @@ class Verb:
 
 VERBS = {
     "prepare": Verb(
-        "data_prep.encode:main", PrepareConfig, "images -> MDS shards of VAE moments, by any number of workers",
+        "data_prep.encode:main", PrepareConfig, "encode images as VAE moments in MDS shards, with many workers",
         "flowar prepare images=/data/imagenet/train out_dir=/data/in256 vae.name=mar vae.weights=kl16.ckpt",
         folder=("out_dir",), has_jobs_beside=True, shares_work=True,
     ),
     "train-vae": Verb(
-        "data_prep.train_vae:main", TrainVAEConfig, "a VAE for your own images; run it again to resume",
+        "data_prep.train_vae:main", TrainVAEConfig, "train a VAE for your own images; run it again to resume",
         "flowar train-vae images=photos out_dir=vaes/photos image_size=64  # then vae.name=vaes/photos",
         folder=("out_dir",),
     ),
     "check": Verb(
-        "data_prep.check:main", CheckConfig, "is a folder what was written? dataset, run, model, samples",
+        "data_prep.check:main", CheckConfig, "check that a dataset, run, model or samples are undamaged",
         "flowar check /data/in256 vae.name=mar vae.weights=kl16.ckpt", ("path",),
         folder=("path",), has_jobs_beside=True,
     ),
@@ -76,15 +76,15 @@ VERBS = {
         folder=("run_dir",),
     ),
     "watch": Verb(
-        "flowar.watch:main", WatchConfig, "one page that follows a training run: curves, samples, restarts",
+        "flowar.watch:main", WatchConfig, "write a page that follows a training run: curves, samples, restarts",
         "flowar watch runs/l  # and open runs/l/watch.html", ("run_dir",),
     ),
     "suggest": Verb(
-        "flowar.suggest:main", SuggestConfig, "a training that fits a dataset and this machine, with reasons",
+        "flowar.suggest:main", SuggestConfig, "suggest settings to train on a dataset and this machine",
         "flowar suggest data.path=data/photos file=photos.yaml  # then: flowar train photos.yaml",
     ),
     "plan": Verb(
-        "flowar.plan:main", PlanConfig, "memory, communication and time of a run, before renting anything",
+        "flowar.plan:main", PlanConfig, "predict memory, communication and time of a run on any GPUs",
         "flowar plan configs/train/flowar_h.yaml nodes=8 search=true",
     ),
     "replay": Verb(
@@ -92,67 +92,67 @@ VERBS = {
         "flowar replay runs/l/anomalies/batch_00012345", ("bundle",),
     ),
     "sample": Verb(
-        "flowar.sample:main", SampleConfig, "draw images, class by class, as PNG files",
+        "flowar.sample:main", SampleConfig, "draw images, classes in turn, as PNG files",
         "flowar sample model=runs/l out_dir=samples/l num_images=50000 vae.weights=kl16.ckpt",
         folder=("out_dir",), shares_work=True,
     ),
     "evaluate": Verb(
-        "flowar.evaluate:main", EvaluateConfig, "FID, Inception score, precision and recall of images",
+        "flowar.evaluate:main", EvaluateConfig, "measure FID, Inception score, precision and recall of images",
         "flowar evaluate samples=samples/l reference=VIRTUAL_imagenet256_labeled.npz",
         folder=("out_dir", "samples"), shares_work=True,
     ),
     "make-reference": Verb(
-        "flowar.evaluate:make_reference", ReferenceConfig, "statistics and features of real images, for evaluate",
+        "flowar.evaluate:make_reference", ReferenceConfig, "compute the statistics of real images, for evaluate",
         "flowar evaluate make-reference images=imagenet/val out_dir=references/val",
         folder=("out_dir",), has_jobs_beside=True, shares_work=True,
     ),
     "sweep": Verb(
-        "flowar.sweep:main", SweepConfig, "guidance, interval, steps, averages: the best FID, and what it costs",
+        "flowar.sweep:main", SweepConfig, "find the guidance, interval, steps and average with the best FID",
         "flowar sweep model=runs/l reference=references/in256 out_dir=sweeps/l sample.vae.weights=kl16.ckpt",
         folder=("out_dir",), shares_work=True,
     ),
     "export": Verb(
-        "flowar.export:export", ExportConfig, "weights of a training run -> model.safetensors and config.json",
+        "flowar.export:export", ExportConfig, "export a run's weights as model.safetensors and config.json",
         "flowar export runs/l models/l", ("model", "out_dir"),
     ),
     "ema": Verb(
-        "flowar.export:average", AverageConfig, "an average of any length, from those that a run kept (EDM2)",
+        "flowar.export:average", AverageConfig, "compute an average of any length from a run's averages (EDM2)",
         "flowar ema runs/l models/l_008 std=0.08", ("run_dir", "out_dir"),
     ),
     "convert": Verb(
-        "flowar.export:convert_checkpoint", ConvertConfig, "the authors' FlowAR-*.pth or ARFlow -> a model folder",
+        "flowar.export:convert_checkpoint", ConvertConfig, "convert the authors' FlowAR or ARFlow to a model folder",
         "flowar convert FlowAR-L.pth models/flowar-l", ("checkpoint", "out_dir"),
     ),
     "info": Verb(
-        "flowar.info:main", InfoConfig, "parameters by part, token counts and FLOPs of a model",
+        "flowar.info:main", InfoConfig, "show parameters by part, token counts and FLOPs of a model",
         "flowar info flowar-h num_steps=50 guidance_interval=[0,0.7]", ("model.variant",),
     ),
     "bench": Verb(
-        "flowar.bench:main", BenchConfig, "how fast a model trains and draws here, beside its plain baseline",
+        "flowar.bench:main", BenchConfig, "measure how fast a model trains and draws, against a baseline",
         "flowar bench what=sample model.variant=flowar-l depth=2 batch_size=4",
     ),
     "doctor": Verb(
-        "flowar.doctor:main", DoctorConfig, "are these nodes, their GPUs, network and file system fit? before a run",
+        "flowar.doctor:main", DoctorConfig, "check that nodes, GPUs, network and files are fit for a run",
         "flowar doctor run_dir=runs/doctor data=/data/in256  # in a job: flowar submit doctor ... --cluster FILE",
         folder=("run_dir",),
     ),
     "demo": Verb(
-        "flowar.demo:main", DemoConfig, "handwritten digits from images to a report, in minutes on a laptop",
+        "flowar.demo:main", DemoConfig, "train on handwritten digits, up to a report, in minutes on a laptop",
         "flowar demo run_dir=runs/demo",
     ),
 }  # fmt: skip
 
 
-# Verbs with a command line of their own: the function that takes the words after the verb, and their help.
+# Verbs with their own command line: the function that takes the words after the verb, and the help.
 JOB_VERBS = {
-    "submit": ("cluster.commands:submit_command", "a verb, or a pipeline of them, as a Slurm job"),
+    "submit": ("cluster.commands:submit_command", "run a verb, or a pipeline of verbs, as a Slurm job"),
     "resume": (
         "cluster.commands:resume_command",
-        "a run's newest job again, with the code it ran; also on other nodes",
+        "start a run's latest job again with the same code, on any nodes",
     ),
-    "status": ("cluster.status:status", "jobs, states, nodes, step, loss, time left, restarts, in one table"),
-    "logs": ("cluster.status:logs", "what a task of a job prints"),
-    "cancel": ("cluster.status:cancel", "end a run's jobs for good"),
+    "status": ("cluster.status:status", "show jobs, states, nodes, step, loss, time left, restarts"),
+    "logs": ("cluster.status:logs", "print what a task of a job printed"),
+    "cancel": ("cluster.status:cancel", "cancel a run's jobs for good"),
 }
 
 
@@ -188,12 +188,12 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def run_verb(name: str, config: object) -> None:
-    """Run a verb with settings that are made already: how the demo calls the others."""
+    """Run a verb with ready settings; the demo calls the other verbs this way."""
     VERBS[name].load()(config)
 
 
 def _run(name: str, verb: Verb, words: list[str]) -> None:
-    needs_help = not {"-h", "--help"}.isdisjoint(words)  # else reading comments would cost every start a moment
+    needs_help = not {"-h", "--help"}.isdisjoint(words)  # reading the comments takes a moment
     settings = describe_settings(explain(verb.schema)) if needs_help else ""
     parser = argparse.ArgumentParser(
         prog=f"flowar {name}",
@@ -205,7 +205,7 @@ def _run(name: str, verb: Verb, words: list[str]) -> None:
     parser.add_argument(
         "words", nargs="*", metavar="CONFIG.yaml, key=value", help="one YAML file, then single settings"
     )
-    parser.add_argument("--dry-run", action="store_true", help="check everything, say what would be done, and exit")
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print what would be done, and exit")
     flags = [name for name in FLAGS if name in _names_of_flags(verb.schema)]
     for name in flags:
         parser.add_argument(f"--{name}", action="store_true", help=FLAGS[name])
@@ -213,12 +213,12 @@ def _run(name: str, verb: Verb, words: list[str]) -> None:
     given = [*options.words, *(f"{name}=true" for name in flags if getattr(options, name))]
     config = parse_words(verb.schema, given, verb.positionals)
     verb.load()(config, dry_run=options.dry_run)
-    if options.dry_run:  # after all checks: an error stands alone
+    if options.dry_run:  # after all checks, so that an error is printed alone
         print(describe_config(config))
 
 
 def explain_setting(name: str) -> str:
-    """Return what a setting is, in all verbs that have one of this name: a whole key, its last part, or a section."""
+    """Return the help of a setting in every verb that has it; `name` is a whole key, its last part, or a section."""
     found: dict[Explained, list[str]] = {}
     for verb_name, verb in VERBS.items():
         for setting in explain(verb.schema):
@@ -228,7 +228,7 @@ def explain_setting(name: str) -> str:
     if not found:
         keys = {setting.key for verb in VERBS.values() for setting in explain(verb.schema)}
         return f"{name} is not a setting{did_you_mean(name, sorted(keys))}"
-    return "\n".join(f"{describe_settings([setting])}\n      of {', '.join(verbs)}" for setting, verbs in found.items())
+    return "\n".join(f"{describe_settings([setting])}\n      in {', '.join(verbs)}" for setting, verbs in found.items())
 
 
 def parse_options(
@@ -239,14 +239,14 @@ def parse_options(
     Args:
         parser: knows the options.
         words: of the command line.
-        schema: dataclass of the settings that can be given beside the options, if there are any.
+        schema: dataclass of the settings that can be given beside the options, if any.
 
     Raises:
-        UserError: if there is no such option; where a setting has that name, says how it is written.
+        UserError: if there is no such option; if a setting has that name, the message shows how to write it.
     """
     options, unknown = parser.parse_known_intermixed_args(list(words))
     if unknown:
-        known = "; there are: " + ", ".join(name for action in parser._actions for name in action.option_strings[-1:])
+        known = "; options are: " + ", ".join(name for action in parser._actions for name in action.option_strings[-1:])
         if schema is None:
             raise UserError(f"{unknown[0]} is not an option{known}")
         name = unknown[0].lstrip("-").partition("=")[0].replace("-", "_")
@@ -271,7 +271,7 @@ def split_words(words: Sequence[str]) -> tuple[Path | None, list[str], list[str]
     """
     files = [word for word in words if word.endswith((".yaml", ".yml")) and "=" not in word]
     if len(files) > 1:
-        raise UserError(f"one config file at a time, got {', '.join(files)}")
+        raise UserError(f"got {len(files)} config files, {', '.join(files)}; give one, and the rest as key=value")
     bare = [word for word in words if "=" not in word and word not in files]
     return (Path(files[0]) if files else None), bare, [word for word in words if "=" in word]
 
@@ -285,7 +285,7 @@ def parse_words(schema: type[Schema], words: Sequence[str], positionals: Sequenc
         positionals: settings that bare words fill, in this order.
 
     Raises:
-        UserError: if one of them is wrong.
+        UserError: if one of the words is wrong.
     """
     file, bare, settings = split_words(words)
     if len(bare) > len(positionals):

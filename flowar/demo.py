@@ -1,6 +1,6 @@
 """`flowar demo`: digits or clothes from images to a report, each part by the verb that does it at real scale.
 
-Read next: evaluation/demo_images.py for the data, evaluation/judge.py for who judges.
+Read next: evaluation/demo_images.py for the data, evaluation/judge.py for the classifier that judges.
 """
 
 import dataclasses
@@ -47,18 +47,18 @@ from flowar.sampling.images import load_pngs
 from flowar.training.report import read_metrics
 
 DIGITS_PER_CLASS = 20  # images of each class in the contact sheet
-REAL_IMAGES = {  # by what the demo calls them
+REAL_IMAGES = {  # name in the demo's settings -> description
     "digits": "scikit-learn's 1,797 handwritten digits",
     "fashion": "Fashion-MNIST's 70,000 clothes",
 }
-FLIPS = {"digits": False, "fashion": False}  # no digit is its own mirror image, and all shoes there point to the left
+FLIPS = {"digits": False, "fashion": False}  # mirrored digits are wrong, and all shoes point left
 HEADINGS = {"digits": "handwritten digits", "fashion": "clothes"}
 SHOWN = {"digits": "digit", "fashion": "garment"}
 DEMO_METRICS = ("fid", "inception_score", "precision", "recall")
 
 
 def main(config: DemoConfig, dry_run: bool = False) -> None:
-    """Prepare, train, sample, evaluate and report; parts that are done already are not done again."""
+    """Prepare, train, sample, evaluate and report; parts that are finished are skipped."""
     refuse_many_processes("demo")
     started = time.perf_counter()
     run_dir = Path(config.run_dir)
@@ -101,7 +101,7 @@ def main(config: DemoConfig, dry_run: bool = False) -> None:
                 device=training.device,
             ),
         )
-    _say(3, f"train {training.model.variant} on the shards; kill it at any time; the same command resumes")
+    _say(3, f"train {training.model.variant} on the shards; you can kill it at any time, the same command resumes")
     run_verb("train", training)
     _say(4, f"sample {config.num_samples} images, classes in turn")
     sampling = extend(
@@ -115,15 +115,15 @@ def main(config: DemoConfig, dry_run: bool = False) -> None:
         device=training.device,
     )
     run_verb("sample", sampling)
-    _say(5, "evaluate with a judge, a classifier of the real images: samples, and training images beside them")
+    _say(5, "evaluate samples, and training images for comparison, with a judge: a classifier of the real images")
     numbers = measure_demo(config)
     draw_pictures(run_dir, training, sampling, load_real(config)["held_out"])
     numbers["minutes"] = (time.perf_counter() - started) / 60
     write_text(run_dir / "numbers.json", json.dumps(numbers, indent=2) + "\n")
     report = write_demo_page(run_dir, config, numbers)
     print(
-        f"\nclassified as asked: {numbers['class_accuracy']:.1%} of {config.num_samples} samples (the judge knows "
-        f"{numbers['judge_accuracy']:.1%} of the held-out real ones)\n"
+        f"\nrecognised as the requested class: {numbers['class_accuracy']:.1%} of {config.num_samples} samples (the "
+        f"judge gets {numbers['judge_accuracy']:.1%} of the held-out real images right)\n"
         f"Frechet distance to the held-out {config.data}: samples {numbers['fid_samples']:.2f}, training images "
         f"{numbers['fid_training']:.2f}, ratio {numbers['fid_samples'] / numbers['fid_training']:.2f}\n"
         f"{numbers['minutes']:.1f} minutes; open {report.resolve()}"
@@ -131,7 +131,7 @@ def main(config: DemoConfig, dry_run: bool = False) -> None:
 
 
 def measure_demo(config: DemoConfig) -> dict[str, float]:
-    """Return the demo's numbers: how many samples show the class they were asked for, and distances to real digits."""
+    """Return the demo's numbers: the share of samples that show the requested class, and distances to real images."""
     run_dir = Path(config.run_dir)
     judge = ExtractorConfig(
         name=OWN, weights=str(run_dir / JUDGE_FILE), images=str(run_dir / "images" / "train"), flip=FLIPS[config.data]
@@ -162,7 +162,7 @@ def measure_demo(config: DemoConfig) -> dict[str, float]:
 
 
 def draw_pictures(run_dir: Path, training: TrainConfig, sampling: SampleConfig, held_out: RealImages) -> None:
-    """Write contact_sheet.png (a row per class), real_images.png, loss_curve.png; growth.png if there are stages."""
+    """Write contact_sheet.png (a row per class), real_images.png, loss_curve.png; growth.png if it draws in stages."""
     files = sorted((run_dir / "samples" / IMAGES_FOLDER).glob("*.png"))
     columns = min(DIGITS_PER_CLASS, len(files) // NUM_CLASSES)
     by_class = [file for label in range(NUM_CLASSES) for file in files[label::NUM_CLASSES][:columns]]
@@ -200,7 +200,7 @@ def _say(part: int, what: str) -> None:
 
 
 def write_demo_page(run_dir: Path, config: DemoConfig, numbers: dict[str, float]) -> Path:
-    """Write report.html, all pictures inside, and return its path."""
+    """Write report.html with all pictures embedded, and return its path."""
     ratio = numbers["fid_samples"] / numbers["fid_training"]
     columns = ["samples", "held-out images through the VAE", "real training images"]
     rows = [
@@ -215,19 +215,19 @@ def write_demo_page(run_dir: Path, config: DemoConfig, numbers: dict[str, float]
     stages, growth, variant = stages_of(config.train), "", escape(config.train.model.variant)
     if len(stages) > 1:
         growth = f"""<h2>One sample of each class, growing scale by scale</h2>
-<p class="note">From top to bottom: {escape(", ".join(stages))}; each brought to full size and decoded by the VAE.</p>
+<p class="note">From top to bottom: {escape(", ".join(stages))}; each upsampled to full size and decoded by the VAE.</p>
 {embed(run_dir / "growth.png")}"""
     body = f"""<h1>{variant} on {HEADINGS[config.data]}</h1>
 <p class="note">Trained from scratch on {REAL_IMAGES[config.data]}; the
-last call of the demo took {numbers["minutes"]:.1f} minutes.</p>
+last run of the demo command took {numbers["minutes"]:.1f} minutes.</p>
 <h2>Numbers</h2>
-<p><b>{numbers["class_accuracy"]:.1%}</b> of {config.num_samples} samples show the {SHOWN[config.data]} they were
-asked for, by a classifier that was trained on the real training images and knows {numbers["judge_accuracy"]:.1%} of
-the real held-out ones, and {numbers["class_accuracy_ceiling"]:.1%} of those as the VAE gives them back.</p>
+<p><b>{numbers["class_accuracy"]:.1%}</b> of {config.num_samples} samples show the requested {SHOWN[config.data]},
+according to a classifier trained on the real training images. It recognises {numbers["judge_accuracy"]:.1%} of the
+real held-out images, and {numbers["class_accuracy_ceiling"]:.1%} of them after a round trip through the VAE.</p>
 {html_table(["against the held-out images", *columns], rows)}
-<p class="note">On the classifier's 64 features, by torch-fidelity. The samples are {ratio:.2f} times as far from the
-held-out images as the training images are. More, with a table of what each class shows, in
-<a href="evaluation_samples/report.html">the report of the evaluation</a>.</p>
+<p class="note">Computed by torch-fidelity on the classifier's 64 features. The samples are {ratio:.2f} times as far
+from the held-out images as the training images are. <a href="evaluation_samples/report.html">The report of the
+evaluation</a> has more, with a table of what each class shows.</p>
 <h2>Samples, a row per class</h2>
 {embed(run_dir / "contact_sheet.png")}
 <h2>Real held-out images, a row per class</h2>

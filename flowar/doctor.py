@@ -1,6 +1,6 @@
-"""`flowar doctor`: are the nodes of this allocation fit for a run? One process per GPU looks, rank 0 makes a table.
+"""`flowar doctor`: are the nodes of this allocation fit for a run? One process per GPU looks, rank 0 prints a table.
 
-What is slower than half of the median, or differs from most nodes, is red. Read next: distributed.py.
+A node that is slower than half of the median, or differs from most nodes, is red. Read next: distributed.py.
 """
 
 import contextlib
@@ -48,11 +48,11 @@ from flowar.latents.shards import LatentShards
 
 DOCTOR_FILE = "doctor.json"
 RENAMES = 50
-EXCHANGES = 3  # measured per pair of nodes, after one that is not
+EXCHANGES = 3  # measured per pair of nodes, after one warm-up
 SMI_S = 30
 MAX_USED_GIB = 2.0  # on a GPU that should be free
-MAX_FILE_MS = 100  # to make, rename or look at a file: checkpoints, images and claims appear by these
-SPEEDS = {  # higher is better; the unit, and what a slow node does
+MAX_FILE_MS = 100  # to create, rename or stat a file, as checkpoints, images and claims do
+SPEEDS = {  # higher is better; the unit, and what a slow node causes
     "write_mib_per_s": "MiB/s written: checkpoints take longer",
     "tflops": "TFLOP/s of matrix products: every step waits for this node",
     "all_reduce_gb_per_s": "GB/s of all-reduces with the other nodes: every step waits for this node",
@@ -65,10 +65,10 @@ def main(config: DoctorConfig, dry_run: bool = False) -> None:
     if dry_run:
         return
     rank, size = int(os.environ.get("RANK", "0")), world_size()
-    # A folder for each start: what an earlier one left says nothing of this one.
+    # A new folder for each start, so that notes of an earlier start don't count.
     progress = Path(config.run_dir) / f".doctor_{os.environ.get('MASTER_PORT', '0')}" / f"rank_{rank:05d}"
     try:
-        note(progress, "waiting for the others to come")
+        note(progress, "waiting for the others to start")
         world = start_world(device, with_group=False, timeout=timedelta(seconds=config.timeout_s))
         note(progress, "examining itself")
         mine = examine(config, world)
@@ -87,8 +87,8 @@ def main(config: DoctorConfig, dry_run: bool = False) -> None:
         if not has_lost_ranks(error):
             raise
         raise UserError(
-            f"rank {rank} waited for others for {config.timeout_s:g} s, or lost them; of {size} ranks: "
-            f"{describe_ranks(progress.parent, size)}; leave out the nodes that stand apart: cluster.exclude=..."
+            f"rank {rank} waited timeout_s={config.timeout_s:g} s for the others, or lost them; of {size} ranks: "
+            f"{describe_ranks(progress.parent, size)}; exclude the nodes that are stuck: cluster.exclude=..."
         ) from error
     except BaseException:
         leave_world()
@@ -97,7 +97,7 @@ def main(config: DoctorConfig, dry_run: bool = False) -> None:
 
 
 def note(file: Path, what: str) -> None:
-    """Write down what this process is about to do, for whoever waits for it in vain."""
+    """Write down what this process is about to do, so that the others can say where it got stuck."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, f"{file.name} on {node_name()} is {what}")
@@ -106,7 +106,7 @@ def note(file: Path, what: str) -> None:
 
 
 def describe_ranks(notes: Path, size: int) -> str:
-    """Return what each rank was about to do, as it noted, and which never came, by the nodes that they should be on."""
+    """Return what each rank noted that it was about to do, and which ranks never started, grouped by node."""
     files = {int(file.name.partition("_")[2]): file for file in notes.glob("rank_*")}
     said = [files[rank].read_text() for rank in sorted(files)]
     nodes = os.environ.get("FLOWAR_NODES", "").split(",")
@@ -115,7 +115,7 @@ def describe_ranks(notes: Path, size: int) -> str:
         absent.setdefault(nodes[rank * len(nodes) // size], []).append(rank)
     for node, ranks in absent.items():
         where = f" of {node}" if node else ""
-        said.append(f"ranks {', '.join(map(str, ranks))}{where} never came")
+        said.append(f"ranks {', '.join(map(str, ranks))}{where} never started")
     return "; ".join(said)
 
 
@@ -125,7 +125,7 @@ def node_name() -> str:
 
 
 def examine(config: DoctorConfig, world: World) -> dict[str, Any]:
-    """Return what this process sees of its node."""
+    """Return what this process finds out about its node."""
     shm = shutil.disk_usage("/dev/shm").free / GIB if Path("/dev/shm").is_dir() else 0.0
     return {
         "node": node_name(),
@@ -143,7 +143,7 @@ def examine(config: DoctorConfig, world: World) -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Return what has to be the same on all nodes."""
+    """Return the versions that must be the same on all nodes."""
     found = {
         "flowar": __version__,
         "python": platform.python_version(),
@@ -168,7 +168,7 @@ def versions() -> dict[str, str]:
 
 
 def gpus(device: torch.device) -> list[dict[str, Any]]:
-    """Return the GPUs of the node, as its driver lists them; none without CUDA."""
+    """Return the GPUs of the node, as its driver lists them; an empty list without CUDA."""
     if device.type != "cuda":
         return []
     fields = "name,memory.total,memory.used,ecc.errors.uncorrected.volatile.total,driver_version"
@@ -184,12 +184,12 @@ def gpus(device: torch.device) -> list[dict[str, Any]]:
 
 
 def far_gpu(device: torch.device, cpus: set[int], pci: Path = Path("/sys/bus/pci/devices")) -> str:
-    """Return which GPU this process uses from CPUs of another socket alone; nothing if it doesn't, or nobody knows.
+    """Return the address of this process's GPU if all of its CPUs are on another socket; "" if not, or unknown.
 
     Args:
         device: of this process.
-        cpus: that it may run on.
-        pci: where Linux tells which CPUs are near a device.
+        cpus: those that the process may run on.
+        pci: the folder where Linux lists which CPUs are near a device.
     """
     if device.type != "cuda":
         return ""
@@ -204,10 +204,10 @@ def far_gpu(device: torch.device, cpus: set[int], pci: Path = Path("/sys/bus/pci
 
 
 def measure_files(folder: Path, write_mib: int, rank: int) -> dict[str, float]:
-    """Return how fast a file in `folder` is written, to the disk, and how long it takes to make, rename, stat one.
+    """Return how fast a file in `folder` is written to disk, and how long it takes to create, rename and stat one.
 
     Raises:
-        UserError: if it can't be written.
+        UserError: if the file can't be written.
     """
     name = f".doctor.{socket.gethostname()}.{rank}"
     file = folder / name
@@ -243,7 +243,7 @@ def measure_files(folder: Path, write_mib: int, rank: int) -> dict[str, float]:
 
 
 def damaged_shards(config: DoctorConfig, rank: int) -> list[str]:
-    """Return those of some shards, others for each rank, that this node reads differently from what was written."""
+    """Return the shards, out of a few that differ by rank, that this node reads differently from what was written."""
     if config.data is None:
         return []
     shards = LatentShards(DataConfig(path=config.data))
@@ -252,7 +252,7 @@ def damaged_shards(config: DoctorConfig, rank: int) -> list[str]:
 
 
 def measure_pairs(world: World, node: str, message_mib: int) -> float | None:
-    """Return the GB/s that this node reaches in all-reduces with one other node at a time, median; None alone.
+    """Return the median GB/s that this node reaches in all-reduces with one other node at a time; None if alone.
 
     The first process of each node takes part; in each round every node has one partner (a round-robin tournament).
     """
@@ -264,7 +264,7 @@ def measure_pairs(world: World, node: str, message_mib: int) -> float | None:
     if len(players) < 2:
         return None
     players += [None] * (len(players) % 2)
-    # NCCL makes its communicator at the first call, and waits for all ranks: so that must not be one of pairs.
+    # NCCL makes its communicator at the first call and waits for all ranks, so the first call must include all of them.
     sum_over_ranks(torch.ones(1, device=world.device))
     message = torch.ones(message_mib * MIB // 4, device=world.device)
     speeds = []
@@ -280,7 +280,7 @@ def measure_pairs(world: World, node: str, message_mib: int) -> float | None:
 
 
 def exchange_seconds(message: torch.Tensor, partner: int) -> float:
-    """Return how long it takes that two processes have the sum of both messages; median."""
+    """Return the median time that two processes need to sum their messages."""
     received = torch.empty_like(message)
     seconds = []
     for _ in range(EXCHANGES + 1):
@@ -329,12 +329,12 @@ def find_problems(everyone: list[dict[str, Any]], config: DoctorConfig) -> dict[
     middle_clock = statistics.median(seen["clock_s"] for seen in everyone)
     for seen in everyone:
         if seen["shm_gib"] < config.min_shm_gib:
-            add(seen, f"{seen['shm_gib']:.2f} GiB free in /dev/shm, where readers hand over batches")
+            add(seen, f"{seen['shm_gib']:.2f} GiB free in /dev/shm, which data readers pass batches through")
         if seen["open_files"] < config.min_open_files:
-            add(seen, f"ulimit -n is {seen['open_files']}: readers and sockets may run out of files")
+            add(seen, f"ulimit -n is {seen['open_files']}: data readers and sockets may run out of file descriptors")
         for what in ("create", "rename", "stat"):
             if seen[f"{what}_ms"] > MAX_FILE_MS:
-                add(seen, f"a {what} takes {seen[f'{what}_ms']:.0f} ms in {config.run_dir}")
+                add(seen, f"it takes {seen[f'{what}_ms']:.0f} ms to {what} a file in {config.run_dir}")
         if abs(skew := seen["clock_s"] - middle_clock) > config.max_clock_s:
             add(seen, f"its clock is {abs(skew):.0f} s {'ahead' if skew > 0 else 'behind'}")
         if seen["far_gpu"]:
@@ -354,7 +354,7 @@ def report(everyone: list[dict[str, Any]], config: DoctorConfig) -> None:
     """Print the table and what is wrong; write doctor.json.
 
     Raises:
-        UserError: if a node is not fit, with what to exclude.
+        UserError: if a node is not fit; it says which nodes to exclude.
     """
     problems = find_problems(everyone, config)
     nodes: dict[str, list[dict[str, Any]]] = {}
@@ -383,7 +383,7 @@ def report(everyone: list[dict[str, Any]], config: DoctorConfig) -> None:
     console.print(", ".join(f"{name} {found}" for name, found in everyone[0]["versions"].items()))
     console.print(table)
     interface = os.environ.get("GLOO_SOCKET_IFNAME", "the interface of the host's name")
-    console.print(f"file ms: to make, rename and look at a file; ranks talk over {interface}")
+    console.print(f"file ms: to create, rename and stat a file; ranks communicate over {interface}")
     for node, lines in problems.items():
         for line in lines:
             console.print(f"{node}: {line}", style="red")
@@ -392,5 +392,5 @@ def report(everyone: list[dict[str, Any]], config: DoctorConfig) -> None:
     )
     if problems:
         names = ",".join(problems)
-        raise UserError(f"{len(problems)} of {len(nodes)} nodes are not fit; leave them out: cluster.exclude={names}")
+        raise UserError(f"{len(problems)} of {len(nodes)} nodes are not fit; exclude them: cluster.exclude={names}")
     print(f"fit: {', '.join(nodes)}")

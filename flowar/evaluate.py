@@ -1,6 +1,6 @@
-"""`flowar evaluate` and `make-reference`: FID and its kin under a named protocol, by any number of processes.
+"""`flowar evaluate` and `make-reference`: FID and related metrics under a named protocol, by any number of processes.
 
-Features first, by all processes; then one of them makes the numbers. Read next: features.py, metrics.py, references.py.
+All processes compute features; then one of them computes the metrics. Read next: evaluation/metrics.py, references.py.
 """
 
 import dataclasses
@@ -67,7 +67,7 @@ from flowar.training.report import record_evaluation
 
 
 def main(config: EvaluateConfig, dry_run: bool = False) -> None:
-    """Measure samples, print a table, write metrics.json and report.html; with whoever was given the same command."""
+    """Measure samples, print a table, write metrics.json and report.html; shared by all processes with this command."""
     device = pick_device(config.device)
     samples, out_dir = Path(config.samples), choose_out_dir(config)
     notes: list[str] = []
@@ -112,7 +112,7 @@ def main(config: EvaluateConfig, dry_run: bool = False) -> None:
                 raise
             notes.append(f"no metrics by {name}: {error}")
 
-    # Numbers, by one of them.
+    # Metrics, by one process.
     stores = [str(store) for store in (found, reference, against, sorted(others.items()))]
     stores += [str(source.fingerprint()) for source in (reference, *(source for _, source in others.values()))]
     kept = [found, reference.store, against, rebuilt]
@@ -138,13 +138,13 @@ def main(config: EvaluateConfig, dry_run: bool = False) -> None:
         if rebuilt is not None:
             judged["ceiling"] = describe_ceiling(rebuilt, real, about, config, device, notes)
         record = describe_evaluation(config, own, metrics, notes) | judged | {"identity": identity}
-        json.dumps(record, allow_nan=False)  # what other programs can't read is not written
+        json.dumps(record, allow_nan=False)  # raises on nan, which other programs can't read
         write_evaluation_page(out_dir, record, by_class, own, real, found.images)
         if run is not None and is_of_run:
             values = {metric.name: metric.value for metric in metrics if math.isfinite(metric.value)}
             of = {"num_samples": len(own), "protocol": config.protocol, "samples": str(samples.absolute())}
             record_evaluation(run[0], {"step": run[1], **of, "reference": config.reference, **values})
-        write_record(out_dir / EVALUATION_FILE, record)  # says that all is done
+        write_record(out_dir / EVALUATION_FILE, record)  # last: it marks the evaluation as done
 
     was_done = is_done()
     with Leases(out_dir / CLAIMS_FOLDER, config.lease_s) as leases:
@@ -153,17 +153,17 @@ def main(config: EvaluateConfig, dry_run: bool = False) -> None:
             if record.get("identity") != identity:
                 raise UserError(
                     f"{out_dir / EVALUATION_FILE} holds other numbers: another `flowar evaluate` with other settings "
-                    "or images writes there at the same time; give each its out_dir, and run this again"
+                    "or images is writing there at the same time; give each its own out_dir, then run this again"
                 )
             plain_console().print(evaluation_table(record))
-            print(f"{out_dir / EVALUATION_FILE} and report.html {'were there already' if was_done else 'are written'}")
+            print(f"{out_dir / EVALUATION_FILE} and report.html {'already existed' if was_done else 'are written'}")
 
 
 def find_passport(config: EvaluateConfig) -> Passport | None:
-    """Return the passport of the dataset that the samples' model was trained on, or None where it is not at hand."""
+    """Return the passport of the dataset that the samples' model was trained on, or None if it can't be found."""
     places = [Path(config.run_dir)] if config.run_dir is not None else []
     places.append(Path(str((read_sampling(config) or {}).get("model", ""))))
-    places.append(places[-1].parent.parent)  # the run of a checkpoint that is gone
+    places.append(places[-1].parent.parent)  # the run, if its checkpoint was deleted
     if config.sample is not None:
         places.append(find_model_folder(config.sample.model))
     found = next((place for place in places if place != Path() and (place / PASSPORT_FILE).is_file()), None)
@@ -171,16 +171,16 @@ def find_passport(config: EvaluateConfig) -> Passport | None:
 
 
 def choose_reference(passport: Passport | None) -> str:
-    """Return the images that the samples' model was trained on, which are measured against by default; say so.
+    """Return the images that the samples' model was trained on, which are the default reference; print the choice.
 
     Raises:
-        UserError: if it is not known which, or they are not here.
+        UserError: if these images are unknown, or not on this machine.
     """
     if passport is None:
-        raise UserError("reference is required, as the samples' record names no dataset; give it as reference=...")
+        raise UserError("reference is required: the samples' record names no dataset; give it as reference=...")
     if not Path(passport.images).exists():
         raise UserError(
-            f"reference is required, as {passport.images}, which the model was trained on, is not here; give it as "
+            f"reference is required: the training images, {passport.images}, are not on this machine; give it as "
             "reference=..."
         )
     print(f"reference={passport.images}, the images that the model was trained on")
@@ -190,7 +190,7 @@ def choose_reference(passport: Passport | None) -> str:
 def prepare_own_judge(
     config: EvaluateConfig, passport: Passport | None, out_dir: Path, device: torch.device, dry_run: bool
 ) -> ExtractorConfig:
-    """Return the extractor's settings, of a judge with its file, which is trained first where it is not there."""
+    """Return the extractor's settings, with the judge's file; a judge that doesn't exist yet is trained first."""
     reference = Path(config.reference)
     file = choose_judge_file(config.extractor, reference, out_dir)
     return prepare_judge(
@@ -199,10 +199,10 @@ def prepare_own_judge(
 
 
 def match_names(config: EvaluateConfig, about: AboutJudge | None, notes: list[str]) -> dict[int, int] | None:
-    """Return {label of the samples: class of the judge}; None, with a note, if they have no classes that it knows.
+    """Return {label of the samples: class of the judge}; None, with a note, if the judge knows none of their classes.
 
     Raises:
-        UserError: if they have a class that the judge does not know.
+        UserError: if the samples have a class that the judge does not know.
     """
     if about is None:
         return None
@@ -224,10 +224,10 @@ def prepare_ceiling(
     device: torch.device,
     notes: list[str],
 ) -> FeatureStore | None:
-    """Return the features of real images through the samples' VAE, or None, with a note, where they can't be had.
+    """Return the features of real images through the samples' VAE, or None, with a note, if they can't be computed.
 
     Raises:
-        UserError: if they were asked for and can't be had.
+        UserError: if ceiling=true asks for them and they can't be computed.
     """
     if not (config.ceiling if config.ceiling is not None else config.extractor.name == OWN):
         return None
@@ -252,24 +252,24 @@ def describe_judged(
     real: Reference,
     notes: list[str],
 ) -> dict[str, Any]:
-    """Return what metrics.json says of the judge, and what the judge says of samples and of real images."""
+    """Return the record of the judge for metrics.json, and its verdict on samples and real images."""
     described: dict[str, Any] = {"judge": dataclasses.asdict(about), "classes": judge_classes(own, matched, about)}
     if real.features is not None:
         known = judge_reference(real.features, real.images, about)
         if known is not None:
             described["judge"]["accuracy_on_reference"] = known["class_accuracy"]
         if real.features.record["identity"] == about.identity:
-            notes.append("the judge was trained on the reference itself, all but a tenth of it, which was held out")
-    notes.append("distances by a judge compare with those by the same judge alone, and with no published ones")
+            notes.append("the judge was trained on the reference itself, except for a tenth that was held out")
+    notes.append("distances by a judge can only be compared with those by the same judge, not with published ones")
     return described
 
 
 def judge_reference(real: Features, images: Path | None, about: AboutJudge) -> dict[str, Any] | None:
-    """Return what the judge says of the reference's images; None if they have no classes that it knows."""
+    """Return the judge's verdict on the reference's images; None if it knows none of their classes."""
     try:
         matched = to_judge_classes(class_names_of(images), about, "the reference", strict=False) if images else None
         return judge_classes(real, matched, about)
-    except UserError:  # some of its classes may be others: then nothing is said of it
+    except UserError:  # the judge doesn't know some of the reference's classes
         return None
 
 
@@ -281,7 +281,7 @@ def describe_ceiling(
     device: torch.device,
     notes: list[str],
 ) -> dict[str, Any] | None:
-    """Return the same numbers of real images through the VAE; None, with a note, if they are too few."""
+    """Return the same metrics for real images through the VAE; None, with a note, if there are too few images."""
     features = rebuilt.read()
     try:
         metrics = measure_metrics(features, real, dataclasses.replace(config, interval_groups=0), device, [])
@@ -295,16 +295,16 @@ def describe_ceiling(
 
 
 def read_evaluation(out_dir: Path) -> dict[str, Any]:
-    """Return what metrics.json says.
+    """Return the content of metrics.json.
 
     Raises:
-        DamagedRecordError: if it is not what was written.
+        DamagedRecordError: if the file is not what was written.
     """
     return read_record(out_dir / EVALUATION_FILE, "delete it and run the same `flowar evaluate` again")
 
 
 def choose_out_dir(config: EvaluateConfig) -> Path:
-    """Return the folder of this evaluation: in what `flowar sample` wrote, else beside the samples."""
+    """Return the folder of this evaluation: inside the output of `flowar sample`, otherwise beside the samples."""
     if config.out_dir is not None:
         return Path(config.out_dir)
     samples = Path(config.samples)
@@ -315,7 +315,7 @@ def choose_out_dir(config: EvaluateConfig) -> Path:
 def describe_evaluation(
     config: EvaluateConfig, found: Features, metrics: list[Metric], notes: list[str]
 ) -> dict[str, Any]:
-    """Return what metrics.json says."""
+    """Return the content of metrics.json to be written."""
     return {
         "samples": config.samples,
         "num_samples": len(found),
@@ -350,16 +350,16 @@ def evaluation_table(record: dict[str, Any]) -> Table:
 
 
 def read_sampling(config: EvaluateConfig) -> dict[str, Any] | None:
-    """Return what the samples' record says, or None if `flowar sample` didn't draw them."""
+    """Return the samples' record, or None if `flowar sample` didn't draw them."""
     samples = Path(config.samples)
     return read_samples(samples) if (samples / SAMPLES_FILE).is_file() else None
 
 
 def find_run(config: EvaluateConfig) -> tuple[Path, int] | None:
-    """Return the training run that the samples come from, and the step of their checkpoint, if there is one.
+    """Return the training run that the samples come from, and the step of their checkpoint, or None if unknown.
 
     Raises:
-        UserError: if one is named that does not exist.
+        UserError: if run_dir names a run that does not exist.
     """
     sampling = read_sampling(config) or {}
     step = config.step if config.step is not None else sampling.get("step")
@@ -367,47 +367,50 @@ def find_run(config: EvaluateConfig) -> tuple[Path, int] | None:
     if isinstance(step, int) and (run_dir / CHECKPOINTS).is_dir():
         return run_dir, step
     if config.run_dir is not None:
-        raise UserError(f"run_dir={run_dir} must be a training run, and step={config.step} be given; give both")
+        raise UserError(f"run_dir={run_dir} must be a training run, and step={config.step} one of its steps; give both")
     return None
 
 
 def check_run(config: EvaluateConfig, run_dir: Path, step: int, notes: list[str]) -> bool:
-    """Return whether the numbers go to a run: the samples were drawn with weights of its checkpoint.
+    """Return whether to add the numbers to a run: yes if the samples were drawn with weights of its checkpoint.
 
-    Where that can't be known, because the checkpoint is gone or `flowar sample` didn't draw them, they go to a run that
-    was named as run_dir, and to no other; a note says so. To one whose checkpoint is damaged they go in no case.
+    If that can't be checked, because the checkpoint was deleted or `flowar sample` didn't draw the samples, the numbers
+    are added only if the run was named as run_dir; else a note says so. They are never added to a run whose checkpoint
+    is damaged.
 
     Raises:
-        UserError: if the named run's checkpoint has other weights, or is damaged.
+        UserError: if the checkpoint of the run named as run_dir has other weights, or is damaged.
     """
     sampling = read_sampling(config)
     checkpoint = next((own for own in list_checkpoints(run_dir) if checkpoint_step(own) == step), None)
     if sampling is None or checkpoint is None:
-        why = "its samples have no record" if sampling is None else f"it has no checkpoint of step {step} any more"
+        why = "the samples have no record" if sampling is None else f"it no longer has a checkpoint of step {step}"
         if config.run_dir is None:
             notes.append(f"not added to {run_dir}: {why}; to add it, give run_dir={run_dir} step={step}")
         return config.run_dir is not None
     wanted = sampling.get("weights_sha256")
     try:
         names = [*read_progress(checkpoint).averages, "raw"]
-        names.sort(key=lambda name: name != sampling.get("weights"))  # the likeliest first
+        names.sort(key=lambda name: name != sampling.get("weights"))  # the most likely first
         if any(hash_weights(load_model(checkpoint, name).state_dict()) == wanted for name in names):
             return True
-    except (UserError, FileNotFoundError) as error:  # damaged, or deleted meanwhile by the run
-        why = str(error) if checkpoint.exists() else f"its checkpoint of step {step} was deleted meanwhile"
+    except (UserError, FileNotFoundError) as error:  # damaged, or just deleted by the run
+        why = str(error) if checkpoint.exists() else f"the run has just deleted its checkpoint of step {step}"
         if config.run_dir is not None:
-            raise UserError(f"run_dir={run_dir}: {why}; leave run_dir and step out to measure alone") from error
+            raise UserError(
+                f"run_dir={run_dir}: {why}; leave out run_dir and step to measure without adding to the run"
+            ) from error
         notes.append(f"not added to {run_dir}: {why}")
         return False
     problem = f"samples={config.samples} were drawn with weights {str(wanted)[:12]}, which {checkpoint} does not have"
     if config.run_dir is not None:
-        raise UserError(f"{problem}; give the run_dir and step that they are of, or leave both out")
+        raise UserError(f"{problem}; give the run_dir and step that drew the samples, or leave both out")
     notes.append(f"not added to {run_dir}: {problem}")
     return False
 
 
 def make_reference(config: ReferenceConfig, dry_run: bool = False) -> None:
-    """Make a reference, with whoever else was given the same command."""
+    """Make a reference, together with all other processes that run the same command."""
     out_dir, device = Path(config.out_dir), pick_device(config.device)
     images = open_images(config.images, "images")
     if config.extractor.name == OWN:
@@ -425,8 +428,8 @@ def make_reference(config: ReferenceConfig, dry_run: bool = False) -> None:
         record = check_network(target, extractor, f"out_dir={out_dir}")
         if record["identity"] != images.identity:
             raise UserError(f"{target} is a reference of other images, {record['root']}; give another out_dir")
-        shutil.rmtree(partial, ignore_errors=True)  # of one that died at the very end
-        print(f"{target} is there already")
+        shutil.rmtree(partial, ignore_errors=True)  # left by a process that died at the very end
+        print(f"{target} already exists")
         return
     if dry_run:
         return

@@ -1,4 +1,4 @@
-"""`flowar export`, `ema` and `convert`: what becomes a model folder of its own. Read next: models/folders.py."""
+"""`flowar export`, `ema` and `convert`: each writes a new model folder. Read next: models/folders.py."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def export(config: ExportConfig, dry_run: bool = False) -> None:
 
 
 def average(config: AverageConfig, dry_run: bool = False) -> None:
-    """Write a model folder with the weights averaged by the asked power function."""
+    """Write a model folder with the weights averaged by the requested power function."""
     target = Path(config.out_dir)
     check_new(target)
     save_average(Path(config.run_dir), config.std, config.step, None if dry_run else target)
@@ -48,17 +48,17 @@ def convert_checkpoint(config: ConvertConfig, dry_run: bool = False) -> None:
     source, target = Path(config.checkpoint), Path(config.out_dir)
     if is_checkpoint(source) or (source / CHECKPOINTS).is_dir():
         raise UserError(
-            f"{source} is a training run's, not a file of the authors; `flowar export {source} {target}` makes a model "
-            "folder of it"
+            f"{source} belongs to a training run; convert takes a checkpoint of the authors. To make a model folder "
+            f"from a run, use `flowar export {source} {target}`"
         )
     if (source / WEIGHTS_FILE).is_file():
         raise UserError(
-            f"{source} is a model folder already; use it as it is, for example `flowar sample model={source}`"
+            f"{source} is already a model folder; use it as it is, for example `flowar sample model={source}`"
         )
     if not source.is_file():
         raise UserError(
-            f"there is no file {source}; download FlowAR-S.pth, FlowAR-L.pth, FlowAR-H.pth or an ARFlow from the "
-            "authors' release"
+            f"{source} does not exist; download FlowAR-S.pth, FlowAR-L.pth, FlowAR-H.pth or an ARFlow checkpoint from "
+            "the authors' release"
         )
     check_new(target)
     state_dict = load_plain_checkpoint(source)

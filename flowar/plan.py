@@ -1,7 +1,7 @@
-"""`flowar plan`: memory, time and days of a training run, before anything is rented. Simulated, and said so.
+"""`flowar plan`: memory, time and days of a training run, before you rent anything. Simulated, and labelled so.
 
-What is computed is traced on tensors without memory, what is sent follows from the engines, and rates from data sheets,
-of which one H100 said what share is reached. Read next: planning/steps.py.
+The computation is traced on meta tensors, the communication follows from the engines, and the rates come from data
+sheets, scaled by the share that one H100 reached. Read next: planning/steps.py.
 """
 
 import dataclasses
@@ -19,28 +19,28 @@ from flowar.planning.runs import DAY_S, Troubles, expect
 from flowar.planning.search import halved, search, way_of, ways_to_fit, with_engine
 from flowar.planning.steps import SPARE_SHARE, PlannedStep, fits, images_per_s, largest_micro, time_step, utilization
 
-IMAGENET_IMAGES = 1_281_167  # of its training set
+IMAGENET_IMAGES = 1_281_167  # in its training set
 ENGINES = ("ddp", "fsdp", "zero1", "zero2", "zero3")
-BEST = 8  # of a search
-PAYING = 1.5  # times as fast must twice the GPUs be
+BEST = 8  # rows of a search that are shown
+PAYING = 1.5  # twice the GPUs must be at least this many times as fast
 ROWS = (
-    "weights", "gradients", "optimizer", "averages", "gathered", "activations", "all of it", "micro batch",
+    "weights", "gradients", "optimizer", "averages", "gathered", "activations", "total", "micro batch",
     "collectives", "GB sent", "sending, s", "GPU, s", "host, s", "step, s", "images/s", "MFU", "days",
 )  # fmt: skip
 
 
 def count_images(config: PlanConfig) -> tuple[int, str]:
-    """Return how many images the run is trained on, and where the number is from.
+    """Return how many images the run is trained on, and where the number comes from.
 
     Raises:
-        UserError: if data.path is there, but no finished dataset.
+        UserError: if data.path exists, but is not a finished dataset.
     """
     path = config.data.path
     if config.num_images is not None:
         return config.num_images, "num_images"
     if path is not None and Path(path).exists():
         return read_passport(path).num_images, f"data.path={path}"
-    why = "no data.path is given" if path is None else f"data.path={path} is not here"
+    why = "no data.path is given" if path is None else f"data.path={path} does not exist"
     return IMAGENET_IMAGES, f"ImageNet's, as {why}; num_images=... sets another number"
 
 
@@ -62,9 +62,9 @@ def column_of(setting: PlannedStep, machine: Machine, wanted_micro: int | None, 
     setting = dataclasses.replace(setting, micro=micro or 1)
     memory = setting.memory
     cells = {name: f"{value / GIB:.2f}" for name, value in vars(memory).items()}
-    cells |= {"all of it": f"{memory.total / GIB:.1f}", "micro batch": f"{setting.micro}"}
+    cells |= {"total": f"{memory.total / GIB:.1f}", "micro batch": f"{setting.micro}"}
     if not fits(setting, machine):
-        return cells | {"micro batch": f"{setting.micro}: no room"}
+        return cells | {"micro batch": f"{setting.micro}: too big"}
     step = time_step(setting, machine)
     sent = collectives_of(setting.layout, sizes_of(setting.model), setting.parts)
     return cells | {
@@ -81,11 +81,11 @@ def column_of(setting: PlannedStep, machine: Machine, wanted_micro: int | None, 
 
 
 def say_run(config: PlanConfig, setting: PlannedStep, machine: Machine, num_steps: int) -> None:
-    """Print what is to be expected of the run as it is set."""
+    """Print what to expect of the run with its current settings."""
     memory, layout, room = setting.memory.total / GIB, setting.layout, machine.memory / GIB
     print(f"As set, {way_of(setting)} ({layout.engine}): {memory:.1f} of {room:.0f} GiB on each GPU.")
     if not fits(setting, machine):
-        print("That has no room: set " + ", or ".join(ways_to_fit(setting, machine)) + ".")
+        print("That does not fit: set " + ", or ".join(ways_to_fit(setting, machine)) + ".")
         return
     step = time_step(setting, machine)
     writers = 1 if layout.engine == "single" else layout.ranks // layout.replicas
@@ -95,22 +95,22 @@ def say_run(config: PlanConfig, setting: PlannedStep, machine: Machine, num_step
     run = expect(num_steps * step.total, sizes_of(setting.model).total, setting.averages, writers, troubles)
     print(
         f"{num_steps:,} steps of {step.total:.3f} s are {num_steps * step.total / DAY_S:.1f} days; expected "
-        f"{run.days:.1f}, {run.goodput:.1%} of them in steps that last: {run.failures:.1f} failures, and "
-        f"{config.preemptions_per_day:g} preemptions a day. Best saved every {run.save_every_s / 60:.0f} minutes, "
-        f"save_every_steps={max(1, round(run.save_every_s / step.total))} (set: {config.save_every_steps}); a save "
-        f"stops training for {run.save_s:.1f} s and is written after {run.written_s:.0f} s."
+        f"{run.days:.1f}, {run.goodput:.1%} of it useful work, with {run.failures:.1f} failures and "
+        f"{config.preemptions_per_day:g} preemptions a day. It is best to save every {run.save_every_s / 60:.0f} "
+        f"minutes, save_every_steps={max(1, round(run.save_every_s / step.total))} (set: {config.save_every_steps}); a "
+        f"save stops training for {run.save_s:.1f} s and is on disk after {run.written_s:.0f} s."
     )
     half = halved(setting, machine)
     if half is not None:
         gain = time_step(half, machine).total / step.total
-        verdict = "" if gain >= PAYING else f": twice the GPUs don't pay, take nodes={config.nodes // 2}"
+        verdict = "" if gain >= PAYING else f": twice the GPUs don't pay off, use nodes={config.nodes // 2}"
         print(f"{config.nodes} nodes are {gain:.2f} times as fast as {config.nodes // 2}{verdict}.")
 
 
 def show_search(setting: PlannedStep, machine: Machine, nodes: int, console: Console) -> None:
-    """Print the quickest ways to train, and why others have no room."""
+    """Print the fastest ways to train, and why others don't fit."""
     found, refused = search(setting, machine, nodes)
-    table = Table("step, s", "images/s", "MFU", "GiB", "parallel. and micro batch", title="The quickest of what fits")
+    table = Table("step, s", "images/s", "MFU", "GiB", "parallel. and micro batch", title="The fastest ways that fit")
     for way in found[:BEST]:
         table.add_row(
             f"{way.step.total:.3f}",
@@ -120,7 +120,7 @@ def show_search(setting: PlannedStep, machine: Machine, nodes: int, console: Con
             way_of(way.setting),
         )
     console.print(table)
-    print(f"{len(found)} ways fit." + "".join(f"\nNo room: {each}." for each in refused))
+    print(f"{len(found)} ways fit." + "".join(f"\nDoesn't fit: {each}." for each in refused))
 
 
 def main(config: PlanConfig, dry_run: bool = False) -> None:
@@ -153,7 +153,7 @@ def main(config: PlanConfig, dry_run: bool = False) -> None:
     if config.search:
         show_search(setting, machine, config.nodes, console)
     print(
-        f"Simulated, precision={config.precision}: GPU and host from the operations of a step and the rates of data "
-        "sheets, of which one H100 reached what is assumed here; communication by NCCL's own table. Memory agreed with "
-        f"that H100 to 3%; {SPARE_SHARE:.0%} are left free. Several GPUs were not measured: benchmarks/README.md."
+        f"Simulated, precision={config.precision}: GPU and host times follow from the operations of a step and from "
+        "data-sheet rates, scaled by what one H100 reached; communication times follow NCCL's own table. Memory agreed "
+        f"with that H100 to 3%; {SPARE_SHARE:.0%} is left free. Several GPUs were not measured: benchmarks/README.md."
     )

@@ -1,6 +1,6 @@
-"""`flowar replay`: a step that training skipped, again on one process, by the step's own code.
+"""`flowar replay`: repeat a step that training skipped, on one process, with the code of training.
 
-Read next: training/guard.py for what is kept of it, training/step.py.
+Read next: training/guard.py for what is kept of a skipped step, training/step.py.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ class OneProcess:
 
 
 def main(config: ReplayConfig, dry_run: bool = False) -> None:
-    """Repeat a skipped step on one process and print what happened then beside what happens now."""
+    """Repeat a skipped step on one process, and print the numbers of then and now side by side."""
     folder = Path(config.bundle)
     bundle = load_bundle(folder)
     recipe = load_described(TrainConfig, folder / CONFIG_FILE)
@@ -83,7 +83,7 @@ def main(config: ReplayConfig, dry_run: bool = False) -> None:
 
 
 def read_scale(bundle: dict[str, Any]) -> LatentScale | float:
-    """Return what brought the latents of a kept step to unit std; version 0.1 had one number."""
+    """Return what scaled the latents of a kept step to unit std; version 0.1 had one number."""
     if "latent_multiplier" in bundle:
         return float(bundle["latent_multiplier"])
     scale = bundle["latent_scale"]
@@ -96,9 +96,9 @@ def read_scale(bundle: dict[str, Any]) -> LatentScale | float:
 def replay_step(
     model: Model, batch: Batch, number: int, settings: StepSettings, device: torch.device
 ) -> tuple[list[float], float, BlockMaxima]:
-    """Return the terms of the loss, gradient norm and maxima of a kept step, done again on one process.
+    """Return the terms of the loss, gradient norm and maxima of a kept step, repeated on one process.
 
-    Dropout masks are those of one process.
+    Dropout masks are those of a single-process run.
     """
     with BlockMaxima(model) as maxima:
         losses = accumulate(OneProcess(model, device), draw_training_inputs(batch, number, settings), settings)

@@ -1,6 +1,6 @@
-"""`flowar sample`: images drawn by any number of processes together. No metrics.
+"""`flowar sample`: draw images with any number of processes together. No metrics.
 
-Read next: sampling/job.py for what is drawn, sampling/worker.py for who draws it.
+Read next: sampling/job.py for what is drawn, sampling/worker.py for how processes share it.
 """
 
 from pathlib import Path
@@ -13,9 +13,9 @@ from flowar.sampling.worker import Sink, draw_samples
 
 
 def main(config: SampleConfig, dry_run: bool = False) -> None:
-    """Draw the images that are not there yet, together with all others who were given the same command.
+    """Draw the missing images, together with all other processes that run the same command.
 
-    Image i is a function of the settings and i alone.
+    Image i depends only on the settings and i.
     """
     if not config.preview:
         draw_samples(config, open_feature_sink if config.features_only else ImageSink, dry_run)
@@ -28,7 +28,7 @@ def main(config: SampleConfig, dry_run: bool = False) -> None:
 
 
 def open_feature_sink(job: SamplingJob) -> Sink:
-    """Return the place for features of a job's images."""
+    """Return the sink for features of a job's images."""
     from flowar.evaluation.extractors import Extractor  # torch-fidelity takes seconds to import
     from flowar.evaluation.store import FeatureSink
 

@@ -1,7 +1,7 @@
 """`flowar suggest`: a dataset and a machine -> the settings of a training, each with its reason. A recipe to edit.
 
-What is chosen here are starting points: the authors' rules where they have some, and for small data and small machines
-what worked on the handwritten digits and on Fashion-MNIST. Read next: config/training.py, train.py.
+The suggestions are starting points: the authors' rules where they give any, and for small data and small machines what
+worked on the handwritten digits and on Fashion-MNIST. Read next: config/training.py, train.py.
 """
 
 import math
@@ -29,16 +29,16 @@ from flowar.training.engine import EngineSettings
 from flowar.training.setup import make_engine
 from flowar.training.step import StepSettings, accumulate, agree, draw_training_inputs
 
-# From so many images on the model of the next row is no longer the better one: larger ones learn them by heart.
+# (smallest number of images, model): with fewer images a larger model would memorise them.
 BY_IMAGES = ((0, "flowar-xs"), (100_000, "flowar-s"), (400_000, "flowar-b"), (1_000_000, "flowar-l"))
 ON_CPU = "flowar-xxs"
 CPU_MINUTES, GPU_MINUTES = 15, 24 * 60
 AUTHORS_EPOCHS, AUTHORS_BATCH, AUTHORS_WARMUP = 400, 2048, 100
-AUTHORS_BASE_LR = 5e-5  # of a batch of 256
-SMALL_LR = {"flowar-xxs": 2e-3, "flowar-xs": 1e-3}  # of batches of 64, found on Fashion-MNIST
+AUTHORS_BASE_LR = 5e-5  # for a batch of 256
+SMALL_LR = {"flowar-xxs": 2e-3, "flowar-xs": 1e-3}  # for batches of 64, found on Fashion-MNIST
 SMALL_BATCH, MIDDLE_BATCH = 64, 256
-UNEVEN_STD, UNEVEN_MEAN, UNEVEN_SCALE = 1.25, 0.25, 0.1  # channels that differ by more are normalised one by one
-MEASURED_STEPS, MEASURED_S = 5, 5.0  # at least so many, for at least so long
+UNEVEN_STD, UNEVEN_MEAN, UNEVEN_SCALE = 1.25, 0.25, 0.1  # beyond these, each channel is normalised by itself
+MEASURED_STEPS, MEASURED_S = 5, 5.0  # at least this many steps, for at least this long
 
 
 class Suggestion(NamedTuple):
@@ -50,12 +50,12 @@ class Suggestion(NamedTuple):
 
 
 def main(config: SuggestConfig, dry_run: bool = False) -> None:
-    """Print or write the YAML, and the command that trains by it."""
+    """Print or write the YAML, and the command that trains with it."""
     refuse_many_processes("suggest")
     device = pick_device(config.device)
     shards = LatentShards(config.data)
     if config.file is not None and Path(config.file).exists():
-        raise UserError(f"file={config.file} is there already; give a new one, or remove it first")
+        raise UserError(f"file={config.file} already exists; give a new name, or remove the file first")
     if dry_run:
         print(f"would measure {device} and suggest a training on {config.data.path}")
         return
@@ -65,9 +65,9 @@ def main(config: SuggestConfig, dry_run: bool = False) -> None:
         return
     Path(config.file).parent.mkdir(parents=True, exist_ok=True)
     if not create_whole(Path(config.file), lambda hidden: hidden.write_text(text)):
-        raise UserError(f"file={config.file} was written by another process meanwhile; give a new one")
+        raise UserError(f"file={config.file} was just written by another process; give a new name")
     print(text)
-    print(f"wrote {config.file}; look at it, then: flowar train {config.file}")
+    print(f"wrote {config.file}; check it, then run: flowar train {config.file}")
 
 
 def suggest(config: SuggestConfig, passport: Passport, device: torch.device) -> list[Suggestion]:
@@ -88,7 +88,7 @@ def suggest(config: SuggestConfig, passport: Passport, device: torch.device) -> 
     batch = min(batch, max(8, 2 ** int(math.log2(max(passport.num_images / 4, 8)))))
     precision = "bf16" if is_gpu else "fp32"
     gpus = config.gpus if is_gpu else 1
-    share = max(1, batch // gpus)  # of one of them; the batch has to be cut into equal parts
+    share = max(1, batch // gpus)  # of one GPU; the batch must split into equal parts
     batch, micro = share * gpus, max(size for size in range(1, min(share, SMALL_BATCH) + 1) if share % size == 0)
     step_s = measure_step(model, device, precision, micro) * share / micro
     lr = SMALL_LR[variant] * batch / SMALL_BATCH if small else AUTHORS_BASE_LR * batch / 256
@@ -106,33 +106,33 @@ def suggest(config: SuggestConfig, passport: Passport, device: torch.device) -> 
     parameters = count_parameters(model)["total"]
     run_dir = config.run_dir or f"runs/{Path(config.data.path).name}"
     found = [
-        Suggestion("run_dir", run_dir, "all that the run writes"),
-        Suggestion("data.path", config.data.path, f"{passport.num_images:,} images of {len(passport.class_names):,}"),
+        Suggestion("run_dir", run_dir, "where the run writes everything"),
+        Suggestion("data.path", config.data.path, f"{passport.num_images:,} images, {shape['num_classes']:,} classes"),
         Suggestion("data.normalize", normalize, why_normalize),
-        Suggestion("vae.name", passport.vae_name, "the one that made the dataset"),
+        Suggestion("vae.name", passport.vae_name, "the VAE that made the dataset"),
         Suggestion("model.variant", variant, f"{parameters / 1e6:.1f} M parameters: {why_variant}"),
         *(Suggestion(f"model.{name}", value, fits) for name, value in shape.items() if name != "variant"),
-        Suggestion("epochs", epochs, f"{time_says}{'; as many as the authors' if is_whole else ''}"),
+        Suggestion("epochs", epochs, f"{time_says}{'; the same number as the authors' if is_whole else ''}"),
         Suggestion("batch_size", batch, "of all processes together"),
         Suggestion(
-            "optim.lr", float(f"{lr:.3g}"), "small models take more" if small else "the authors': 5e-5 x batch / 256"
+            "optim.lr", float(f"{lr:.3g}"), "higher for small models" if small else "the authors': 5e-5 x batch / 256"
         ),
-        Suggestion("optim.min_lr", float(f"{lr / 40:.3g}"), "a fortieth of the peak, as the authors'"),
+        Suggestion("optim.min_lr", float(f"{lr / 40:.3g}"), "a fortieth of the peak, like the authors"),
         Suggestion("optim.warmup_epochs", float(f"{warmup:.3g}"), "fits the length of the run"),
         Suggestion("ema.decays", [decay], "an average over about the last twentieth of the steps"),
-        Suggestion("precision", precision, "what the device is good at"),
-        Suggestion("log_every_steps", max(1, min(50, steps // 100)), "a hundred lines or more in metrics.jsonl"),
-        Suggestion("save_every_steps", max(50, min(1000, steps // 10)), "what is lost at most when the machine dies"),
-        Suggestion("preview.every_steps", max(100, steps // 6), "pictures on the way"),
+        Suggestion("precision", precision, "fast and accurate enough on this device"),
+        Suggestion("log_every_steps", max(1, min(50, steps // 100)), "at least a hundred lines in metrics.jsonl"),
+        Suggestion("save_every_steps", max(50, min(1000, steps // 10)), "the most steps lost when the machine dies"),
+        Suggestion("preview.every_steps", max(100, steps // 6), "pictures during training"),
         Suggestion("preview.num_images", min(64, 4 * len(passport.class_names)), "classes in turn"),
-        Suggestion("preview.num_steps", 16, "quick, not the best"),
-        Suggestion("preview.guidance", 1.5, "between none (1) and ImageNet's (2.4 and more)"),
+        Suggestion("preview.num_steps", 16, "fast, at some loss of quality"),
+        Suggestion("preview.guidance", 1.5, "between no guidance (1) and ImageNet's (2.4 and more)"),
     ]
     if config.vae_weights is not None:
         found.insert(4, Suggestion("vae.weights", config.vae_weights, "as given"))
     if is_gpu:
-        found.append(Suggestion("micro_batch_size", micro, "of one GPU at once; `flowar plan` says what has room"))
-        found.append(Suggestion("parallel.compile", True, "twice as fast once it is compiled"))
+        found.append(Suggestion("micro_batch_size", micro, "what one GPU takes at once; `flowar plan` says what fits"))
+        found.append(Suggestion("parallel.compile", True, "about twice as fast after compiling"))
     return found
 
 
@@ -140,7 +140,7 @@ def choose_variant(config: SuggestConfig, passport: Passport, is_gpu: bool) -> t
     """Return the model, and why.
 
     Raises:
-        UserError: if there is no FlowAR of that name.
+        UserError: if no FlowAR has that name.
     """
     if config.variant is not None:
         known = [name for name, row in MODEL_VARIANTS.items() if isinstance(row, FlowARConfig)]
@@ -150,7 +150,7 @@ def choose_variant(config: SuggestConfig, passport: Passport, is_gpu: bool) -> t
     if not is_gpu:
         return ON_CPU, "what a CPU trains in minutes"
     name = [name for least, name in BY_IMAGES if passport.num_images >= least][-1]
-    return name, f"for {passport.num_images:,} images; a larger one would learn them by heart"
+    return name, f"for {passport.num_images:,} images; a larger model would memorise them"
 
 
 def choose_normalization(passport: Passport) -> tuple[str, str]:
@@ -159,9 +159,9 @@ def choose_normalization(passport: Passport) -> tuple[str, str]:
     spread = max(passport.latent_std) / max(min(passport.latent_std), 1e-12)
     shift = max(abs(mean) for mean in passport.latent_mean) * passport.measured_multiplier
     if abs(ratio - 1) <= UNEVEN_SCALE and spread <= UNEVEN_STD and shift <= UNEVEN_MEAN:
-        return "vae", f"latents have std {ratio:.2f} by the VAE's own number, and channels are alike"
-    why = f"by the VAE's own number latents have std {ratio:.2f}; channels differ {spread:.1f} times in std"
-    return "channel", f"{why}, {shift:.2f} std in mean"
+        return "vae", f"with the VAE's own multiplier latents have std {ratio:.2f}, and the channels are alike"
+    why = f"with the VAE's own multiplier latents have std {ratio:.2f}; channels differ by a factor {spread:.1f} in std"
+    return "channel", f"{why}, and their means are up to {shift:.2f} std from 0"
 
 
 def measure_step(model: Any, device: torch.device, precision: str, batch_size: int) -> float:
@@ -188,15 +188,15 @@ def measure_step(model: Any, device: torch.device, precision: str, batch_size: i
 
 
 def write_value(value: Any) -> str:
-    """Return a value as YAML in one line, taken literally: no `${` in it is resolved."""
+    """Return a value as YAML in one line, taken literally: any `${` is escaped."""
     text = yaml.safe_dump(value, default_flow_style=True, width=math.inf, allow_unicode=True)
     return text.removesuffix("...\n").strip().replace("${", "\\${")
 
 
 def describe_suggestions(passport: Passport, found: list[Suggestion]) -> str:
-    """Return the YAML text, sections together and each line with its reason."""
+    """Return the YAML text, grouped by section, with the reason on each line."""
     lines = [
-        f"# By `flowar suggest`, for {passport.image_size} px by VAE {write_value(passport.vae_name)}",
+        f"# By `flowar suggest`, for {passport.image_size} px images encoded by VAE {write_value(passport.vae_name)}",
         "# Train, and resume, with: flowar train THIS_FILE",
     ]
     section = ""

@@ -1,7 +1,7 @@
-"""`flowar sweep`: which guidance, interval, steps and average give the best FID, and at what cost.
+"""`flowar sweep`: find the guidance, interval, steps and average with the best FID, and what they cost.
 
-Successive halving: all settings are measured on few images, the best of them on more. All draw the same images from the
-same noise, so that their differences are surer than their distances. Any number of processes share the work.
+Successive halving: all settings are measured on few images, the best of them on more. All settings draw the same images
+from the same noise, so their differences are more certain than the FIDs themselves. Any number of processes can share.
 Read next: sample.py, references.py.
 """
 
@@ -43,14 +43,14 @@ from flowar.training.averages import save_average
 
 SETTINGS, MODELS = "settings", "models"
 REFERENCE_FILE = "reference.json"
-CHECKPOINT_FILE = "checkpoint.json"  # of which step of a run the weights are
+CHECKPOINT_FILE = "checkpoint.json"  # which step of a run the weights come from
 RESULTS_FILE, RECIPE_FILE, PICTURE_FILE = "sweep.json", "recipe.yaml", "pareto.png"
 DELETE = "delete it and run the same command again"
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """One way to sample, and where its images' features go."""
+    """One way to sample, and the folder for the features of its images."""
 
     name: str
     sample: SampleConfig
@@ -60,14 +60,14 @@ class Setting:
         return Path(self.sample.out_dir)
 
     def score_file(self, num_images: int) -> Path:
-        """Return where its FID on so many images is written."""
+        """Return the file for its FID on `num_images` images."""
         return self.folder / f"score_{num_images}.json"
 
     def score(self, num_images: int) -> dict[str, Any]:
-        """Return its FID on so many images.
+        """Return the record of its FID on `num_images` images.
 
         Raises:
-            DamagedRecordError: if it is not what was written, or of other images.
+            DamagedRecordError: if the record is not what was written, or is for other images.
         """
         file = self.score_file(num_images)
         record = read_record(file, DELETE)
@@ -75,18 +75,18 @@ class Setting:
             found = f"fid is {record.get('fid')!r}, num_images {record.get('num_images')!r}"
             raise DamagedRecordError(f"{file} is damaged ({found}); {DELETE}")
         own = self.describe()
-        other = [key for key in own if record.get(key, own[key]) != own[key]]  # version 0.1 has none of them
+        other = [key for key in own if record.get(key, own[key]) != own[key]]  # version 0.1 didn't write these keys
         if other:
-            raise DamagedRecordError(f"{file} is of other images: {other[0]} is {record[other[0]]}; {DELETE}")
+            raise DamagedRecordError(f"{file} is for other images: {other[0]} is {record[other[0]]}; {DELETE}")
         return record
 
     def describe(self) -> dict[str, str]:
-        """Return what tells its score from others."""
+        """Return the keys that identify its score."""
         return {"setting": self.name, "samples": identify(read_samples(self.folder))}
 
 
 def main(config: SweepConfig, dry_run: bool = False) -> None:
-    """Sweep, with whoever else was given the same command; print the table; write sweep.json, a page, a recipe."""
+    """Sweep, sharing the work with all processes that run this command; print a table, write results and a recipe."""
     device = pick_device(config.device)
     out_dir = Path(config.out_dir)
     model = find_model_folder(config.model)
@@ -122,7 +122,7 @@ def main(config: SweepConfig, dry_run: bool = False) -> None:
 
 
 def list_settings(config: SweepConfig) -> list[Setting]:
-    """Return all combinations; those that guidance 1 makes equal are there once."""
+    """Return all combinations; those that are equal because guidance is 1 appear once."""
     found = {}
     axes = (list_models(config), config.guidance, config.interval_ends, config.num_steps, config.last_step_shares)
     for average, guidance, end, steps, share in itertools.product(*axes):
@@ -148,7 +148,7 @@ def list_settings(config: SweepConfig) -> list[Setting]:
 
 
 def plan_rounds(count: int, config: SweepConfig) -> list[tuple[int, int]]:
-    """Return how many settings are measured on how many images, round by round."""
+    """Return (number of settings, number of images) for each round."""
     rounds = []
     for images in config.num_images:
         rounds.append((count, images))
@@ -157,10 +157,10 @@ def plan_rounds(count: int, config: SweepConfig) -> list[tuple[int, int]]:
 
 
 def check_same_sweep(out_dir: Path, config: SweepConfig, settings: list[Setting]) -> None:
-    """Note the settings of the sweep: one of all processes does, and the others compare.
+    """Record the settings of the sweep: the first process writes them, the others compare theirs.
 
     Raises:
-        UserError: if the folder holds another one.
+        UserError: if the folder holds another sweep.
     """
     file = out_dir / "config.json"
     now = json.loads(json.dumps(decisive_settings(config)))
@@ -169,8 +169,8 @@ def check_same_sweep(out_dir: Path, config: SweepConfig, settings: list[Setting]
     there = next((path for path in (out_dir / SETTINGS, out_dir / RESULTS_FILE) if path.exists()), None)
     if there is not None and not file.exists():
         raise UserError(
-            f"{there} is of a sweep, but {file} is not there, which says of which; restore it from a copy, or give "
-            "another out_dir"
+            f"{there} belongs to a sweep, but {file}, which says which one, is missing; restore it from a copy, or "
+            "give another out_dir"
         )
     out_dir.mkdir(parents=True, exist_ok=True)
     if not file.exists() and create_record(file, now):
@@ -185,10 +185,10 @@ def check_same_sweep(out_dir: Path, config: SweepConfig, settings: list[Setting]
 
 
 def check_same_reference(out_dir: Path, reference: Reference) -> None:
-    """Note the statistics of the reference, for whoever joins later.
+    """Record the statistics of the reference, for processes that join later.
 
     Raises:
-        UserError: if they have changed since.
+        UserError: if the statistics have changed since.
     """
     mu, sigma = reference.statistics["features"]
     now = {"path": str(reference.path), "statistics_xxh64": xxhash.xxh64(mu.tobytes() + sigma.tobytes()).hexdigest()}
@@ -197,8 +197,8 @@ def check_same_reference(out_dir: Path, reference: Reference) -> None:
         before = read_record(file, "remove it if the reference is the same as before, or give another out_dir")
         if before.get("statistics_xxh64") != now["statistics_xxh64"]:
             raise UserError(
-                f"reference={reference.path} has other statistics than when this sweep began, in {file}: its distances "
-                "don't compare; put the reference back, or give another out_dir"
+                f"reference={reference.path} has other statistics than at the start of this sweep ({file}), so the "
+                "FIDs can't be compared; put the reference back, or give another out_dir"
             )
 
 
@@ -208,13 +208,13 @@ def list_models(config: SweepConfig) -> list[str]:
 
 
 def choose_checkpoint(config: SweepConfig) -> tuple[str | Path, int | None]:
-    """Choose of which step of a run all weights are, for it may train on: one process does, and the others follow.
+    """Choose the step of a run that all weights come from, as the run may still train; the first process chooses.
 
     Returns:
-        The checkpoint, or a model that is no run; and the step at which averages of ema_stds end, None: the last one.
+        The checkpoint, or a model that isn't a run; and the step at which averages of ema_stds end, None: the last one.
 
     Raises:
-        UserError: if there is none, or the chosen one is gone.
+        UserError: if there is no checkpoint, or the chosen one was deleted.
     """
     run, out_dir = Path(config.model), Path(config.out_dir)
     if not (run / CHECKPOINTS).is_dir():
@@ -222,7 +222,7 @@ def choose_checkpoint(config: SweepConfig) -> tuple[str | Path, int | None]:
     file, cure = out_dir / CHECKPOINT_FILE, "restore it from a copy, or give another out_dir"
     there = [name for name in list_models(config) if (out_dir / MODELS / name).exists()]  # before looking for the note
     if there and not file.exists():
-        raise UserError(f"{out_dir / MODELS} holds {there[0]}, but no {file} says of which step of the run; {cure}")
+        raise UserError(f"{out_dir / MODELS} holds {there[0]}, but {file}, which says its step, is missing; {cure}")
     if not file.exists():
         create_record(file, newest_step(config))
     record = read_record(file, cure)
@@ -235,17 +235,17 @@ def choose_checkpoint(config: SweepConfig) -> tuple[str | Path, int | None]:
     lacking = [weights for weights in config.weights if not (out_dir / MODELS / weights).exists()]
     if lacking and not is_checkpoint(checkpoint):
         raise UserError(
-            f"{checkpoint} is gone, of which {file} says that all weights are; {lacking[0]} was not copied yet: "
-            "give another out_dir"
+            f"{checkpoint} was deleted, but {file} says that all weights come from it, and {lacking[0]} was not copied "
+            "yet; give another out_dir"
         )
     return checkpoint, step
 
 
 def newest_step(config: SweepConfig) -> dict[str, Any]:
-    """Return the newest checkpoint of a run; if ema_stds are compared too, that of the last step with kept averages.
+    """Return the newest checkpoint of a run; with ema_stds, the newest one whose step also has kept averages.
 
     Raises:
-        UserError: if there is none.
+        UserError: if there is no such checkpoint.
     """
     run = Path(config.model)
     if not config.ema_stds:
@@ -257,14 +257,14 @@ def newest_step(config: SweepConfig) -> dict[str, Any]:
     common = kept & by_step.keys()
     if not common:
         raise UserError(
-            f"model={run} has checkpoints of steps {sorted(by_step)}, and kept averages of others, up to {max(kept)}: "
-            "weights of different steps don't compare; give weights=[] or ema_stds=[]"
+            f"model={run} has checkpoints of steps {sorted(by_step)}, but kept averages only of others, up to "
+            f"{max(kept)}; weights of different steps can't be compared, so set weights=[] or ema_stds=[]"
         )
     return {"checkpoint": by_step[max(common)], "averages_step": max(common)}
 
 
 def keep_models(config: SweepConfig, leases: Leases) -> None:
-    """Copy the weights that are compared into the sweep's folder, each by one process: a run that trains goes on."""
+    """Copy the weights that are compared into the sweep's folder, each by one process, as the run may still train."""
     stds = {f"std_{std:g}": std for std in config.ema_stds}
     targets = {name: Path(config.out_dir) / MODELS / name for name in list_models(config)}
     if all(target.exists() for target in targets.values()):
@@ -286,19 +286,19 @@ def keep_models(config: SweepConfig, leases: Leases) -> None:
 def measure_settings(
     settings: list[Setting], num_images: int, extractor: Extractor, distance: Frechet, leases: Leases, num_groups: int
 ) -> None:
-    """Draw and score all settings; returns when all scores are there, whichever process made them.
+    """Draw and score all settings; returns when all scores exist, whichever process computed them.
 
     Args:
-        settings: that are compared in this round.
-        num_images: of each.
+        settings: those compared in this round.
+        num_images: of each setting.
         extractor: of the features.
         distance: to the reference.
         leases: claims on the scores.
-        num_groups: of images, for intervals; 0: no intervals.
+        num_groups: groups of images, for intervals; 0: no intervals.
     """
     job: SamplingJob | None = None  # of one model at a time
     while missing := [setting for setting in settings if not setting.score_file(num_images).exists()]:
-        random.shuffle(missing)  # so that processes don't all draw the same setting
+        random.shuffle(missing)  # so that processes spread over the settings
         if job is not None:
             loaded = job.config.model
             missing.sort(key=lambda setting: setting.sample.model != loaded)
@@ -330,7 +330,7 @@ def score(setting: Setting, job: SamplingJob, features_folder: Path, distance: F
 
 
 def write_results(config: SweepConfig, settings: list[Setting], winner: Setting, rounds: list[tuple[int, int]]) -> None:
-    """Write pareto.png, the winner as a recipe for `flowar sample`, report.html; last sweep.json: all is done."""
+    """Write pareto.png, the winner as a recipe for `flowar sample`, report.html, and last sweep.json: it is done."""
     out_dir = Path(config.out_dir)
     rows: list[dict[str, Any]] = []
     for setting in settings:
@@ -338,7 +338,7 @@ def write_results(config: SweepConfig, settings: list[Setting], winner: Setting,
         rows.append({"name": setting.name, **setting.score(last)})
     most = rounds[-1][1]
     rows.sort(key=lambda row: (-row["num_images"], row["fid"]))
-    for row in rows:  # FIDs of as many images compare, others don't
+    for row in rows:  # FIDs can only be compared on the same number of images
         peers = [other for other in rows if other["num_images"] == row["num_images"]]
         row["pareto"] = not any(
             other["fid"] <= row["fid"] and other["gflops"] <= row["gflops"] and other != row for other in peers
@@ -372,7 +372,7 @@ def write_results(config: SweepConfig, settings: list[Setting], winner: Setting,
 
 def sweep_table(rows: list[dict[str, Any]], model: str) -> Table:
     """Return the table of a sweep."""
-    table = Table("setting", "images", "FID", "95% interval", "GFLOPs an image", "Pareto", title=f"sweep of {model}")
+    table = Table("setting", "images", "FID", "95% interval", "GFLOPs per image", "Pareto", title=f"sweep of {model}")
     for row in rows:
         ends = "" if row["interval"] is None else "{:.3f} to {:.3f}".format(*row["interval"])
         cells = (f"{row['num_images']:,}", f"{row['fid']:.3f}", ends, f"{row['gflops']:,.1f}", "*" * row["pareto"])

@@ -1,8 +1,8 @@
 """`flowar train`: the loop, read top to bottom. Read next: training/setup.py, training/step.py, models/family.py.
 
-Everything random in a step follows from (seed, step, place in the batch), and so does the learning rate from the step:
-a run that was killed and started again gives the same weights, on a CPU bit for bit (on a GPU some kernels add up in an
-order of their own), and one that resumes with another number of processes the same up to rounding.
+Everything random in a step follows from (seed, step, place in the batch), and the learning rate follows from the step.
+So a run that is killed and resumed gives the same weights: bit for bit on a CPU (some GPU kernels don't sum in a fixed
+order), and up to rounding if it resumes with another number of processes.
 """
 
 import dataclasses
@@ -71,7 +71,7 @@ from flowar.training.step import TrainingInputs, accumulate, agree, draw_trainin
 
 
 def main(config: TrainConfig, dry_run: bool = False) -> None:
-    """Train the run in `run_dir`, or resume it; on as many processes as were started."""
+    """Train the run in `run_dir`, or resume it, on all processes that were started."""
     device = pick_device(config.device)
     check_attention(config.attention, device)
     if dry_run:
@@ -90,7 +90,7 @@ def main(config: TrainConfig, dry_run: bool = False) -> None:
 
 
 def train(config: TrainConfig, world: World) -> None:
-    """Do what `main` does, within a started world."""
+    """Do what `main` does, in a world that is already started."""
     # Set up.
     config = keep_recorded_rate(config)
     run = plan_run(config, world)
@@ -101,7 +101,7 @@ def train(config: TrainConfig, world: World) -> None:
     if config.precision == "tf32" and world.device.type == "cuda":
         torch.set_float32_matmul_precision("high")
     torch.manual_seed(config.seed)
-    with torch.device("cpu" if world.is_main else "meta"):  # the others get rank 0's, each what is its part
+    with torch.device("cpu" if world.is_main else "meta"):  # the others get their parts from rank 0
         model = create_model(config.model).train()
     set_attention(model, config.attention)
     if world.is_main and run.start is not None:
@@ -132,7 +132,7 @@ def train(config: TrainConfig, world: World) -> None:
         "mfu_per_speed": mfu_per_speed(config.model, config.peak_tflops, config.precision, world),
     }
 
-    # Loop: step counts finished steps; batches are numbered apart, as a rollback leaves some out.
+    # Loop: `step` counts finished steps; batches have their own numbers, as a rollback skips some.
     asked_to_stop, is_set_up = 0, False
     sinks = TrainingReport(
         run_dir,
@@ -157,7 +157,7 @@ def train(config: TrainConfig, world: World) -> None:
             asked_to_stop = numbers.asked_to_stop
             meter.gradients_done()
 
-            # One optimizer step, or none if something is wrong.
+            # One optimizer step, skipped if something is wrong.
             problem = guard.judge(numbers.loss, numbers.grad_norm)
             lr = learning_rate(
                 step - 1,
@@ -176,7 +176,7 @@ def train(config: TrainConfig, world: World) -> None:
                 if world.is_main:
                     owner.check()  # before anything of the run is changed
                 bundle = keep_anomaly(engine, inputs, Anomaly(step, problem, numbers), run.step, config)
-                where = f"kept in {bundle}" if bundle else f"not kept, as {config.guard.max_kept} are"
+                where = f"kept in {bundle}" if bundle else f"not kept: guard.max_kept={config.guard.max_kept} reached"
                 report.say(f"step {step} skipped: {problem}; {where}")
             progress = guard.note_in(progress)
             meter.update_done()
@@ -185,14 +185,14 @@ def train(config: TrainConfig, world: World) -> None:
                 kept_averages.wait()
                 progress = roll_back(engine, ema, progress, f"the last is {step}: {problem}", run_dir, config.guard)
                 report.rewind(progress.step)
-                report.say(f"rolled back to step {progress.step}; the batches since then are left out")
+                report.say(f"rolled back to step {progress.step}; the batches since then are skipped")
                 batches = read_from(progress, config, run, world)
                 meter = StepMeter(progress.step, terms, world)
                 guard.in_a_row = 0
-                asked_to_stop = 0  # the next step notes it again, and is saved
+                asked_to_stop = 0  # the next step sees it again, and is saved
                 continue
 
-            # What a step leaves behind.
+            # Log, save, draw previews.
             if not is_set_up:
                 limit_waiting(config.parallel.timeout_s)
                 is_set_up = True
@@ -233,7 +233,7 @@ def train(config: TrainConfig, world: World) -> None:
 
 
 def read_from(progress: Progress, config: TrainConfig, run: RunPlan, world: World) -> Iterator[TrainingInputs]:
-    """Return this rank's inputs of the steps that are still to do; what they draw is drawn by data.num_workers too."""
+    """Return this rank's inputs for the remaining steps; the data.num_workers processes draw the random numbers too."""
     first, offset = progress.step, progress.data_offset
 
     def draw(batch: Batch, step: int) -> TrainingInputs:
@@ -256,18 +256,18 @@ def read_from(progress: Progress, config: TrainConfig, run: RunPlan, world: Worl
 
 
 def roll_back(engine: Engine, ema: EMA, progress: Progress, what: str, run_dir: Path, guard: GuardConfig) -> Progress:
-    """Go back to the newest checkpoint, and leave out the batches since then; return the progress from there.
+    """Roll back to the newest checkpoint, and skip the batches since then; return the progress from there.
 
     Raises:
-        UserError: if there is none, or this was done before.
+        UserError: if there is no checkpoint, or the run was rolled back `guard.max_rollbacks` times already.
     """
     rollbacks = progress.rollbacks + 1
     found = restore_newest(engine, ema, run_dir) if rollbacks <= guard.max_rollbacks else None
     if found is None:
         before = "the run was rolled back before" if rollbacks > guard.max_rollbacks else "there is no checkpoint yet"
         raise UserError(
-            f"{guard.skips_before_rollback} steps in a row went wrong, {what}; {before}. Look at {run_dir / ANOMALIES} "
-            "with `flowar replay`; a lower optim.lr or precision=tf32 may help"
+            f"{guard.skips_before_rollback} steps in a row went wrong, {what}; {before}. Replay the steps kept in "
+            f"{run_dir / ANOMALIES} with `flowar replay`; a lower optim.lr or precision=tf32 may help"
         )
     restored, _ = found
     if engine.world.is_main:
@@ -279,13 +279,13 @@ def roll_back(engine: Engine, ema: EMA, progress: Progress, what: str, run_dir: 
 
 
 def mfu_per_speed(model: ModelConfig, peak: float | None, precision: str, world: World) -> float | None:
-    """Return the share of all devices' peak rate that one image/s takes, or None where the peak is not known.
+    """Return the share of all devices' peak rate that one image/s takes, or None if the peak is not known.
 
     Args:
-        model: what is trained.
-        peak: TFLOP/s of one device as set; None: known GPUs', or measured on a CPU.
+        model: in training.
+        peak: TFLOP/s of one device; None: from the table of known GPUs, or measured on a CPU.
         precision: of the training.
-        world: how many devices.
+        world: gives the number of devices.
     """
     peak = peak or peak_tflops(world.device, precision)
     return None if peak is None else count_training_flops(model) / (1e12 * peak * world.size)

@@ -150,8 +150,8 @@ def training_world(
         if not has_lost_ranks(error):
             raise
         print(
-            f"flowar {verb}: rank {world.rank} lost contact with the other ranks: one of them died, or stalled for "
-            f"more than {timeout}: {' '.join(str(error).split())[:200]}; the same command resumes from "
+            f"flowar {verb}: rank {world.rank} lost the other ranks: one of them died, or stalled longer than "
+            f"{timeout}: {' '.join(str(error).split())[:200]}; the same command resumes from "
             f"{latest() or 'step 0'}",
             file=sys.stderr,
             flush=True,

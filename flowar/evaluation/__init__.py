@@ -1,1 +1,1 @@
-"""Measuring images: readers, feature networks and the files that keep features, metrics, references, the page."""
+"""Measure images: readers, feature networks and the files that keep features, metrics, references, the report."""

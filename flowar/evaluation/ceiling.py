@@ -1,4 +1,4 @@
-"""The ceiling: real images encoded and decoded by the samples' VAE, which no sample of the model can surpass.
+"""The ceiling: real images encoded and decoded by the samples' VAE, an upper limit for samples of the model.
 
 Read next: latents/vae.py.
 """
@@ -22,14 +22,14 @@ from flowar.sampling.job import choose_vae
 
 @dataclass(frozen=True)
 class RebuiltImages(ImageSet):
-    """Images as a VAE gives them back, from the means of its moments."""
+    """Images encoded and decoded by a VAE, from the means of its moments."""
 
     vae: VAE | None = None
     device: torch.device | None = None
 
     @torch.inference_mode()
     def read_many(self, places: range, mapped: Callable[..., Iterable[NDArray[np.uint8]]] = map) -> NDArray[np.uint8]:
-        """Return rebuilt images as uint8 (N, 3, H, W); errors as those of `ImageSet`."""
+        """Return rebuilt images as uint8 (N, 3, H, W); same errors as in `ImageSet`."""
         assert self.vae is not None
         pixels = torch.from_numpy(super().read_many(places, mapped).copy()).to(self.device)
         mean, _ = self.vae.encode(from_uint8(pixels)).chunk(2, dim=1)
@@ -44,29 +44,29 @@ def open_ceiling(
 
     Args:
         sampling: the samples' record.
-        given: the VAE as the samples' settings name it, if they are at hand.
+        given: the VAE in the samples' settings, if they are known.
         images: the real ones.
-        count: of the samples: as many images at most, evenly spaced, so that numbers have the same bias.
+        count: number of samples; at most this many images are taken, evenly spaced, so that metrics have the same bias.
         device: of the VAE.
 
     Raises:
-        UserError: if the VAE or the images are not here or don't fit.
+        UserError: if the VAE or the images are missing or don't fit.
     """
     if sampling is None:
         raise UserError("the samples have no record that names their VAE")
     if images is None:
-        raise UserError("the reference holds statistics alone, not images")
+        raise UserError("the reference holds only statistics, no images")
     real = open_images(images, "reference")
     vae_config = choose_vae(given, Path(str(sampling.get("model", ""))))
     vae = load_vae(vae_config.name, vae_config.weights).to(device)
     if vae.weights_sha256 != sampling.get("vae_sha256"):
         raise UserError(
-            f"VAE {vae_config.name} here has weights {vae.weights_sha256[:12]}, but the samples were decoded with "
-            f"{str(sampling.get('vae_sha256'))[:12]}"
+            f"VAE {vae_config.name} has weights {vae.weights_sha256[:12]} on this machine, but the samples were "
+            f"decoded with {str(sampling.get('vae_sha256'))[:12]}"
         )
     height, width = real.read_checked(0).shape[:2]
     if height % vae.stride or width % vae.stride:
-        raise UserError(f"the real images have {width} x {height} pixels, no multiple of the VAE's {vae.stride}")
+        raise UserError(f"the real images have {width} x {height} pixels, not multiples of the VAE's {vae.stride}")
     places = torch.linspace(0, len(real) - 1, min(count, len(real))).round().long().tolist()
     return RebuiltImages(
         real.root, "rebuilt", list(range(len(places))), [real.labels[place] for place in places],

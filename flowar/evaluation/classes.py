@@ -1,4 +1,4 @@
-"""What a judge says of images with classes: how many show the class they were asked for, and which they show instead.
+"""Class accuracy by a judge: how many images show the requested class, and what the others show instead.
 
 Read next: judge.py.
 """
@@ -23,7 +23,7 @@ from flowar.sampling.folder import CLASS_NAMES, SAMPLES_FILE, read_samples
 
 
 def class_names_of(path: Path) -> tuple[str, ...] | None:
-    """Return the names of the classes of images, by their labels; () where they have numbers alone, None: no classes.
+    """Return the names of images' classes, by label; () if the classes have only numbers, None if there are no classes.
 
     Raises:
         UserError: if there are no images.
@@ -42,16 +42,16 @@ def class_names_of(path: Path) -> tuple[str, ...] | None:
 def to_judge_classes(
     names: Sequence[str] | None, about: AboutJudge, what: str, *, strict: bool
 ) -> dict[int, int] | None:
-    """Return {label of the images: class of the judge}; None: the images have no classes that it could know.
+    """Return {label of the images: class of the judge}; None if the images have no classes that it could know.
 
     Args:
         names: from `class_names_of`.
         about: the judge.
         what: the images, for messages.
-        strict: whether the names are surely of classes, and not of any folders.
+        strict: whether the names are certainly classes, not just any folders.
 
     Raises:
-        UserError: if there is a class that the judge doesn't know.
+        UserError: if the judge doesn't know one of the classes.
     """
     if names is None:
         return None
@@ -64,18 +64,18 @@ def to_judge_classes(
     if unknown:
         hint = did_you_mean(unknown[0], about.class_names[:20])
         raise UserError(
-            f"{what} has {len(unknown):,} classes that the judge does not know, the first is {unknown[0]!r}{hint}; it "
-            f"was trained on {about.images}: give extractor.images= with the same classes, and another "
-            "extractor.weights"
+            f"{what} has {len(unknown):,} classes that the judge does not know (the first is {unknown[0]!r}{hint}); "
+            f"the judge was trained on {about.images}; set extractor.images to images with the same classes, and "
+            "another extractor.weights"
         )
     return {label: known[name] for label, name in enumerate(names)}
 
 
 def judge_classes(found: Features, matched: dict[int, int] | None, about: AboutJudge) -> dict[str, Any] | None:
-    """Return {"class_accuracy", "num_images", "confusion": {class: {shown: count}}}; None if nothing has a class.
+    """Return {"class_accuracy", "num_images", "confusion": {class: {shown: count}}}; None if no image has a class.
 
     Raises:
-        UserError: if an image has a label that is none of the judge's.
+        UserError: if an image has a label that the judge doesn't know.
     """
     if matched is None or "logits" not in found.layers:
         return None
@@ -85,8 +85,8 @@ def judge_classes(found: Features, matched: dict[int, int] | None, about: AboutJ
     strange = [label for label in found.labels[has_class].unique().tolist() if label not in matched]
     if strange:
         raise UserError(
-            f"an image is of class {strange[0]}, but the judge knows 0 to {len(about.class_names) - 1}, trained on "
-            f"{about.images}; give extractor.images= with the same classes, and another extractor.weights"
+            f"an image has class {strange[0]}, but the judge knows 0 to {len(about.class_names) - 1}, trained on "
+            f"{about.images}; set extractor.images to images with the same classes, and another extractor.weights"
         )
     asked = torch.tensor([matched[label] for label in found.labels[has_class].tolist()])
     shown = found.layers["logits"][has_class].argmax(dim=1)
@@ -98,7 +98,7 @@ def judge_classes(found: Features, matched: dict[int, int] | None, about: AboutJ
 
 
 def count_confusion(asked: Tensor, shown: Tensor, names: Sequence[str]) -> dict[str, dict[str, int]]:
-    """Return {class asked for: {class shown: number of images}}, without zeros."""
+    """Return {requested class: {class shown: number of images}}, without zeros."""
     pairs, counts = torch.stack([asked, shown], dim=1).unique(dim=0, return_counts=True)
     table: dict[str, dict[str, int]] = {}
     for (row, column), count in zip(pairs.tolist(), counts.tolist(), strict=True):
@@ -107,7 +107,7 @@ def count_confusion(asked: Tensor, shown: Tensor, names: Sequence[str]) -> dict[
 
 
 def class_metric(judged: dict[str, Any], about: AboutJudge) -> Metric:
-    """Return the share of images that show the class they were asked for."""
+    """Return the share of images that show the requested class."""
     value, count = judged["class_accuracy"], judged["num_images"]
-    note = f"the judge knows {about.accuracy:.1%} of {about.num_held_out:,} held-out real images"
+    note = f"the judge gets {about.accuracy:.1%} of {about.num_held_out:,} held-out real images right"
     return Metric("class_accuracy", value, wilson_interval(value, count), note)

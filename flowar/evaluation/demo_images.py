@@ -21,7 +21,7 @@ HELD_OUT_SHARE = 0.2  # 360 of 1,797 images
 SPLIT_SEED = 0
 GREY_LEVELS = 16  # of scikit-learn's 8 x 8 digits: 0 to 16
 
-FASHION_SIDE, FASHION_MARGIN = 28, 2  # pixels; the margin brings it to IMAGE_SIZE
+FASHION_SIDE, FASHION_MARGIN = 28, 2  # pixels; the margin pads it to IMAGE_SIZE
 FASHION_FOLDERS = ("/usr/share/datasets/fashion-mnist", "data/FashionMNIST/raw")  # Debian's; torchvision's
 FASHION_NAMES = ("t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle-boot")
 IDX_HEADER = {1: 8, 3: 16}  # bytes, by the number of dimensions
@@ -53,17 +53,17 @@ def load_fashion(folder: str | None = None) -> dict[str, RealImages]:
     """Return {"train", "held_out"} of Fashion-MNIST: 60,000 and 10,000 images of clothes.
 
     Args:
-        folder: with its four idx files, as they are or as .gz; None: where Debian or torchvision puts them.
+        folder: with its four idx files, plain or as .gz; None: where Debian or torchvision puts them.
 
     Raises:
-        UserError: if they are not there, or damaged.
+        UserError: if the files are missing or damaged.
     """
     places = [Path(place) for place in ((folder,) if folder is not None else FASHION_FOLDERS)]
     found = next((place for place in places if any(place.glob("train-images-idx3-ubyte*"))), None)
     if found is None:
         raise UserError(
-            f"Fashion-MNIST is not in {' or '.join(map(str, places))}: install Debian's package dataset-fashion-mnist, "
-            "or give the folder with its four idx files as images="
+            f"Fashion-MNIST is not in {' or '.join(map(str, places))}; install Debian's package dataset-fashion-mnist, "
+            "or set images to the folder with its four idx files"
         )
     return {
         split: RealImages(
@@ -95,10 +95,10 @@ def _to_rgb(grey: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def write_image_folders(
     root: Path, splits: dict[str, RealImages] | None = None, names: Sequence[str] | None = None
 ) -> None:
-    """Write both splits as PNG files, root/SPLIT/CLASS/NUMBER.png: what `flowar prepare` reads.
+    """Write both splits as PNG files, root/SPLIT/CLASS/NUMBER.png, for `flowar prepare`.
 
     Args:
-        root: where to.
+        root: the folder to write.
         splits: None: the digits.
         names: of the classes; None: their numbers.
     """

@@ -1,4 +1,4 @@
-"""Networks that give features of images; torch-fidelity's, and where their weights are. Read next: store.py."""
+"""Networks that compute features of images, mostly torch-fidelity's, and their weights. Read next: store.py."""
 
 import contextlib
 import hashlib
@@ -38,13 +38,13 @@ SPATIAL_MODULE, SPATIAL_CHANNELS = "Mixed_6d.branch1x1", 7  # ADM's mixed_6/conv
 
 
 class Extractor:
-    """A network that gives features: layers "features", and where it has them "logits" and "spatial"."""
+    """A network that computes features: layers "features", and "logits" and "spatial" if it has them."""
 
     def __init__(self, config: ExtractorConfig, device: torch.device) -> None:
         """Load the network.
 
         Raises:
-            UserError: if there is no such network, or its weights are not here or not the published ones.
+            UserError: if there is no such network, or its weights are missing or not the published ones.
         """
         self.name = config.name
         self.device = device
@@ -56,7 +56,7 @@ class Extractor:
             register_feature_extractor(config.name, TimmFeatures)
         if config.name not in FEATURE_EXTRACTORS_REGISTRY:
             known = ", ".join((*FEATURE_EXTRACTORS_REGISTRY, OWN, f"{TIMM}NAME"))
-            raise UserError(f"extractor.name={config.name} is unknown; choose one of: {known}")
+            raise UserError(f"extractor.name={config.name} is unknown; choose one of {known}")
         check_weights(config)
         is_checked = check_hub_weights(config) or (config.weights is not None and not config.other_weights)
         kind = FEATURE_EXTRACTORS_REGISTRY[config.name]
@@ -75,13 +75,15 @@ class Extractor:
                     verbose=False,
                 ).to(device)
         except OSError as error:  # urllib's URLError is one
-            given = ", or give the file as extractor.weights=" if is_foreign else ""
+            given = ", or set extractor.weights to the file" if is_foreign else ""
             raise UserError(f"{missing_weights(config.name)}{given} (fetching failed: {error})") from error
         except (RuntimeError, KeyError, EOFError, UnpicklingError, SafetensorError) as error:
             source = config.weights or torch.hub.get_dir()
-            raise UserError(f"the weights of {config.name} in {source} can't be used: {error!r}"[:400]) from error
+            raise UserError(
+                f"the weights of {config.name} in {source} can't be used; copy or download them again: {error!r}"[:400]
+            ) from error
         if not is_checked:
-            check_hub_weights(config)  # they have just been fetched
+            check_hub_weights(config)  # they were just downloaded
         self._order = [next(name for name, layer in layers.items() if layer == own) for own in provided]
         self._spatial: Tensor | None = None
         if config.name == INCEPTION:
@@ -103,7 +105,7 @@ class Extractor:
 
 @contextlib.contextmanager
 def weights_as_data(is_needed: bool) -> Iterator[None]:
-    """Have torch read pickles as data, although torch-fidelity asks for code too: weights may be anybody's."""
+    """Make torch read pickles as data only, although torch-fidelity allows code: weights may come from anyone."""
     before = os.environ.copy()
     if is_needed:
         os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
@@ -115,28 +117,28 @@ def weights_as_data(is_needed: bool) -> Iterator[None]:
 
 
 def check_weights(config: ExtractorConfig) -> None:
-    """Raise a UserError if the given weights are not there, or are not the published ones."""
+    """Raise a UserError if the given weights don't exist, or are not the published ones."""
     if config.weights is None:
         if config.name == OWN:
             raise UserError(
-                f"extractor.name={OWN} needs the judge's file here, as extractor.weights=FILE; `flowar evaluate "
-                f"samples=... reference=... extractor.name={OWN}` trains one and says where it is"
+                f"extractor.name={OWN} needs the judge's file, extractor.weights=FILE; `flowar evaluate samples=... "
+                f"reference=... extractor.name={OWN}` trains a judge and prints its file"
             )
         return
     if config.name.startswith("dinov2"):
         raise UserError(
-            f"extractor.weights={config.weights}: {config.name} is read from torch hub's folder; set TORCH_HOME, or "
-            "leave it out"
+            f"extractor.weights={config.weights} can't be used: {config.name} is read from torch hub's folder; leave "
+            "it out, and set TORCH_HOME if the folder is elsewhere"
         )
     file = Path(config.weights)
     if not file.is_file():
-        raise UserError(f"extractor.weights={file} does not exist")
+        raise UserError(f"extractor.weights={file} does not exist; give the file with the weights of {config.name}")
     if config.name in PUBLISHED_WEIGHTS and not config.other_weights:
         _check_hash(config.name, file)
 
 
 def check_hub_weights(config: ExtractorConfig) -> bool:
-    """Return whether the weights are those in torch hub's folder, and there already.
+    """Return whether the weights are read from torch hub's folder and already exist there.
 
     Raises:
         UserError: if they are not the published ones.
@@ -153,8 +155,8 @@ def _check_hash(name: str, file: Path) -> None:
     published, expected, url = PUBLISHED_WEIGHTS[name]
     if not found.startswith(expected):
         raise UserError(
-            f"the weights {file} have sha256 {found[:8]}..., but {published} has {expected}...; fetch it from {url}, "
-            "or set extractor.other_weights=true for numbers that compare with no published ones"
+            f"the weights {file} have sha256 {found[:8]}..., but {published} has {expected}...; download it from {url},"
+            " or set extractor.other_weights=true for numbers that can't be compared with published ones"
         )
 
 
@@ -166,17 +168,17 @@ def has_weights(name: str) -> bool:
 
 
 def missing_weights(name: str) -> str:
-    """Return which file is missing, and where it goes."""
+    """Return a message that says which file is missing, and where to put it."""
     folder = Path(torch.hub.get_dir())
     if name == DINOV2:
         return (
-            f"the weights of {name} are not here: on a machine with a network run "
+            f"the weights of {name} are missing: on a machine with internet access run "
             f'"python -c \'import torch; torch.hub.load(\\"facebookresearch/dinov2\\", \\"dinov2_vitl14\\")\'" and '
             f"copy {' and '.join(DINOV2_FILES)} from its ~/.cache/torch/hub to {folder}"
         )
     if name in PUBLISHED_WEIGHTS:
         file, _, url = PUBLISHED_WEIGHTS[name]
-        return f"the weights of {name} are not here: fetch {url} to {folder / 'checkpoints' / file}"
+        return f"the weights of {name} are missing: download {url} to {folder / 'checkpoints' / file}"
     if name.startswith(TIMM):
-        return f"the weights of {name} are not here: timm fetches them on a machine with a network"
-    return f"the weights of {name} are not here; torch-fidelity fetches them on a machine with a network"
+        return f"the weights of {name} are missing; timm downloads them on a machine with internet access"
+    return f"the weights of {name} are missing; torch-fidelity downloads them on a machine with internet access"

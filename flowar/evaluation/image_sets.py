@@ -1,6 +1,6 @@
-"""Images to be measured: a folder, what `flowar sample` wrote, an .npz, tars, MDS. Never resizes or crops.
+"""Read images to be measured: a folder, what `flowar sample` wrote, an .npz, tars, MDS. Never resizes or crops.
 
-Read next: features.py.
+Read next: store.py.
 """
 
 import functools
@@ -45,15 +45,15 @@ MEASURABLE = "a folder of images, what `flowar sample` wrote, an .npz with arr_0
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images by place. `numbers` tell which images they are: those of `flowar sample`, else the places."""
+    """Images by place. `numbers` identify them: the numbers of `flowar sample`, otherwise the places."""
 
     root: Path
     kind: str  # folder, samples, npz, tar or mds
     numbers: list[int]
-    labels: list[int]  # NO_LABEL where there is none
-    identity: str  # a hash that changes if other images are put there
+    labels: list[int]  # NO_LABEL for images without a label
+    identity: str  # a hash that changes if the images are replaced
     read: Callable[[int], NDArray[np.uint8]] = field(repr=False)  # place -> uint8 (H, W, 3)
-    class_names: tuple[str, ...] = ()  # by label, where the images come with any
+    class_names: tuple[str, ...] = ()  # by label, if the images have class names
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -62,11 +62,11 @@ class ImageSet:
         """Return images as uint8 (N, 3, H, W).
 
         Args:
-            places: which.
-            mapped: `map`, or that of a pool.
+            places: of the images.
+            mapped: `map`, or the `map` of a pool.
 
         Raises:
-            UserError: if one can't be read, is damaged, or they have different sizes.
+            UserError: if an image can't be read or is damaged, or the images have different sizes.
         """
         images = list(mapped(self.read_checked, places))
         sizes = {image.shape for image in images}
@@ -79,7 +79,7 @@ class ImageSet:
         return np.stack(images).transpose(0, 3, 1, 2)
 
     def read_checked(self, place: int) -> NDArray[np.uint8]:
-        """Return an image as uint8 (H, W, 3); errors as `read_many`."""
+        """Return an image as uint8 (H, W, 3); same errors as `read_many`."""
         try:
             return self.read(place)
         except UserError:
@@ -92,11 +92,11 @@ def open_images(path: str | Path, setting: str) -> ImageSet:
     """Return the images at a path.
 
     Args:
-        path: see `NEEDED`.
-        setting: whose value it is, for messages.
+        path: see `MEASURABLE`.
+        setting: that has this value, for messages.
 
     Raises:
-        UserError: if there are none, or drawing them is not finished.
+        UserError: if there are no images, or drawing them is not finished.
     """
     path = Path(path)
     if not path.exists():
@@ -116,7 +116,7 @@ def open_images(path: str | Path, setting: str) -> ImageSet:
 
 
 def _listed(files: list[Path]) -> list[tuple[str, int, int]]:
-    """Return names, sizes and times of files, which change when they do."""
+    """Return names, sizes and times of files, which change when the files change."""
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
@@ -132,8 +132,8 @@ def _open_samples(path: Path, setting: str) -> ImageSet:
     if not (path / IMAGES_FOLDER).is_dir():
         kept = ", ".join(sorted(store.name.removeprefix("features-") for store in path.glob("features-*"))) or "nothing"
         raise UserError(
-            f"{setting}={path} was drawn with features_only=true and has no images; features of {kept} are there: set "
-            "extractor.name, or draw images"
+            f"{setting}={path} was drawn with features_only=true and has no images, only features by {kept}; set "
+            "extractor.name to such a network, or draw images"
         )
     count, file = record["num_images"], path / HASHES_FILE
     hashes = read_hashes(file) if file.exists() else {}
@@ -141,8 +141,8 @@ def _open_samples(path: Path, setting: str) -> ImageSet:
     found = sorted((number_of(name), name) for name in there & hashes.keys())[:count]
     if [number for number, _ in found] != list(range(count)) or HashBook(path).new_files():
         raise UserError(
-            f"{setting}={path} holds {len(there):,} images, {len(hashes):,} of them hashed, but {count:,} were asked "
-            "for; run the same `flowar sample` again to draw and hash the rest"
+            f"{setting}={path} holds {len(there):,} images, {len(hashes):,} of them hashed, but {count:,} were "
+            "requested; run the same `flowar sample` again to draw and hash the rest"
         )
     strange = sorted(name for name in there - hashes.keys() if number_of(name) < count)
     if strange:
@@ -186,7 +186,7 @@ def _is_hidden(file: Path, root: Path) -> bool:
 
 
 def _open_npz(path: Path, setting: str) -> ImageSet:
-    """Return the images of ADM's format: arr_0 uint8 (N, H, W, 3), arr_1 labels if there."""
+    """Return the images of ADM's format: arr_0 uint8 (N, H, W, 3), and labels in arr_1 if it exists."""
     try:
         with np.load(path) as content:
             names = content.files
@@ -200,17 +200,19 @@ def _open_npz(path: Path, setting: str) -> ImageSet:
         ) from error
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
         raise UserError(
-            f"{setting}={path}: arr_0 is {images.dtype} {images.shape}; uint8 images (N, height, width, 3) are needed"
+            f"{setting}={path} has arr_0 of {images.dtype} {images.shape}; give one with uint8 (N, height, width, 3)"
         )
     if labels is not None and labels.shape != (len(images),):
-        raise UserError(f"{setting}={path}: arr_1 has shape {labels.shape}; one label for each image is needed")
+        raise UserError(
+            f"{setting}={path} has arr_1 of shape {labels.shape}, but {len(images)} images; give one label per image"
+        )
     given = [NO_LABEL] * len(images) if labels is None else [int(label) for label in labels]
     places = list(range(len(images)))
     return ImageSet(path, "npz", places, given, hash_json(_listed([path])), lambda place: np.asarray(images[place]))
 
 
 def _map_member(path: Path, member: str) -> NDArray[Any]:
-    """Return an array of an .npz, mapped into memory where it is stored plainly, else read."""
+    """Return an array of an .npz: memory-mapped if it is stored uncompressed, otherwise read."""
     with zipfile.ZipFile(path) as archive:
         info = archive.getinfo(member)
         if info.compress_type != zipfile.ZIP_STORED:
@@ -238,12 +240,12 @@ def _map_member(path: Path, member: str) -> NDArray[Any]:
 
 @functools.lru_cache
 def _check_member(path: Path, member: str, size: int, mtime_ns: int) -> None:
-    """Raise a BadZipFile error if a member of an archive doesn't have its checksum, which mapping doesn't look at.
+    """Raise a BadZipFile error if a member of an archive doesn't match its checksum, which memory-mapping ignores.
 
-    One read of the whole member more, some seconds for 10 GB; of a file with the same size and time once a process.
+    This reads the whole member once more, some seconds for 10 GB, but only once per process, file size and time.
     """
     with zipfile.ZipFile(path) as archive, archive.open(member) as file:
-        while file.read(MIB):  # at its end zipfile compares
+        while file.read(MIB):  # zipfile compares at the end
             continue
 
 
@@ -260,7 +262,7 @@ def _open_tars(path: Path) -> ImageSet:
 
 
 def _open_mds(path: Path) -> ImageSet:
-    """Return the column "image" of an MDS dataset, with "label" and "number" if there."""
+    """Return the column "image" of an MDS dataset, with "label" and "number" if they exist."""
     from streaming.base.format import reader_from_json
 
     cure = "copy the dataset again"
@@ -268,9 +270,9 @@ def _open_mds(path: Path) -> ImageSet:
         shards = read_record(path / INDEX_FILE, cure)["shards"]
         readers: list[Any] = [reader_from_json(str(path), None, shard) for shard in shards]
         for reader in readers:
-            reader.validate(allow_unsafe_types=False)  # no pickles, which run code when they are read
+            reader.validate(allow_unsafe_types=False)  # no pickles, which run code when read
             if Path(reader.raw_data.basename).is_absolute() or ".." in Path(reader.raw_data.basename).parts:
-                raise ValueError(f"its shard {reader.raw_data.basename} lies elsewhere")
+                raise ValueError(f"its shard {reader.raw_data.basename} is outside of the folder")
         times = _listed([path / reader.raw_data.basename for reader in readers])
         rows = [(reader, row) for reader in readers for row in range(reader.size)]
         columns = readers[0].column_names if readers else []
@@ -279,9 +281,13 @@ def _open_mds(path: Path) -> ImageSet:
     except UserError:
         raise
     except Exception as error:  # damaged shards raise any kind
-        raise UserError(f"{path} is not a readable MDS dataset: {error!r}; uncompressed shards are needed") from error
+        raise UserError(
+            f"{path} is not a readable MDS dataset: {error!r}; give one with uncompressed shards"
+        ) from error
     if "image" not in columns:
-        raise UserError(f"{path} is MDS without a column image; moments of `flowar prepare` are not images")
+        raise UserError(
+            f"{path} is an MDS dataset without a column image; give one with images, not moments of `flowar prepare`"
+        )
 
     def read(place: int) -> NDArray[np.uint8]:
         reader, row = rows[place]
@@ -291,6 +297,6 @@ def _open_mds(path: Path) -> ImageSet:
 
 
 def _numbers(given: list[int | None]) -> list[int]:
-    """Return the numbers that images come with, or their places where these don't tell them apart."""
+    """Return the numbers of images if each has its own, otherwise their places."""
     known = [number for number in given if number is not None]
     return known if len(set(known)) == len(given) else list(range(len(given)))

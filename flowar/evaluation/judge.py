@@ -1,6 +1,6 @@
 """A judge: a small classifier of a dataset's classes, trained on its real images; its features measure samples.
 
-Read next: judging.py for which images train it and where it is kept, classes.py for what it says of samples.
+Read next: judging.py for its training images and its file, classes.py for class accuracy of samples.
 """
 
 import json
@@ -25,12 +25,12 @@ from flowar.base.tensors import load_tensors, read_about, save_tensors
 from flowar.evaluation.image_sets import ImageSet
 from flowar.latents.vae import from_uint8
 
-FEATURES = 64  # width of the features: few enough for a covariance from some hundred images
-SMALL_SIDE, LARGE_SIDE = 32, 64  # pixels of what the network sees, of images up to 32 px and of larger ones
+FEATURES = 64  # width of the features, small enough for a covariance from a few hundred images
+SMALL_SIDE, LARGE_SIDE = 32, 64  # pixels of the network's input, for images up to 32 px and for larger ones
 POOLED_SIDE = 4  # of the last convolution's output
-TESTED_SHARE = 0.1  # of each class, which tells the accuracy
+TESTED_SHARE = 0.1  # of each class, held out to measure the accuracy
 LEAST_OF_A_CLASS = 5  # images
-MOST_IMAGES = 60_000  # that are read; more are thinned out class by class
+MOST_IMAGES = 60_000  # that are read; larger sets are thinned out class by class
 JUDGE_EPOCHS, MOST_JUDGE_STEPS, JUDGE_BATCH = 30, 3000, 64
 JUDGE_LR = 3e-3
 JUDGED_AT_ONCE = 500
@@ -38,22 +38,22 @@ DECODERS = 8  # threads that decode images
 MAX_ROTATION = 0.2  # radians, of the augmentation
 MAX_SHIFT = 0.15  # of half the image
 MAX_ZOOM = 0.15
-MANY_IMAGES, MANY_STRENGTH = 10_000, 0.4  # with so many images the augmentation is weaker by this factor
-RETRAIN_JUDGE = "remove it and run the same command again, which trains another"
+MANY_IMAGES, MANY_STRENGTH = 10_000, 0.4  # from this many images on, the augmentation is weaker by this factor
+RETRAIN_JUDGE = "remove it and run the same command again, which trains a new judge"
 
 
 @dataclass(frozen=True, kw_only=True)
 class AboutJudge:
-    """What is written beside the weights of a judge."""
+    """The record beside the weights of a judge."""
 
     class_names: list[str]  # the class number is the place in this list
-    side: int  # pixels of what the network sees
+    side: int  # pixels of the network's input
     accuracy: float  # on held-out images
     num_held_out: int
-    num_images: int  # that trained it
-    images: str  # where they were
-    identity: str  # a hash that tells them from other images
-    flip: bool  # whether mirror images trained it too
+    num_images: int  # in training
+    images: str  # path of the training images
+    identity: str  # hash of the training images
+    flip: bool  # whether it was trained on mirror images too
     seed: int
     flowar: str = __version__
 
@@ -94,7 +94,7 @@ def to_side(images: Tensor, side: int) -> Tensor:
 def jitter(
     images: Tensor, generator: torch.Generator | None = None, *, flip: bool = False, strength: float = 1
 ) -> Tensor:
-    """Return the images, each turned, shifted and zoomed a little, at random; every other one mirrored if `flip`."""
+    """Return the images, each randomly rotated, shifted and zoomed a little; half of them mirrored if `flip`."""
     count = len(images)
 
     def draw(*size: int) -> Tensor:
@@ -112,7 +112,7 @@ def jitter(
 
 
 def split_classes(labels: Sequence[int], seed: int, most: int = MOST_IMAGES) -> tuple[list[int], list[int]]:
-    """Return the places of the images that train, and of those that are held out: a tenth of each class."""
+    """Return the places of the training images, and of the held-out ones, a tenth of each class."""
     random = np.random.default_rng(seed)
     array = np.asarray(labels)
     train: list[int] = []
@@ -129,12 +129,12 @@ def split_classes(labels: Sequence[int], seed: int, most: int = MOST_IMAGES) -> 
 def train_judge(
     images: ImageSet, class_names: Sequence[str], device: torch.device, *, flip: bool = False, seed: int = 0
 ) -> tuple[Judge, AboutJudge]:
-    """Return a classifier trained on real images, in evaluation mode on the CPU, and what is to be known of it.
+    """Return a classifier trained on real images, in evaluation mode on the CPU, and its record.
 
     Args:
         images: each with a label among the classes.
         class_names: by label.
-        device: that trains it.
+        device: to train on.
         flip: whether to show it mirror images too.
         seed: of the split, the first weights and all draws.
 
@@ -203,15 +203,15 @@ def save_judge(judge: Judge, about: AboutJudge, file: Path) -> None:
 
 
 def load_judge(file: str | Path) -> tuple[Judge, AboutJudge]:
-    """Return the judge that `save_judge` wrote, in evaluation mode, and what is known of it.
+    """Return the judge that `save_judge` wrote, in evaluation mode, and its record.
 
     Raises:
-        UserError: if there is none, or it is not what was written.
+        UserError: if the file doesn't exist, or is not what was written.
     """
     file = Path(file)
     if not file.is_file():
         raise UserError(
-            f"there is no judge {file}; `flowar evaluate samples=... reference=... extractor.name=own "
+            f"the judge {file} does not exist; `flowar evaluate samples=... reference=... extractor.name=own "
             f"extractor.weights={file}` trains one"
         )
     about, tensors = read_about_judge(file), load_tensors(file, RETRAIN_JUDGE)
@@ -225,16 +225,16 @@ def load_judge(file: str | Path) -> tuple[Judge, AboutJudge]:
 
 
 def read_about_judge(file: Path) -> AboutJudge:
-    """Return what is known of a judge.
+    """Return the record of a judge.
 
     Raises:
-        UserError: if it is not what was written.
+        UserError: if the file is not what was written.
     """
     values: dict[str, Any] = read_about(file, RETRAIN_JUDGE)
     try:
         about = AboutJudge(**values)
     except TypeError as error:
-        raise UserError(f"{file} is not a judge ({json.dumps(values)[:80]} is said of it); {RETRAIN_JUDGE}") from error
+        raise UserError(f"{file} is not a judge (its record is {json.dumps(values)[:80]}); {RETRAIN_JUDGE}") from error
     return about
 
 
@@ -264,7 +264,7 @@ class JudgeFeatures(FeatureExtractorBase):  # type: ignore[misc]  # torch-fideli
         return torch.zeros(1, 3, SMALL_SIDE, SMALL_SIDE, dtype=torch.uint8)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the asked-for features of uint8 images (N, 3, H, W)."""
+        """Return the requested features of uint8 images (N, 3, H, W)."""
         features, logits = self.judge(from_uint8(to_side(images, self.judge.side)))
         outputs = {"features": features, "logits": logits}
         return tuple(outputs[name] for name in self.features_list)

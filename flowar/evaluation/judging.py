@@ -1,4 +1,4 @@
-"""Which images train a judge, and where it is kept; any number of processes train it once. Read next: judge.py."""
+"""Choose the images that train a judge, and its file; any number of processes train it once. Read next: judge.py."""
 
 import contextlib
 import dataclasses
@@ -21,11 +21,11 @@ JUDGE_FILE = "judge.safetensors"
 
 
 def choose_judge_file(extractor: ExtractorConfig, reference: Path, out_dir: Path) -> Path:
-    """Return where the judge is or goes: as extractor.weights says, else with the reference, else in `out_dir`."""
+    """Return the judge's file: extractor.weights if set, otherwise beside the reference, otherwise in `out_dir`."""
     if extractor.weights is not None:
         return Path(extractor.weights)
     if any(reference.glob(f"features-*/{STATISTICS_FILE}")) or (reference / JUDGE_FILE).is_file():
-        return reference / JUDGE_FILE  # a made reference is a folder of its own
+        return reference / JUDGE_FILE  # inside a reference that make-reference wrote
     reference = reference.absolute()
     beside = reference.with_name(f"{reference.name}.{JUDGE_FILE}")
     return beside if beside.is_file() or os.access(beside.parent, os.W_OK) else out_dir / JUDGE_FILE
@@ -41,19 +41,19 @@ def prepare_judge(
     *,
     dry_run: bool = False,
 ) -> ExtractorConfig:
-    """Return the extractor's settings with the judge's file, which is trained if it isn't there; by one process.
+    """Return the extractor's settings with the judge's file; if it doesn't exist, one process trains the judge.
 
     Args:
-        extractor: the settings; of another network they are returned as they are.
+        extractor: the settings; those of another network are returned unchanged.
         file: from `choose_judge_file`.
-        fallback: images that train it where neither the settings nor the passport names others that are here.
-        passport: of the dataset that the model was trained on, if it is known.
-        device: that trains it.
-        lease_s: a process without a sign of life for this long is taken for dead.
-        dry_run: only check whether it could be trained.
+        fallback: training images if neither the settings nor the passport names any that exist here.
+        passport: of the dataset that the model was trained on, if known.
+        device: to train on.
+        lease_s: a process without a sign of life for this long counts as dead.
+        dry_run: only check whether the judge could be trained.
 
     Raises:
-        UserError: if there are no images of classes, or the file is another judge's.
+        UserError: if there are no images with classes, or the file is a judge trained on other images.
     """
     if extractor.name != OWN:
         return extractor
@@ -63,8 +63,8 @@ def prepare_judge(
             given = open_images(extractor.images, "extractor.images").identity
             if given != about.identity:
                 raise UserError(
-                    f"the judge {file} was trained on other images, {about.images}, than extractor.images="
-                    f"{extractor.images}; give another extractor.weights, or remove that file"
+                    f"the judge {file} was trained on other images, from {about.images}, than extractor.images="
+                    f"{extractor.images} holds; give another extractor.weights, or remove that file"
                 )
         return dataclasses.replace(extractor, weights=str(file))
     images, class_names = choose_images(extractor, fallback, passport)
@@ -77,15 +77,15 @@ def prepare_judge(
         judge, about = train_judge(images, class_names, device, flip=flip)
         save_judge(judge, about, file)
         print(
-            f"wrote the judge {file}: it knows {about.accuracy:.1%} of {about.num_held_out:,} held-out images of "
-            f"{about.images}"
+            f"wrote the judge {file}; it gets {about.accuracy:.1%} of {about.num_held_out:,} held-out images of "
+            f"{about.images} right"
         )
 
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with Leases(file.with_name(f".{file.name}.claims"), lease_s) as leases:
             finish_together(leases, file.is_file, finish)
-        with contextlib.suppress(OSError):  # others may be at it still
+        with contextlib.suppress(OSError):  # other processes may still use it
             leases.folder.rmdir()
     except OSError as error:
         raise UserError(f"can't write the judge {file}: {error}; give another place as extractor.weights") from error
@@ -98,7 +98,7 @@ def choose_images(
     """Return the real images that train a judge, and the names of their classes.
 
     Raises:
-        UserError: if there are none with at least two classes.
+        UserError: if there are no images with at least two classes.
     """
     if extractor.images is not None:
         return open_classes(Path(extractor.images), "extractor.images", passport)
@@ -106,7 +106,8 @@ def choose_images(
         return open_classes(Path(passport.images), "extractor.images", passport)
     if passport is not None:
         print(
-            f"the images that the model was trained on, {passport.images}, are not here; the reference trains a judge"
+            f"the images that the model was trained on, {passport.images}, are not on this machine; training the judge "
+            "on the reference"
         )
     return open_classes(fallback, "reference", passport)
 
@@ -115,15 +116,15 @@ def open_classes(path: Path, setting: str, passport: Passport | None) -> tuple[I
     """Return labelled images and the names of their classes.
 
     Raises:
-        UserError: if there are fewer than two classes, or few images of one.
+        UserError: if there are fewer than two classes, or too few images of a class.
     """
-    cure = "give a folder with one sub-folder of real images per class as extractor.images"
+    cure = "set extractor.images to a folder with one sub-folder of real images per class"
     images = open_images(path, setting)
     labels = set(images.labels)
     if len(labels - {NO_LABEL}) < 2:
         raise UserError(f"{setting}={path} has no classes that could train a judge; {cure}")
     if NO_LABEL in labels:
-        raise UserError(f"{setting}={path} holds images outside of any class, which can't train a judge; {cure}")
+        raise UserError(f"{setting}={path} holds images without a class, which can't train a judge; {cure}")
     names = images.class_names
     if not names:
         known = tuple(passport.class_names) if passport is not None else ()

@@ -1,7 +1,7 @@
-"""FID, Inception score, KID, precision and recall from features, and how sure they are. No images, no files.
+"""FID, Inception score, KID, precision and recall from features, with confidence intervals. No images, no files.
 
-The formulas are torch-fidelity's; what stands here is what it lacks: ADM's Inception score, FID of few images, k-NN
-curves, confidence intervals. Read next: features.py for where features come from, evaluate.py for the protocols.
+The formulas are torch-fidelity's; this file adds what it lacks: ADM's Inception score, FID of few images, k-NN curves,
+confidence intervals. Read next: store.py for where features come from, protocols.py for the protocols.
 """
 
 from collections.abc import Iterable, Sequence
@@ -18,9 +18,9 @@ from torch_fidelity.metric_prc import calculate_precision_recall_part
 NEIGHBOURHOOD = 3  # k of precision and recall (Kynkaanniemi et al., 2019), in ADM and in torch-fidelity
 
 NEIGHBOURS_AT_ONCE = 10_000  # rows of a distance matrix
-ADM_SCORE_IMAGES = 5_000  # ADM's Inception score is the mean over consecutive parts of so many
+ADM_SCORE_IMAGES = 5_000  # ADM's Inception score is the mean over consecutive parts of this size
 KID_SUBSETS, KID_SUBSET_IMAGES = 100, 1_000  # torch-fidelity's
-FEATURES_AT_ONCE = 20_000  # of features, when they are summed in float64
+FEATURES_AT_ONCE = 20_000  # rows that are summed in float64 at once
 NORMAL_95 = 1.959964
 
 
@@ -32,7 +32,7 @@ class Statistics(NamedTuple):
 
 
 def statistics(features: Tensor) -> Statistics:
-    """Return mean and covariance of features (N, D), summed in float64. The covariance has N - 1, as numpy's."""
+    """Return mean and covariance of features (N, D), summed in float64. The covariance has N - 1, like numpy's."""
     mu = torch.zeros(features.shape[1], dtype=torch.float64, device=features.device)
     for part in features.split(FEATURES_AT_ONCE):
         mu += part.double().sum(dim=0)
@@ -45,10 +45,10 @@ def statistics(features: Tensor) -> Statistics:
 
 
 class Frechet:
-    """Frechet distances to one reference: what depends on the reference alone is computed once.
+    """Frechet distances to one reference; computes only once what depends on the reference alone.
 
-    tr sqrt(A B) is the sum of the roots of the eigenvalues of sqrt(A) B sqrt(A), a symmetric matrix: ten times quicker
-    than the eigenvalues of A B that torch-fidelity takes, and equal.
+    tr sqrt(A B) is the sum of the roots of the eigenvalues of sqrt(A) B sqrt(A), a symmetric matrix. This is equal to
+    the sum over the eigenvalues of A B, which torch-fidelity computes, and ten times faster.
     """
 
     def __init__(self, reference: Statistics, device: torch.device | None = None) -> None:
@@ -61,10 +61,10 @@ class Frechet:
         """Return |mu1 - mu2|^2 + tr(S1 + S2 - 2 sqrt(S1 S2)) (Heusel et al., 2017).
 
         Raises:
-            ValueError: if they are of features of another width.
+            ValueError: if the features of the two statistics differ in width.
         """
         if len(other.mu) != len(self.mu):
-            raise ValueError(f"statistics of {len(other.mu)} features and of {len(self.mu)} don't compare")
+            raise ValueError(f"can't compare statistics of {len(other.mu)} features with those of {len(self.mu)}")
         mu, sigma = (torch.from_numpy(array).to(self.mu.device) for array in other)
         cross = torch.linalg.eigvalsh(self.root @ sigma @ self.root).clamp(min=0).sqrt().sum()
         distance = (self.mu - mu).square().sum() + self.sigma.trace() + sigma.trace() - 2 * cross
@@ -72,7 +72,7 @@ class Frechet:
 
 
 def frechet_of_few(first: Tensor, second: Tensor) -> float:
-    """Return the Frechet distance of two sets of features, (N, D) and (M, D), small ones without any D x D matrix.
+    """Return the Frechet distance of two sets of features, (N, D) and (M, D); small sets need no D x D matrix.
 
     tr sqrt(S1 S2) is the sum of the singular values of X1 X2^T / sqrt((N - 1) (M - 1)), X centred.
     """
@@ -89,7 +89,7 @@ def frechet_of_few(first: Tensor, second: Tensor) -> float:
 def adm_inception_score(logits: Tensor) -> float:
     """Return ADM's Inception score of logits (N, classes): the mean over consecutive parts of 5,000 images.
 
-    guided-diffusion/evaluations/evaluator.py. The order matters: parts must not hold few classes.
+    guided-diffusion/evaluations/evaluator.py. The order matters: each part should hold many classes.
     """
     scores: list[float] = []
     for part in logits.split(ADM_SCORE_IMAGES):
@@ -106,7 +106,7 @@ def inception_score(logits: Tensor) -> float:
 
 
 def kid(samples: Tensor, reference: Tensor) -> tuple[float, float]:
-    """Return torch-fidelity's kernel distance and its std over subsets; subsets are smaller where images are fewer."""
+    """Return torch-fidelity's kernel distance and its std over subsets; with few images the subsets are smaller."""
     size = min(KID_SUBSET_IMAGES, len(samples), len(reference))
     found = kid_features_to_metric(
         samples.cpu(), reference.cpu(), kid_subsets=KID_SUBSETS, kid_subset_size=size, verbose=False
@@ -115,7 +115,7 @@ def kid(samples: Tensor, reference: Tensor) -> tuple[float, float]:
 
 
 def precision_recall(samples: Tensor, reference: Tensor, k: int = NEIGHBOURHOOD) -> tuple[float, float]:
-    """Return the shares of samples among the reference's neighbourhoods, and of the reference among the samples'.
+    """Return the share of samples in the reference's neighbourhoods, and of the reference in the samples'.
 
     Kynkaanniemi et al., 2019. ADM's evaluator has the same formula, with distances in half precision.
     """
@@ -129,18 +129,18 @@ def normal_interval(value: float, error: float) -> tuple[float, float]:
 
 
 def wilson_interval(share: float, count: int) -> tuple[float, float]:
-    """Return the 95% interval of a share of so many (Wilson, 1927), which holds at 0 and 1 too."""
+    """Return the 95% interval of a share of `count` images (Wilson, 1927), which is valid at 0 and 1 too."""
     z = NORMAL_95**2 / count
     middle, half = share + z / 2, NORMAL_95 * (share * (1 - share) / count + z / (4 * count)) ** 0.5
     return (middle - half) / (1 + z), (middle + half) / (1 + z)
 
 
 def groups(labels: Tensor, num_groups: int) -> Tensor:
-    """Return to which of the groups each image belongs, (N,): as many of each class in each, as far as possible.
+    """Return the group of each image, (N,); classes are spread over the groups as evenly as possible.
 
     Args:
-        labels: (N,) classes; all equal where there are none.
-        num_groups: at most; each gets at least two images.
+        labels: (N,) classes; all equal if there are no classes.
+        num_groups: at most; each group gets at least two images.
     """
     generator = torch.Generator().manual_seed(0)
     order = torch.randperm(len(labels), generator=generator)
@@ -151,7 +151,7 @@ def groups(labels: Tensor, num_groups: int) -> Tensor:
 
 
 def statistics_without(features: Tensor, group: Tensor) -> Iterable[Statistics]:
-    """Yield the statistics of all features but those of each group, from sums: two passes over the features."""
+    """Yield the statistics of all features except each group in turn, from sums, in two passes over the features."""
     mu = torch.from_numpy(statistics(features).mu).to(features.device)
     total = sum(centred.T @ centred for centred in (part.double() - mu for part in features.split(FEATURES_AT_ONCE)))
     for number in range(int(group.max()) + 1):
@@ -163,11 +163,11 @@ def statistics_without(features: Tensor, group: Tensor) -> Iterable[Statistics]:
 
 
 def jackknife_error(values: Sequence[float]) -> float:
-    """Return the standard error of a number, from its values without each of the groups of images.
+    """Return the standard error of a number, from its values with each group of images left out in turn.
 
-    The grouped jackknife: sqrt((G - 1) / G sum (value - mean)^2). Unlike a bootstrap no image comes twice, which FID
-    would take for less variety; and the groups are balanced by class, as samples are, so that chance in the classes is
-    no error of theirs. Where FID's bias outweighs it (few images, many features) the error is too large, by up to 1.5.
+    The grouped jackknife: sqrt((G - 1) / G sum (value - mean)^2). Unlike in a bootstrap, no image appears twice, which
+    FID would mistake for less variety; and groups are balanced by class like the samples, so class frequencies add no
+    error. If FID's bias dominates (few images, many features), the error is too large, by a factor of up to 1.5.
     """
     found = torch.tensor(values, dtype=torch.float64)
     return ((len(found) - 1) * found.var(correction=0)).sqrt().item()

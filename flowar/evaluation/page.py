@@ -1,4 +1,4 @@
-"""The page of `flowar evaluate`: numbers beside published ones, samples, nearest real images, precision and recall."""
+"""The report of `flowar evaluate`: numbers next to published ones, samples, nearest real images, precision, recall."""
 
 import json
 from html import escape
@@ -17,7 +17,7 @@ from flowar.evaluation.metrics import precision_recall
 from flowar.evaluation.references import Reference
 from flowar.evaluation.store import Features
 
-# What an evaluation leaves; the first one is written last.
+# The files that an evaluation writes; the first one is written last.
 EVALUATION_FILE, BY_CLASS_FILE = "metrics.json", "metrics_by_class.json"
 SHEET_IMAGES, SHEET_COLUMNS = 100, 10
 NEIGHBOUR_ROWS, NEIGHBOURS = 8, 7
@@ -30,7 +30,7 @@ PUBLISHED_NOTE = (
     " Published numbers are of 50,000 samples against ADM's reference of ImageNet at 256 px; the weights that the "
     "authors released, measured by others, differ from the paper."
 )
-MOST_CONFUSION_CLASSES, MISTAKES_SHOWN = 20, 30  # up to so many classes the whole table; else the commonest mistakes
+MOST_CONFUSION_CLASSES, MISTAKES_SHOWN = 20, 30  # the whole table up to this many classes; else the commonest mistakes
 
 
 def write_evaluation_page(
@@ -41,14 +41,14 @@ def write_evaluation_page(
     reference: Reference,
     samples: Path,
 ) -> None:
-    """Write report.html, with its pictures beside it and inside.
+    """Write report.html, with its pictures embedded and also as files beside it.
 
     Args:
         out_dir: of the evaluation.
-        record: what metrics.json says.
-        by_class: what metrics_by_class.json says.
+        record: content of metrics.json.
+        by_class: content of metrics_by_class.json.
         found, reference: features.
-        samples: where the samples are; features may be all there is.
+        samples: folder of the samples, which may hold only features.
     """
     parts = [
         f"<h1>{escape(record['samples'])}</h1>",
@@ -73,8 +73,8 @@ def write_evaluation_page(
         save_neighbours(images, real, found, features, out_dir / "neighbours.png")
         parts += [
             "<h2>Nearest real images</h2>",
-            '<p class="note">Left a sample, then the real images nearest to it in feature space, nearest first. Copies '
-            "would show here.</p>",
+            '<p class="note">A sample on the left, then the real images nearest to it in feature space, nearest first. '
+            "If the model copied training images, it would show here.</p>",
             embed(out_dir / "neighbours.png"),
         ]
     if features is not None:
@@ -108,14 +108,15 @@ def numbers_table(record: dict[str, Any]) -> str:
     if ceiling:
         said = (
             f'<p class="note">The ceiling: {record["ceiling"]["num_images"]:,} images of the reference, encoded and '
-            "decoded by the samples' VAE. No sample can be better than the VAE lets it.</p>"
+            "decoded by the samples' VAE. The VAE limits samples to about these values.</p>"
         )
     return (
         table
         + said
-        + '<p class="note">Intervals of FID, sFID, FD and score: of the mean over seeds, for as many images and '
-        "this reference, by leaving out groups of samples in turn. Of precision and recall: of shares of so many "
-        f"images. FID is larger for fewer images.{PUBLISHED_NOTE if sources else ''}</p>"
+        + '<p class="note">Intervals of FID, sFID, FD and Inception score cover the expected value over seeds for this '
+        "number of samples and this reference, by leaving out groups of samples in turn. Those of precision and recall "
+        "are intervals of a share of this many images. FID is larger with fewer images."
+        f"{PUBLISHED_NOTE if sources else ''}</p>"
     )
 
 
@@ -126,30 +127,30 @@ def show_name(metric: str) -> str:
 
 
 def show_value(metric: dict[str, Any] | None) -> str:
-    """Return the value of a metric of metrics.json for a table; nothing if there is no such metric."""
+    """Return the value of a metric of metrics.json for a table; "" if there is no such metric."""
     if metric is None:
         return ""
     return "not a number" if metric["value"] is None else f"{metric['value']:.4f}"
 
 
 def _confusion(record: dict[str, Any]) -> str:
-    """Return what the samples of each class show: a row for each class, or the commonest mistakes of many classes."""
+    """Return what the samples of each class show: a row per class, or with many classes the commonest mistakes."""
     judge, judged = record["judge"], record["classes"]
     names, table = judge["class_names"], judged["confusion"]
     on_reference = judge.get("accuracy_on_reference")
     said = (
-        f'<p class="note"><b>{judged["class_accuracy"]:.1%}</b> of {judged["num_images"]:,} samples show the class '
-        f"they were asked for, by a classifier that was trained on {judge['num_images']:,} real images and knows "
-        f"{judge['accuracy']:.1%} of {judge['num_held_out']:,} held-out ones"
+        f'<p class="note"><b>{judged["class_accuracy"]:.1%}</b> of {judged["num_images"]:,} samples show the requested '
+        f"class, according to a classifier that was trained on {judge['num_images']:,} real images. It recognises "
+        f"{judge['accuracy']:.1%} of {judge['num_held_out']:,} held-out images"
         f"{'' if on_reference is None else f', and {on_reference:.1%} of the reference'}.</p>"
     )
     if len(names) <= MOST_CONFUSION_CLASSES:
         rows = [[name, *(f"{table[name].get(other, 0) or ''}" for other in names)] for name in names if name in table]
-        return said + html_table(["asked for", *(f"shows {name}" for name in names)], rows)
+        return said + html_table(["requested", *(f"shows {name}" for name in names)], rows)
     mistakes = [(count, name, other) for name, row in table.items() for other, count in row.items() if name != other]
     mistakes.sort(key=lambda mistake: (-mistake[0], mistake[1:]))
     rows = [[name, other, f"{count:,}"] for count, name, other in mistakes[:MISTAKES_SHOWN]]
-    return said + html_table(["asked for", "shows", "samples"], rows)
+    return said + html_table(["requested", "shows", "samples"], rows)
 
 
 def _classes(by_class: dict[str, dict[str, float]]) -> str:
@@ -157,13 +158,14 @@ def _classes(by_class: dict[str, dict[str, float]]) -> str:
     shown = items if len(items) <= 2 * CLASSES_SHOWN else items[:CLASSES_SHOWN] + items[-CLASSES_SHOWN:]
     rows = [[label, f"{own['fid']:.2f}", f"{own['samples']:,}", f"{own['reference']:,}"] for label, own in shown]
     count = f"The {CLASSES_SHOWN} worst and best of {len(items)} classes. " if len(shown) < len(items) else ""
-    return f'<p class="note">{count}Larger for fewer images: compare runs with as many.</p>' + html_table(
-        ["class", "FID", "samples", "real images"], rows
+    return (
+        f'<p class="note">{count}FID is larger with fewer images; compare only runs with equal numbers.</p>'
+        + html_table(["class", "FID", "samples", "real images"], rows)
     )
 
 
 def _open_if_there(path: Path | None) -> ImageSet | None:
-    """Return images for pictures, or None where only features are left, or the images have moved."""
+    """Return images for pictures, or None if only features are left, or the images were moved."""
     if path is None:
         return None
     try:

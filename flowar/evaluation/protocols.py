@@ -1,4 +1,4 @@
-"""Which metrics a protocol has, and their 95% intervals, from features. Read next: metrics.py for the formulas."""
+"""The metrics of each protocol, with their 95% intervals, from features. Read next: metrics.py for the formulas."""
 
 import math
 from collections.abc import Callable
@@ -38,9 +38,9 @@ from flowar.evaluation.references import (
 from flowar.evaluation.store import Features, FeatureStore
 
 MIN_IMAGES = 20  # torch-fidelity's Inception score is a mean over ten parts
-MIN_REAL = 5  # three neighbours of each
+MIN_REAL = 5  # each image needs three neighbours
 MOST_REAL = 50_000  # images that precision, recall and KID compare with
-ORDER_SEED = 0  # of images that come sorted by class
+ORDER_SEED = 0  # shuffles images that are sorted by class
 NETWORKS = {"dinov2": DINOV2, "vgg16": VGG}
 
 
@@ -54,7 +54,7 @@ class Metric:
     note: str = ""
 
     def as_record(self) -> dict[str, object]:
-        """Return what metrics.json says."""
+        """Return the metric's entry in metrics.json."""
         record: dict[str, object] = {"value": self.value if math.isfinite(self.value) else None}
         if self.interval is not None:
             record |= dict(zip(("low", "high"), self.interval, strict=True))
@@ -62,10 +62,10 @@ class Metric:
 
 
 def load_more(config: EvaluateConfig, device: torch.device, notes: list[str]) -> dict[str, Extractor]:
-    """Return the further networks that were asked for, or whose weights are here; note those that are not.
+    """Return the additional networks that `more` names, or all with local weights; note those without.
 
     Raises:
-        UserError: if one that was asked for is not here.
+        UserError: if the weights of a network in `more` are missing.
     """
     if config.extractor.name == OWN and config.more is None:
         return {}
@@ -82,16 +82,16 @@ def load_more(config: EvaluateConfig, device: torch.device, notes: list[str]) ->
 def prepare_more(
     config: EvaluateConfig, extractor: Extractor, samples: Path, folder: Path
 ) -> tuple[FeatureStore, ReferenceSource]:
-    """Return the features of samples and reference by a further network.
+    """Return the features of samples and reference by an additional network.
 
     Raises:
-        UserError: if they can't be had; the reference may have statistics alone, which are Inception's.
+        UserError: if they can't be computed, for example because the reference holds only Inception's statistics.
     """
     reference = Path(config.reference)
     if reference.suffix == ".npz" and read_statistics(reference):
         raise UserError(
-            f"reference={reference} has Inception's statistics; for {extractor.name} give images, or what "
-            f"`flowar evaluate make-reference` makes with extractor.name={extractor.name}"
+            f"reference={reference} has Inception's statistics; for {extractor.name} give images, or a reference made "
+            f"by `flowar evaluate make-reference` with extractor.name={extractor.name}"
         )
     check_reference(reference, extractor)
     store = prepare_features(samples, "samples", extractor, folder, config)
@@ -104,13 +104,16 @@ def measure_metrics(
     """Return the metrics of the protocol.
 
     Raises:
-        UserError: if there are too few images, or the statistics are of other features.
+        UserError: if there are too few images, or the statistics come from other features.
     """
     if len(found) < MIN_IMAGES:
-        raise UserError(f"samples={config.samples} holds {len(found)} images, but at least {MIN_IMAGES} are needed")
+        raise UserError(
+            f"samples={config.samples} holds {len(found)} images, but at least {MIN_IMAGES} are needed; draw more"
+        )
     if reference.features is not None and len(reference.features) < MIN_REAL:
         raise UserError(
-            f"reference={reference.path} holds {len(reference.features)} images, but at least {MIN_REAL} are needed"
+            f"reference={reference.path} holds {len(reference.features)} images, but at least {MIN_REAL} are needed; "
+            "give a larger reference"
         )
     layers = {name: values.to(device) for name, values in found.layers.items()}
     group = groups(found.labels, config.interval_groups) if config.interval_groups else None
@@ -121,14 +124,14 @@ def measure_metrics(
         width = len(reference.statistics[layer].mu)
         if width != layers[layer].shape[1]:
             raise UserError(
-                f"reference={reference.path} holds statistics of {width} features, extractor.name="
-                f"{config.extractor.name} gives {layers[layer].shape[1]}; use statistics of the same network"
+                f"reference={reference.path} holds statistics of {width} features, but extractor.name="
+                f"{config.extractor.name} has {layers[layer].shape[1]}; use statistics of the same network"
             )
         metrics.append(frechet_metric(name, layers[layer], Frechet(reference.statistics[layer], device), group))
     if "logits" in layers:
         metrics.append(score_metric(layers["logits"], found, config.protocol, group, notes))
     if reference.features is None:
-        notes.append(f"no precision, recall and KID: {reference.path} holds statistics alone, not images")
+        notes.append(f"no precision, recall or KID: {reference.path} holds only statistics, no images")
         return metrics
     real = some_of(reference.features.layers["features"], MOST_REAL).to(device)
     mean, std = kid(layers["features"], real)
@@ -137,7 +140,7 @@ def measure_metrics(
 
 
 def some_of(features: Tensor, most: int) -> Tensor:
-    """Return at most so many of the features, evenly spaced."""
+    """Return at most `most` of the features, evenly spaced."""
     places = torch.linspace(0, len(features) - 1, min(most, len(features))).round().long()
     return features[places] if len(places) < len(features) else features
 
@@ -152,11 +155,11 @@ def frechet_metric(name: str, values: Tensor, distance: Frechet, group: Tensor |
 
 
 def score_metric(logits: Tensor, found: Features, protocol: str, group: Tensor | None, notes: list[str]) -> Metric:
-    """Return the protocol's Inception score. ADM's goes wrong where classes come in blocks: these are mixed first."""
+    """Return the protocol's Inception score. ADM's goes wrong if images are sorted by class; those are shuffled."""
     order = torch.arange(len(found))
     if protocol == "adm" and comes_in_blocks(found.labels):
         order = torch.randperm(len(found), generator=torch.Generator().manual_seed(ORDER_SEED))
-        notes.append("the samples come sorted by class: for the Inception score they were put in a fixed random order")
+        notes.append("the samples are sorted by class; for the Inception score they were put in a fixed random order")
     logits = logits.cpu()[order]
     score: Callable[[Tensor], float] = adm_inception_score if protocol == "adm" else inception_score
     value = score(logits)
@@ -168,14 +171,14 @@ def score_metric(logits: Tensor, found: Features, protocol: str, group: Tensor |
 
 
 def comes_in_blocks(labels: Tensor) -> bool:
-    """Return whether neighbours are of one class far more often than by chance: consecutive parts hold few classes."""
+    """Return whether neighbours share a class far more often than by chance, so that parts would hold few classes."""
     shares = labels.unique(return_counts=True)[1].double() / len(labels)
     by_chance = shares.square().sum().item()
     return len(shares) > 1 and (labels[1:] == labels[:-1]).double().mean().item() > (1 + by_chance) / 2
 
 
 def precision_recall_metrics(samples: Tensor, real: Tensor, suffix: str) -> list[Metric]:
-    """Return precision and recall with k = 3, with Wilson's intervals of shares for fixed neighbourhoods."""
+    """Return precision and recall with k = 3; Wilson's intervals take the neighbourhoods as fixed."""
     precision, recall = precision_recall(samples, real)
     note = f"against {len(real):,} real images"
     return [
@@ -187,7 +190,7 @@ def precision_recall_metrics(samples: Tensor, real: Tensor, suffix: str) -> list
 def measure_more(
     others: dict[str, tuple[FeatureStore, ReferenceSource]], config: EvaluateConfig, device: torch.device
 ) -> list[Metric]:
-    """Return what further networks say: FD-DINOv2 (Stein et al., 2023), precision and recall on VGG16's features."""
+    """Return metrics by additional networks: FD-DINOv2 (Stein et al., 2023), and precision and recall on VGG16."""
     metrics = []
     for name, (store, source) in others.items():
         found, reference = store.read(["features"]), source.read()
@@ -206,15 +209,15 @@ def measure_more(
 def measure_difference(
     found: Features, against: Features, reference: Reference, config: EvaluateConfig, device: torch.device
 ) -> Metric:
-    """Return FID minus that of other samples. Leaving out the same images of both, what they have in common drops out.
+    """Return FID minus the FID of other samples; leaving out the same images of both cancels their common noise.
 
     Raises:
-        UserError: if they are not of the same numbers.
+        UserError: if the two sets of samples have different image numbers.
     """
     if found.numbers.tolist() != against.numbers.tolist():
         raise UserError(
-            f"against={config.against} holds {len(against):,} images, samples={config.samples} {len(found):,}, or of "
-            "other numbers; draw the same ones of both, with the same seed"
+            f"against={config.against} ({len(against):,} images) and samples={config.samples} ({len(found):,} images) "
+            "must hold the same image numbers; draw both with the same num_images and seed"
         )
     distance = Frechet(reference.statistics["features"], device)
     pair = [own.layers["features"].to(device) for own in (found, against)]
@@ -229,10 +232,10 @@ def measure_difference(
 
 
 def measure_classes(found: Features, reference: Reference) -> dict[str, dict[str, float]]:
-    """Return the FID of each class that samples and reference have; larger for fewer images, so compare like with like.
+    """Return the FID of each class in samples and reference; FID is larger with fewer images, so compare equal numbers.
 
     Returns:
-        {class: {"fid", "samples", "reference"}}, worst first; nothing if there are no classes.
+        {class: {"fid", "samples", "reference"}}, worst first; {} if there are no classes.
     """
     if reference.features is None:
         return {}

@@ -1,10 +1,11 @@
-"""What samples are compared with: statistics and features of real images.
+"""References that samples are compared with: statistics and features of real images.
 
-Forms: images of any kind, an .npz with mu and sigma (ADM's VIRTUAL_*.npz has images too), or what make-reference wrote:
-    OUT_DIR/features-NETWORK/          complete as soon as it has this name
+A reference is images of any kind, an .npz with mu and sigma (ADM's VIRTUAL_*.npz has images too), or what
+make-reference wrote:
+    OUT_DIR/features-NETWORK/          complete once it has this name
         statistics.npz                 mu, sigma (and mu_s, sigma_s: sFID's) of all images
-        features.json, features_*      features of some of them, evenly spaced; features.py
-    OUT_DIR/partial-NETWORK/           features of all, while they are computed
+        features.json, features_*      features of some of the images, evenly spaced; store.py
+    OUT_DIR/partial-NETWORK/           features of all images, while they are computed
 Read next: evaluate.py.
 """
 
@@ -38,7 +39,7 @@ KEYS = {"features": ("mu", "sigma"), "spatial": ("mu_s", "sigma_s")}  # ADM's na
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images: statistics of all, features of some."""
+    """Real images: statistics of all of them, features of some."""
 
     path: Path
     statistics: dict[str, Statistics]  # by layer
@@ -50,11 +51,11 @@ class ReferenceSource(NamedTuple):
     """Where a reference comes from, with all features computed."""
 
     path: Path
-    statistics: Path | None  # an .npz with those of all images; None: made of the features
+    statistics: Path | None  # an .npz with the statistics of all images; None: computed from the features
     store: FeatureStore | None
 
     def fingerprint(self) -> list[int]:
-        """Return what changes when other statistics are put there."""
+        """Return numbers that change when the statistics are replaced."""
         found = self.statistics.stat() if self.statistics is not None else None
         return [found.st_size, found.st_mtime_ns] if found is not None else []
 
@@ -72,25 +73,25 @@ class ReferenceSource(NamedTuple):
 def prepare_features(
     path: Path, setting: str, extractor: Extractor, folder: Path, config: MeasureConfig | SweepConfig
 ) -> FeatureStore:
-    """Have the features of images computed that are not there, with whoever else was asked to.
+    """Compute the features of images that are missing, sharing the work with other processes.
 
     Args:
         path: images, or what `flowar sample features_only=true` wrote.
-        setting: whose value `path` is, for messages.
+        setting: that has the value `path`, for messages.
         extractor: the network.
-        folder: below which features are kept, of whatever images and networks.
-        config: how.
+        folder: keeps the features of all images and networks below it.
+        config: sizes of chunks and batches.
 
     Raises:
-        UserError: if there are no images, or the features are by other weights.
+        UserError: if there are no images, or the features were computed with other weights.
     """
     drawn = path / f"features-{extractor.name}"
     if (drawn / STORE_FILE).is_file() and (path / SAMPLES_FILE).is_file():
         found, record = check_network(drawn, extractor, f"{setting}={path}"), read_samples(path)
         if found["identity"] != identify(record):
             raise UserError(
-                f"{drawn} holds features of samples {found['identity']}, but {path / SAMPLES_FILE} says that they are "
-                f"{identify(record)}; put the record back that belongs to them, or draw the samples again"
+                f"{drawn} holds features of samples {found['identity']}, but {path / SAMPLES_FILE} describes samples "
+                f"{identify(record)}; restore the record that belongs to the features, or draw the samples again"
             )
         return FeatureStore(drawn, record["num_images"], path)
     images = open_images(path, setting)
@@ -100,17 +101,17 @@ def prepare_features(
 
 
 def check_network(store: Path, extractor: Extractor, what: str) -> dict[str, Any]:
-    """Return a store's record, if it is of this network with these weights.
+    """Return a store's record, after checking that it comes from this network with these weights.
 
     Raises:
-        UserError: if it is not.
+        UserError: if it comes from other weights.
     """
     record = read_store(store)
     found = record["weights_sha256"]
     if found != extractor.weights_sha256:
         raise UserError(
-            f"{what} holds features by weights {found[:12]} of {extractor.name}, but those used here are "
-            f"{extractor.weights_sha256[:12]}; use the same weights for both, or make them again"
+            f"{what} holds features by weights {found[:12]} of {extractor.name}, but this machine has weights "
+            f"{extractor.weights_sha256[:12]}; use the same weights for both, or compute the features again"
         )
     return record
 
@@ -118,7 +119,9 @@ def check_network(store: Path, extractor: Extractor, what: str) -> dict[str, Any
 def check_reference(path: Path, extractor: Extractor) -> None:
     """Raise a UserError unless `path` is a reference that fits this network; before anything is computed."""
     if not path.exists():
-        raise UserError(f"reference={path} does not exist; give images, an .npz with mu and sigma, or a made reference")
+        raise UserError(
+            f"reference={path} does not exist; give images, an .npz with mu and sigma, or what make-reference wrote"
+        )
     store = path / f"features-{extractor.name}"
     if (store / STATISTICS_FILE).exists():
         check_network(store, extractor, f"reference={path}")
@@ -126,7 +129,7 @@ def check_reference(path: Path, extractor: Extractor) -> None:
     elif any(path.glob(f"features-*/{STATISTICS_FILE}")):
         there = ", ".join(sorted(found.name.removeprefix("features-") for found in path.glob("features-*")))
         raise UserError(
-            f"reference={path} has features of {there}, not of {extractor.name}; add them with `flowar evaluate "
+            f"reference={path} has features by {there}, not by {extractor.name}; add them with `flowar evaluate "
             f"make-reference images=... out_dir={path} extractor.name={extractor.name}`"
         )
     elif path.suffix == ".npz":
@@ -136,10 +139,10 @@ def check_reference(path: Path, extractor: Extractor) -> None:
 
 
 def prepare_reference(config: MeasureConfig | SweepConfig, extractor: Extractor, folder: Path) -> ReferenceSource:
-    """Return where the reference for a network comes from; features that are not there are computed below `folder`.
+    """Return where the reference for a network comes from; missing features are computed below `folder`.
 
     Raises:
-        UserError: if it can't be read or doesn't fit the network.
+        UserError: if the reference can't be read or doesn't fit the network.
     """
     path = Path(config.reference)
     check_reference(path, extractor)
@@ -167,15 +170,15 @@ def make_statistics(features: Features) -> dict[str, Statistics]:
 
 
 def read_statistics(file: Path) -> dict[str, Statistics]:
-    """Return the statistics of an .npz by layer; nothing if it has images alone.
+    """Return the statistics of an .npz by layer; {} if it holds only images.
 
     Raises:
-        UserError: if it has neither, is damaged, or is not that of the reference where it lies.
+        UserError: if the file holds neither, is damaged, or doesn't belong to the reference in its folder.
     """
     made = read_store(file.parent) if file.name == STATISTICS_FILE and (file.parent / STORE_FILE).is_file() else {}
     try:
         opened: Path | io.BytesIO = file
-        if STATISTICS_KEY in made:  # else of version 0.1
+        if STATISTICS_KEY in made:  # version 0.1 didn't write it
             written = file.read_bytes()
             if xxhash.xxh64(written).hexdigest() != made[STATISTICS_KEY]:
                 raise ValueError(f"it does not have the hash in {STORE_FILE}")
@@ -191,29 +194,29 @@ def read_statistics(file: Path) -> dict[str, Statistics]:
         again = f"remove {file.parent} and make the reference again" if made else "copy or download it again"
         raise UserError(f"{file} is not a readable .npz: {error}; {again}") from error
     if not found and "arr_0" not in names:
-        raise UserError(f"{file} holds {', '.join(names)}; mu and sigma (statistics) or images in arr_0 are needed")
+        raise UserError(f"{file} holds {', '.join(names)}; give an .npz with mu and sigma, or with images in arr_0")
     for layer, (mu, sigma) in found.items():
         fits = mu.ndim == 1 and sigma.shape == (len(mu), len(mu))
         if not fits or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
             raise UserError(
-                f"{file}: {KEYS[layer][0]} has shape {mu.shape} and {KEYS[layer][1]} {sigma.shape}; (D,) and (D, D), "
-                "all finite, are needed"
+                f"{file} has {KEYS[layer][0]} of shape {mu.shape} and {KEYS[layer][1]} of {sigma.shape}; they must be "
+                "(D,) and (D, D), and all finite; copy or make it again"
             )
     return found
 
 
 def publish_reference(config: ReferenceConfig, images: ImageSet, partial: Path, target: Path) -> None:
-    """Publish the statistics of all images with the features of some, and only then delete the others."""
+    """Publish the statistics of all images with the features of some, and only then delete the other features."""
     features = read_features(partial, len(images), KEYS)
     given = read_statistics(Path(config.images)) if images.kind == "npz" else {}
     if features.record["extractor"] != INCEPTION:
-        given = {}  # files with mu and sigma are Inception's
+        given = {}  # mu and sigma in a file come from Inception
     arrays: dict[str, NDArray[np.float64]] = {}
     for layer, own in (given or make_statistics(features)).items():
         arrays |= dict(zip(KEYS[layer], own, strict=True))
     kept = min(config.keep_images or len(images), len(images))
     some = features.at(torch.linspace(0, len(images) - 1, kept).round().long())
-    for leftover in target.parent.glob(f".{target.name}.*"):  # of one that died here, with this claim
+    for leftover in target.parent.glob(f".{target.name}.*"):  # left by a process that died here
         shutil.rmtree(leftover)
     hidden = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     hidden.mkdir()

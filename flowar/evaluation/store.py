@@ -1,10 +1,10 @@
 """Files that keep features, written by any number of processes together.
 
 A folder of features:
-    features.json                            which images, which network; `describe_features`
+    features.json                            the images and the network; `describe_features`
     features_FIRST_LAST_HASH.safetensors     numbers (N,), labels (N,) int64; layers (N, ...) float32; the name has the
                                              xxh64, the metadata `NAMED` of features.json
-Read next: metrics.py for what is made of them.
+Read next: metrics.py for what is computed from them.
 """
 
 import json
@@ -37,7 +37,7 @@ from flowar.sampling.folder import SAMPLES_FILE, identify, read_samples
 from flowar.sampling.job import SamplingJob, check_finite
 
 STORE_FILE = "features.json"
-NAMED = ("extractor", "weights_sha256", "identity")  # in features.json: what tells features apart
+NAMED = ("extractor", "weights_sha256", "identity")  # in features.json: what identifies features
 STORE_KEY = "store"  # of a shard's metadata
 SHARD_NAME = re.compile(r"features_(\d+)_(\d+)_([0-9a-f]{16})\.safetensors")
 
@@ -49,7 +49,7 @@ class Features:
     """Features of images in the order of their numbers."""
 
     numbers: Tensor  # (N,) int64
-    labels: Tensor  # (N,) int64, -1 where there is none
+    labels: Tensor  # (N,) int64, -1 without a label
     layers: dict[str, Tensor]  # (N, D) float32
     record: dict[str, Any]  # features.json
 
@@ -57,36 +57,36 @@ class Features:
         return len(self.numbers)
 
     def at(self, places: Tensor) -> "Features":
-        """Return some of them."""
+        """Return the features at these places."""
         layers = {name: values[places] for name, values in self.layers.items()}
         return Features(self.numbers[places], self.labels[places], layers, self.record)
 
 
 def describe_features(extractor: Extractor, *, num_images: int, **images: object) -> dict[str, Any]:
-    """Return what features.json says: the network, and which images."""
+    """Return the content of features.json to be written: the network, and the images."""
     network = {"extractor": extractor.name, "weights_sha256": extractor.weights_sha256}
     return {**network, "num_images": num_images, **images, "flowar": __version__, "torch": torch.__version__}
 
 
 def start_store(folder: Path, record: dict[str, Any]) -> None:
-    """Make a folder of features; of all processes that do one writes features.json, and the others compare.
+    """Make a folder of features; the first process writes features.json, and the others compare.
 
     Raises:
-        UserError: if it holds those of other images or another network, or can't be written.
+        UserError: if the folder holds features of other images or another network, or can't be written.
     """
     file = folder / STORE_FILE
     there = list_shards(folder)  # before looking for the record, which is written first
     if there and not file.exists():
         raise UserError(
-            f"{folder} holds {min(there.values()).name}, but no {STORE_FILE}, which says of which images and network "
-            f"it is; restore {file} from a copy, or remove that folder"
+            f"{folder} holds {min(there.values()).name}, but no {STORE_FILE}, which records its images and network; "
+            f"restore {file} from a copy, or remove that folder"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not file.exists() and create_record(file, record):
             return
     except OSError as error:
-        raise UserError(f"can't write to {folder}: {error}") from error
+        raise UserError(f"can't write to {folder}: {error}; fix that and run the same command again") from error
     before = read_store(folder)
     changed = [f"{name} was {before[name]}, now {record[name]}" for name in NAMED if before[name] != record[name]]
     if changed:
@@ -97,12 +97,12 @@ def start_store(folder: Path, record: dict[str, Any]) -> None:
 
 
 def read_store(folder: Path) -> dict[str, Any]:
-    """Return what features.json says.
+    """Return the content of features.json.
 
     Raises:
-        DamagedRecordError: if it is not what was written, or is not there.
+        DamagedRecordError: if the file is missing or not what was written.
     """
-    cure = f"remove {folder} and run again, which computes the features anew"
+    cure = f"remove {folder} and run again, which computes the features again"
     try:
         record = read_record(folder / STORE_FILE, cure)
     except FileNotFoundError as error:
@@ -116,7 +116,7 @@ def read_store(folder: Path) -> dict[str, Any]:
 def write_shard(
     folder: Path, record: dict[str, Any], numbers: range | list[int], labels: list[int], layers: dict[str, Tensor]
 ) -> None:
-    """Write the features of some images, of the store that has this record, whole or not at all."""
+    """Write the features of some images to the store that has this record, whole or not at all."""
     tensors = {name: values.contiguous() for name, values in layers.items()}
     ids = {"numbers": torch.tensor(list(numbers)), "labels": torch.tensor(labels)}
     owner = json.dumps({name: str(record[name]) for name in NAMED})  # one text: the file's bytes must not vary
@@ -135,47 +135,47 @@ def read_shard(file: Path, record: dict[str, Any]) -> dict[str, Tensor]:
     """Return the tensors of a shard.
 
     Raises:
-        UserError: if it is damaged, or of another store than that with this record.
+        UserError: if the shard is damaged, or doesn't belong to the store with this record.
     """
     content, match = file.read_bytes(), SHARD_NAME.fullmatch(file.name)
-    assert match is not None  # `list_shards` gives no others
+    assert match is not None  # `list_shards` gives only such names
     try:
         if xxhash.xxh64(content).hexdigest() != match[3]:
             raise ValueError("it does not have the hash in its name")
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
-        named = json.loads(header.get("__metadata__", {}).get(STORE_KEY, "{}"))  # nothing where version 0.1 wrote it
+        named = json.loads(header.get("__metadata__", {}).get(STORE_KEY, "{}"))  # {} from version 0.1
         other = [name for name in NAMED if str(record[name]) != named.get(name, str(record[name]))]
         if other:
-            raise ValueError(f"its {other[0]} is {named[other[0]]}, that of {STORE_FILE} {record[other[0]]}")
+            raise ValueError(f"its {other[0]} is {named[other[0]]}, but {STORE_FILE} says {record[other[0]]}")
         tensors = safetensors.torch.load(content)
         numbers = tensors["numbers"].tolist()
         if [numbers[0], numbers[-1]] != [int(match[1]), int(match[2])] or len(tensors["labels"]) != len(numbers):
             raise ValueError("it does not hold the images in its name")
-    except Exception as error:  # safetensors, JSON and tensors that are not there raise many kinds
+    except Exception as error:  # safetensors, JSON and missing tensors raise many kinds
         raise UserError(f"{file} is damaged: {error}; delete it and run {_maker(file.parent, record)} again") from error
     return tensors
 
 
 def _maker(folder: Path, record: dict[str, Any]) -> str:
-    """Return who computes features that are missing in a store, for messages."""
+    """Return the command that computes a store's missing features, for messages."""
     if "of" in record:  # a reference's
         return f"`flowar evaluate make-reference` (remove {folder} first)"
     return "the same `flowar sample`" if (folder.parent / SAMPLES_FILE).exists() else "the same command"
 
 
 class FeatureStore(NamedTuple):
-    """Features that are all there: the folder, of how many images, and where these are."""
+    """A complete folder of features: its path, the number of images, and the path of the images."""
 
     folder: Path
     num_images: int
     images: Path
 
     def identity(self) -> str:
-        """Return the hash of which images these are, as the features say it: others may lie at the same place."""
+        """Return the hash of the images that the features came from; the images at the path may have changed."""
         return str(read_store(self.folder)["identity"])
 
     def read(self, layers: Iterable[str] | None = None) -> Features:
-        """Return the features; errors as `read_features`."""
+        """Return the features; same errors as `read_features`."""
         return read_features(self.folder, self.num_images, layers)
 
 
@@ -184,18 +184,18 @@ def read_features(folder: Path, num_images: int, layers: Iterable[str] | None = 
 
     Args:
         folder: what `extract` or `flowar sample` wrote.
-        num_images: of samples, those with numbers below this; of others, so many have to be there.
-        layers: which; None: all.
+        num_images: from samples, take images with numbers below this; other stores must hold exactly this many.
+        layers: to read; None: all.
 
     Raises:
-        UserError: if some are missing or damaged.
+        UserError: if features are missing or damaged.
     """
     record = read_store(folder)
     are_samples = record["kind"] == "samples"
     parts = []
     for (first, _), file in sorted(list_shards(folder).items()):
         if are_samples and first >= num_images:
-            continue  # of an earlier call for more images
+            continue  # from an earlier call for more images
         own = read_shard(file, record)
         parts.append({name: own[name] for name in own if layers is None or name in ("numbers", "labels", *layers)})
     numbers = torch.cat([part["numbers"] for part in parts]) if parts else torch.empty(0, dtype=torch.int64)
@@ -231,16 +231,16 @@ def extract(
     config: FeatureWorkConfig,
     is_done: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Write the features of all images; whoever is given the same shares the work. Returns when all are there.
+    """Write the features of all images; processes with the same arguments share the work. Returns when all exist.
 
-    Images are taken in fixed chunks and batches, so that the features don't depend on who computes them.
+    Images are taken in fixed chunks and batches, so the features don't depend on which process computes them.
 
     Args:
-        images: which.
+        images: to read.
         extractor: the network.
         folder: the store.
         config: sizes of chunks and batches.
-        is_done: whether they are not needed any more.
+        is_done: returns whether the features are no longer needed.
 
     Raises:
         UserError: if an image can't be read, or the folder holds other features.
@@ -255,7 +255,7 @@ def extract(
 
     def missing() -> list[int]:
         there = list_shards(folder)
-        if is_done():  # asked after looking: who finishes deletes them
+        if is_done():  # checked after listing, as the finishing process deletes the shards
             return []
         return [i for i, own in enumerate(chunks) if (images.numbers[own[0]], images.numbers[own[-1]]) not in there]
 
@@ -276,7 +276,7 @@ def extract(
 def read_ahead(
     read: Callable[[range], NDArray[np.uint8]], batches: list[range], ahead: ThreadPoolExecutor
 ) -> Iterator[NDArray[np.uint8]]:
-    """Yield what is read of each batch; the next one is read while the caller works on one."""
+    """Yield the images of each batch; the next batch is read while the caller works on this one."""
     waiting = [ahead.submit(read, batch) for batch in batches[:1]]
     for batch in [*batches[1:], None]:
         found = waiting.pop().result()
@@ -286,8 +286,8 @@ def read_ahead(
 
 
 def take_chunks(leases: Leases, missing: Callable[[], list[int]], what: str, total: int) -> Iterator[int]:
-    """Yield chunks that this process has claimed until none is missing; shows a bar over all."""
-    name = TextColumn("{task.description}", markup=False)  # which may hold any brackets
+    """Yield chunks that this process has claimed, until no chunk is missing; shows a progress bar for all chunks."""
+    name = TextColumn("{task.description}", markup=False)  # a path, which may hold brackets
     with Progress(name, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as progress:
         task = progress.add_task(what, total=total)
 
@@ -301,14 +301,14 @@ def take_chunks(leases: Leases, missing: Callable[[], list[int]], what: str, tot
 
 
 class FeatureSink:
-    """Keeps of drawn images only what `flowar evaluate` needs; a `Sink` of sampling/worker.py."""
+    """Keeps only the features of drawn images, all that `flowar evaluate` needs; a `Sink` of sampling/worker.py."""
 
     def __init__(self, job: SamplingJob, extractor: Extractor) -> None:
         self.job = job
         self.extractor = extractor
         self.folder = job.out_dir / f"features-{extractor.name}"
         self._parts: list[dict[str, Tensor]] = []
-        self._record: dict[str, Any] = {}  # features.json; known when samples.json is there
+        self._record: dict[str, Any] = {}  # features.json; known once samples.json exists
 
     def __str__(self) -> str:
         return f"features of images are in {self.folder}"
@@ -321,17 +321,17 @@ class FeatureSink:
         start_store(self.folder, self._record)
 
     def missing_chunks(self) -> list[int]:
-        """Return the chunks whose features are not there."""
+        """Return the chunks whose features are missing."""
         existing = list_shards(self.folder)
         chunks = ((chunk, self.job.chunk(chunk)) for chunk in self.job.chunks)
         return [chunk for chunk, numbers in chunks if (numbers[0], numbers[-1]) not in existing]
 
     def is_missing(self, chunk: int) -> bool:
-        """Return whether the features of a chunk are not there."""
+        """Return whether the features of a chunk are missing."""
         return chunk in self.missing_chunks()
 
     def needs(self, numbers: range) -> bool:
-        """Return whether a batch of a missing chunk is needed: always."""
+        """Return True: every batch of a missing chunk is needed."""
         return True
 
     def add(self, decoded: Tensor, numbers: range, pool: ThreadPoolExecutor) -> list[Future[None]]:
@@ -341,15 +341,15 @@ class FeatureSink:
         return []
 
     def end_chunk(self, numbers: range, pool: ThreadPoolExecutor) -> list[Future[None]]:
-        """Begin to write the features of a chunk."""
+        """Start writing the features of a chunk."""
         layers = {name: torch.cat([part[name] for part in self._parts]) for name in self._parts[0]}
         self._parts = []
         labels = [self.job.label(number) for number in numbers]
         return [pool.submit(write_shard, self.folder, self._record, numbers, labels, layers)]
 
     def is_finished(self) -> bool:
-        """Return whether all features are there."""
+        """Return whether all features exist."""
         return not self.missing_chunks()
 
     def finish(self) -> None:
-        """Make what is made of all features: nothing."""
+        """Do nothing: there is nothing to make from all features."""

@@ -1,1 +1,1 @@
-"""What a run would take on machines that aren't there: operations, machines, engines, steps, runs."""
+"""Predict what a run takes on machines that you don't have: operations, machines, engines, steps, runs."""

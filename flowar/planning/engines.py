@@ -1,6 +1,6 @@
 """What each engine keeps on a GPU, and what it sends in a step. Read next: torch_engine.py, zero_engine.py, steps.py.
 
-Tests compare both with the engines themselves: bytes with a real rank, collectives with those of 64 imagined ranks.
+Tests compare both with the engines themselves: bytes with a real rank, collectives with those of 64 simulated ranks.
 """
 
 import math
@@ -24,19 +24,19 @@ from flowar.training.zero_engine import BUCKET_SIZE as ZERO_BUCKET
 
 FLOAT32 = 4  # bytes
 FIRST_DDP_BUCKET, DDP_BUCKET = 2**20, 25 * 2**20  # bytes: torch's defaults
-ZERO_SMALL = 100_000  # numbers: smaller tensors are never shared out (DeepSpeed's stage3_param_persistence_threshold)
+ZERO_SMALL = 100_000  # numbers: smaller tensors are never sharded (DeepSpeed's stage3_param_persistence_threshold)
 
 When = Literal["forward", "backward", "update"]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many numbers a model has, and where."""
+    """How many parameters a model has, and where."""
 
     tensors: tuple[tuple[int, ...], ...]  # shapes of all weights
     blocks: tuple[int, ...]  # numbers of each block
-    norms: tuple[int, ...]  # of these, those of its norms
-    modules: tuple[int, ...]  # of each module that has weights of its own
+    norms: tuple[int, ...]  # numbers of each block's norms
+    modules: tuple[int, ...]  # numbers of each module that has its own weights
 
     @property
     def total(self) -> int:
@@ -44,7 +44,7 @@ class Sizes:
         return sum(map(math.prod, self.tensors))
 
     def part(self, ranks: int) -> int:
-        """Return how many numbers the first of so many ranks has under FSDP2, which cuts each weight's rows."""
+        """Return how many numbers the first of `ranks` ranks has under FSDP2, which splits each weight by rows."""
         return sum(math.ceil(shape[0] / ranks) * math.prod(shape[1:]) for shape in self.tensors)
 
 
@@ -97,7 +97,7 @@ class Layout:
 
     @property
     def replicas(self) -> int:
-        """Groups of ranks that have all weights together."""
+        """Number of groups of ranks that each hold all weights together."""
         return self.parallel.replicas if self.engine == "fsdp" else 1
 
     @property
@@ -115,11 +115,11 @@ class Memory:
     optimizer: int
     averages: int
     gathered: int  # whole weights and gradients of what is being computed, or buckets
-    activations: int = 0  # and all else that lives at once
+    activations: int = 0  # and everything else that is alive at the peak
 
     @property
     def total(self) -> int:
-        """All of it."""
+        """The sum of all parts."""
         return sum(vars(self).values())
 
 
@@ -129,7 +129,7 @@ def memory_of(layout: Layout, sizes: Sizes, averages: int, parts: int, peak: int
     Args:
         layout: engine and ranks.
         sizes: of the model.
-        averages: how many the run follows.
+        averages: how many averages the run keeps.
         parts: micro batches of a step.
         peak: of a part's activations.
         trained: share of the numbers that have gradients and an optimizer state; the others are frozen.
@@ -150,7 +150,7 @@ def memory_of(layout: Layout, sizes: Sizes, averages: int, parts: int, peak: int
         weights, optimizer = weights - own, 0
     gathered = gathered_numbers(layout, sizes)
     followed = averages * (part if engine == "fsdp" else share)
-    if engine == "single" and parts == 1:  # gradients come when activations go
+    if engine == "single" and parts == 1:  # gradients are allocated as activations are freed
         peak = max(0, peak - FLOAT32 * gradients)
     return Memory(
         FLOAT32 * weights, FLOAT32 * gradients, FLOAT32 * optimizer, FLOAT32 * followed, FLOAT32 * gathered, peak
@@ -158,12 +158,12 @@ def memory_of(layout: Layout, sizes: Sizes, averages: int, parts: int, peak: int
 
 
 def gathered_numbers(layout: Layout, sizes: Sizes) -> int:
-    """Return how many float32 numbers, or as much as them, a GPU holds of others' weights and gradients at a time."""
+    """Return how much a GPU holds of other ranks' weights and gradients at a time, counted in float32 numbers."""
     engine, parallel, total, block = layout.engine, layout.parallel, sizes.total, max(sizes.blocks)
     if engine in ("single", "ddp"):
         return 0
     if engine in ("zero1", "zero2"):
-        return 2 * min(ZERO_BUCKET, total)  # one is filled while the other one is sent
+        return 2 * min(ZERO_BUCKET, total)  # one bucket is filled while the other is sent
     if engine == "zero3":
         return 3 * block  # this block, the next one, this one's gradients
     weights = (2 + parallel.fsdp_prefetch) * block if parallel.fsdp_reshard else total
@@ -172,16 +172,16 @@ def gathered_numbers(layout: Layout, sizes: Sizes) -> int:
 
 
 class Collective(NamedTuple):
-    """One that all ranks of a group do together."""
+    """A communication that all ranks of a group do together."""
 
     kind: Kind
     size: int  # bytes of the whole tensor
     when: When
-    of_replicas: bool = False  # among the ranks that have the same part; else among those that share all weights
+    of_replicas: bool = False  # among ranks with the same part; else among ranks that share all weights
 
 
 def collectives_of(layout: Layout, sizes: Sizes, parts: int) -> list[Collective]:
-    """Return the collectives of one step, without the small one of losses and norm."""
+    """Return the collectives of one step, without the small one for losses and norm."""
     if layout.ranks == 1:
         return []
     if layout.engine == "ddp":
@@ -200,7 +200,7 @@ def ddp_buckets(sizes: Sizes) -> list[int]:
 
 def _fsdp_step(layout: Layout, sizes: Sizes, parts: int) -> Iterator[Collective]:
     parallel, shards = layout.parallel, layout.ranks // layout.replicas
-    groups: list[tuple[int, int, bool]] = []  # numbers, bytes of each that is gathered, whether it is gathered twice
+    groups: list[tuple[int, int, bool]] = []  # numbers, bytes per number, whether they are gathered twice
     for block, norms in zip(sizes.blocks, sizes.norms, strict=True):
         if parallel.fsdp_bf16 and norms:
             groups.append((norms, FLOAT32, False))
@@ -235,10 +235,10 @@ def _zero_step(engine: str, sizes: Sizes, parts: int) -> Iterator[Collective]:
 
 
 def seconds_of(collective: Collective, layout: Layout, machine: Machine) -> float:
-    """Return how long one takes.
+    """Return how long a collective takes.
 
-    Ranks that share all weights are neighbours: their rings use all network cards of a node, and the GPUs of a node
-    that have different parts share these cards among their groups of replicas.
+    Ranks that share all weights are neighbours, so their rings use all network cards of a node. The GPUs of a node
+    that have different parts divide these cards among their groups of replicas.
     """
     shards = layout.ranks // layout.replicas
     if not collective.of_replicas:

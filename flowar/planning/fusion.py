@@ -1,8 +1,8 @@
-"""The kernels that inductor makes of a traced block, as it fuses them: what they read and write. Read next: trace.py.
+"""Predict the fused kernels that inductor would make of a traced block, and their traffic. Read next: trace.py.
 
-Nothing is compiled: matrix products and attention are kernels of their own; what lies between two of them, elementwise
-or reduced along a row, is one; and a sum over rows is one. benchmarks/compiled.txt has inductor's own count, which
-tests compare.
+Nothing is compiled. Each matrix product and each attention is its own kernel; the elementwise operations and row
+reductions between two of them form one kernel; and a sum over rows is one. benchmarks/compiled.txt has inductor's own
+counts, which tests compare.
 """
 
 from collections import defaultdict
@@ -35,7 +35,7 @@ def bytes_of(value: Any) -> int:
 
 
 def origin(node: Node) -> Node:
-    """Return the node whose memory this one looks at."""
+    """Return the node whose memory this one is a view of."""
     while node.op == "call_function" and name_of_node(node) in VIEWS:
         node = node.all_input_nodes[0]
     return node
@@ -52,13 +52,13 @@ def sums_rows(node: Node) -> bool:
 
 
 def kernels_of(graph_module: GraphModule) -> list[Operation]:
-    """Return the kernels of a graph, each with what it reads from outside and what others need of it.
+    """Return the kernels of a graph, each with its reads from other kernels and its writes for them.
 
-    A kernel of its own is what depends on another such one: `depth` counts them along the longest path, and what has
-    the same depth and is connected is fused.
+    `depth` counts the unfusable kernels (`is_alone`) along the longest path to a node; connected nodes of the same
+    depth are fused.
     """
     depth: dict[Node, int] = {}
-    kernels: dict[Node, list[Node]] = {}  # by what stands for them
+    kernels: dict[Node, list[Node]] = {}  # by the node that represents them
     home: dict[Node, Node] = {}
     alone: set[Node] = set()
     users: dict[Node, set[Node]] = defaultdict(set)
@@ -85,7 +85,7 @@ def kernels_of(graph_module: GraphModule) -> list[Operation]:
 
 
 def is_alone(node: Node) -> bool:
-    """Return whether a node is a kernel of its own: a matrix product, attention, a sum over rows."""
+    """Return whether a node is never fused: a matrix product, attention, a sum over rows."""
     name = name_of_node(node)
     return name.startswith(ATTENTION) or _packet(node) in flop_registry or sums_rows(node)
 
@@ -96,7 +96,7 @@ def _packet(node: Node) -> Any:
 
 def _kernel(nodes: list[Node], users: dict[Node, set[Node]]) -> Operation:
     inside = set(nodes)
-    read: dict[Node, set[Node]] = defaultdict(set)  # of each tensor, which views
+    read: dict[Node, set[Node]] = defaultdict(set)  # the views of each tensor that are read
     for node in nodes:
         for each in node.all_input_nodes:
             if origin(each) not in inside:

@@ -1,7 +1,7 @@
-"""What a GPU and a network are, and how long operations and collectives take on them. Read next: engines.py, steps.py.
+"""Models of GPUs and networks, and the time of operations and collectives on them. Read next: engines.py, steps.py.
 
-A roofline for each operation: the longer of its arithmetic and its traffic, each at a share of the data sheet's rate.
-The shares are fitted once, on FlowAR-L on one H100 (benchmarks/planning.py); other GPUs are taken to reach as much.
+Each operation has a roofline: the longer of its arithmetic and its traffic, each at a share of the data sheet's rate.
+The shares were fitted once, to FlowAR-L on one H100 (benchmarks/planning.py); other GPUs are assumed to reach the same.
 """
 
 import math
@@ -14,15 +14,15 @@ from flowar.base.errors import UserError
 from flowar.base.files import GIB
 from flowar.planning.operations import Operation
 
-# The four fitted constants: of the data sheet's rates, what matrix products reach, and what eager operations move.
+# The four fitted constants: the shares of data-sheet rates that matrix products and eager operations reach.
 MATMUL_SHARES = {"bf16": 0.71, "fp16": 0.71, "tf32": 0.42, "fp32": 0.77}
 EAGER_SHARE = 0.54
 
 # Not fitted.
 LARGE_COPY_SHARE = 0.9  # compiled kernels and matrix products: what a large copy reaches on an H100, 3.0 TB/s
 LEAST_S = 3e-6  # of any kernel: its start and end
-EAGER_LAUNCH_S, COMPILED_LAUNCH_S = 8e-6, 4e-6  # of the host for each; usual on a server's CPU
-QUEUE = 1024  # launches by which the host can be ahead of the GPU
+EAGER_LAUNCH_S, COMPILED_LAUNCH_S = 8e-6, 4e-6  # on the host, for each; typical of a server's CPU
+QUEUE = 1024  # launches that the host can be ahead of the GPU
 LINK_SHARE = 0.8  # of NVLink's rate that NCCL reaches: about 360 of 450 GB/s in nccl-tests on 8 H100
 PROTOCOL_SHARE = 120 / 128  # NCCL's LL128 sends 120 bytes of data in 128
 # NCCL's own table for LL128 (nccl, src/graph/tuning.cc), microseconds: start, one hop inside a node, one between nodes.
@@ -30,12 +30,12 @@ RING_US, TREE_US = (14.0, 1.9, 4.0), (14.0, 1.25, 8.5)
 
 Kind = Literal["all_reduce", "all_gather", "reduce_scatter"]
 
-# Memory, GB/s of it, and GB/s each way to the other GPUs of a node: NVIDIA's data sheets; rates of matrix products are
-# in flowar/base/devices.py. The first name in the GPU's name counts.
+# Memory in GiB, its GB/s, and GB/s each way to the other GPUs of a node, from NVIDIA's data sheets; rates of matrix
+# products are in flowar/base/devices.py. The first row whose name is part of the GPU's name counts.
 GPUS = (
     ("H200", 140, 4800, 450), ("H100 PCIe", 79, 2000, 64), ("H100", 79, 3350, 450), ("A100 40GB", 39, 1555, 300),
     ("A100", 79, 2039, 300), ("L40S", 44, 864, 32), ("A40", 44, 696, 32), ("V100", 31, 900, 150),
-    # Of 24 GB. GeForce cards send over PCIe, through the host's memory: 32 is more than they reach.
+    # Cards with 24 GB. GeForce cards send over PCIe, through the host's memory, so 32 is more than they reach.
     ("A10", 22, 600, 32), ("RTX 4090", 23, 1008, 32), ("RTX 3090", 23, 936, 32),
 )  # fmt: skip
 
@@ -62,7 +62,7 @@ def find_machine(
     peak_tflops: float | None = None,
     memory_gb_per_s: float | None = None,
 ) -> Machine:
-    """Return a machine from the table; what is given wins over it.
+    """Return a machine from the table; given values override it.
 
     Args:
         gpu: its name, or one that contains a name of the table.
@@ -73,13 +73,13 @@ def find_machine(
         memory_gb_per_s: of its memory.
 
     Raises:
-        UserError: if it isn't in the table and not all numbers are given.
+        UserError: if the GPU isn't in the table and not all numbers are given.
     """
     found = next((row for row in GPUS if row[0] in gpu), None)
     if found is None and None in (memory_gib, peak_tflops, memory_gb_per_s):
         raise UserError(
-            f"gpu={gpu} is not in the table: {', '.join(row[0] for row in GPUS)}; give one of these, or this one's "
-            "numbers from its data sheet, for example peak_tflops=71 (dense, in the training's precision) "
+            f"gpu={gpu} is not in the table: {', '.join(row[0] for row in GPUS)}; give one of these, or the numbers "
+            "from the GPU's data sheet, for example peak_tflops=71 (dense, in the training's precision) "
             "memory_gib=24 memory_gb_per_s=768"
         )
     _, table_gib, table_rate, link = found or (gpu, 0, 0, 32)
@@ -94,7 +94,7 @@ def operation_seconds(operation: Operation, machine: Machine, precision: str) ->
 
     Args:
         operation: what it does.
-        machine: on what.
+        machine: to run on.
         precision: of the run: with tf32, products of float32 are TF32, but attention is float32.
     """
     kind = "bf16" if operation.is_half else "tf32" if precision == "tf32" and operation.kind == "matmul" else "fp32"
@@ -112,13 +112,13 @@ def launch_seconds(operation: Operation) -> float:
 class Busy:
     """How long operations take."""
 
-    total_s: float  # host and GPU, which work at once but for the length of the queue
+    total_s: float  # host and GPU, which overlap up to the length of the queue
     device_s: float  # of the GPU alone
     launch_s: float  # of the host alone
 
 
 def busy(operations: Sequence[Operation], machine: Machine, precision: str) -> Busy:
-    """Return how long operations take, one after the other, the host ahead of the GPU by as much as its queue holds."""
+    """Return how long operations take one after the other, with the host ahead of the GPU by at most its queue."""
     total = device = launch = 0.0
     for begin in range(0, len(operations), QUEUE):
         some = operations[begin : begin + QUEUE]
@@ -129,18 +129,18 @@ def busy(operations: Sequence[Operation], machine: Machine, precision: str) -> B
 
 
 def collective_seconds(kind: Kind, size: int, ranks: int, per_node: int, machine: Machine, rails: int) -> float:
-    """Return how long a collective takes: latency, and bytes over the narrowest place of NCCL's rings.
+    """Return how long a collective takes: latency, and bytes over the slowest link of NCCL's rings.
 
-    A node has a ring for each network card, each with its share of the bytes; so a card passes 1 / rails of what a
-    GPU's links pass.
+    A node has one ring per network card, each with its share of the bytes, so a card passes 1 / rails of what a GPU's
+    links pass.
 
     Args:
         kind: what it does.
-        size: bytes of the whole tensor: what is reduced, what has been gathered.
-        ranks: that take part.
+        size: bytes of the whole tensor that is reduced or gathered.
+        ranks: number that take part.
         per_node: how many of them are in one node.
         machine: GPUs and network.
-        rails: network cards of a node that these ranks have for themselves.
+        rails: network cards of a node that only these ranks use.
     """
     if ranks == 1:
         return 0.0

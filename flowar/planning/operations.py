@@ -1,11 +1,11 @@
-"""What a device is given to do, as a list: operations with their FLOPs and bytes. Read next: fusion.py, trace.py."""
+"""A device's work as a list of operations with their FLOPs and bytes. Read next: fusion.py, trace.py."""
 
 from typing import Any, Literal, NamedTuple
 
 from torch.utils.flop_counter import sdpa_flop_count
 
-ATTENTION = "_scaled_dot_product"  # how torch's attention operations begin
-ATTENTION_BACKWARD = 2.5  # times the FLOPs of the forward pass: five products where that has two
+ATTENTION = "_scaled_dot_product"  # prefix of torch's attention operations
+ATTENTION_BACKWARD = 2.5  # times the FLOPs of the forward pass: five products instead of two
 
 Kernel = Literal["matmul", "attention", "other"]
 
@@ -26,14 +26,14 @@ def attention_flops(name: str, query: Any, key: Any, value: Any) -> int:
 
 
 def at_batch(sizes: tuple[int, int], ends: tuple[list[Operation], list[Operation]], size: int) -> list[Operation]:
-    """Return the operations at a batch size, from those at two others: FLOPs and bytes are straight lines.
+    """Return the operations at a batch size by interpolating two others, as FLOPs and bytes are linear in it.
 
     Raises:
-        ValueError: if the two aren't the same operations.
+        ValueError: if the two lists have different operations.
     """
     (first, second), (low, high) = ends, sizes
     if [each[:3] for each in first] != [each[:3] for each in second]:
-        raise ValueError(f"batches of {low} and of {high} take other operations, {len(first)} and {len(second)}")
+        raise ValueError(f"batches of {low} and {high} take different operations, {len(first)} and {len(second)}")
     return [
         a._replace(flops=straight(sizes, (a.flops, b.flops), size), moved=straight(sizes, (a.moved, b.moved), size))
         for a, b in zip(first, second, strict=True)

@@ -1,4 +1,4 @@
-"""Whether a training run has room on the GPU that it is about to start on. Read next: steps.py."""
+"""Check whether a training run fits on the GPU that it is about to start on. Read next: steps.py."""
 
 import torch
 
@@ -12,7 +12,7 @@ from flowar.planning.steps import PlannedStep, fits
 
 
 def device_memory(device: torch.device) -> int | None:
-    """Return the bytes that a GPU has, or None for a CPU, whose memory is shared."""
+    """Return the bytes of a GPU's memory, or None for a CPU, whose memory is shared."""
     if device.type != "cuda":
         return None
     total: int = torch.cuda.get_device_properties(device).total_memory
@@ -20,10 +20,10 @@ def device_memory(device: torch.device) -> int | None:
 
 
 def check_room(config: RecipeConfig, world: World) -> None:
-    """Refuse a run that has no room on its GPU, before anything is there; on all ranks alike.
+    """Refuse a run that doesn't fit on its GPU, before anything is allocated; all ranks agree.
 
     Raises:
-        UserError: if it takes more than all of the memory, with settings with which it would fit.
+        UserError: if the run needs more than the whole memory; it suggests settings that would fit.
     """
     memory = device_memory(world.device)
     if memory is None or not config.parallel.check_memory:
@@ -35,13 +35,13 @@ def check_room(config: RecipeConfig, world: World) -> None:
 
 
 def find_problem(config: RecipeConfig, ranks: int, memory: int) -> str | None:
-    """Return why a run on so many GPUs has no room, and what to do; or None if it has."""
+    """Return why a run on `ranks` GPUs doesn't fit, and what to do; None if it fits."""
     setting = PlannedStep.of(config, ranks, ranks)
     machine = Machine("", memory, {}, 0, 0, 0, ranks)  # only its memory counts
     if fits(setting, machine, spare=0):
         return None
     need, choices = setting.memory.total / GIB, ", or ".join(ways_to_fit(setting, machine))
     return (
-        f"micro_batch_size={setting.micro} takes {need:.1f} GiB on each GPU, as `flowar plan` counts, but there are "
-        f"{memory / GIB:.1f}; set {choices}; or parallel.check_memory=false to try it all the same"
+        f"micro_batch_size={setting.micro} needs {need:.1f} GiB on each GPU, as `flowar plan` counts, but the GPU has "
+        f"{memory / GIB:.1f}; set {choices}; or parallel.check_memory=false to try it anyway"
     )

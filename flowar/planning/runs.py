@@ -1,6 +1,7 @@
-"""What failures, preemptions and saves make of a run's days. Read next: steps.py.
+"""How failures, preemptions and saves lengthen a run. Read next: steps.py.
 
-Young's and Daly's interval (J. T. Daly, 2006): what a save costs against what a failure loses, half an interval.
+Young's and Daly's interval (J. T. Daly, 2006) balances the cost of a save against what a failure loses, half an
+interval.
 """
 
 import math
@@ -14,7 +15,7 @@ CHECKPOINT_COPIES = 3  # weights and AdamW's two moments; averages come on top
 
 @dataclass(frozen=True)
 class Troubles:
-    """How often a run is disturbed, and what that costs."""
+    """How often a run is interrupted, and what that costs."""
 
     nodes: int
     node_mtbf_days: float  # mean time between failures of one node
@@ -25,27 +26,27 @@ class Troubles:
 
 @dataclass(frozen=True)
 class RunTime:
-    """What is to be expected of a run."""
+    """The expected course of a run."""
 
     days: float
-    goodput: float  # share of the time in which steps are made that last
+    goodput: float  # share of the time spent on steps that aren't lost
     save_every_s: float  # the best interval
-    failures: float  # of nodes, in all
-    save_s: float  # that training stands still for a save
-    written_s: float  # until a save is complete
+    failures: float  # of nodes, in total
+    save_s: float  # how long a save stops training
+    written_s: float  # until a save is complete on disk
 
 
 def expect(working_s: float, weights: int, averages: int, writers: int, troubles: Troubles) -> RunTime:
     """Return the expected time of a run.
 
-    A failure loses half an interval and what was being written; a preemption, which is announced, saves first.
+    A failure loses half an interval and the save in progress; a preemption is announced, so the run saves first.
 
     Args:
         working_s: seconds of all steps.
-        weights: how many numbers the model has.
-        averages: how many averages of them a checkpoint holds.
-        writers: GPUs that have different parts of it.
-        troubles: what happens.
+        weights: number of parameters.
+        averages: how many averages of the weights a checkpoint holds.
+        writers: GPUs that hold different parts of the checkpoint.
+        troubles: failures and preemptions.
     """
     size = 4 * weights * (CHECKPOINT_COPIES + averages)
     save_s = max(LEAST_SAVE_S, size / writers / STAGING_BYTES_PER_S)

@@ -1,4 +1,4 @@
-"""Every way to train a model on given machines, the quickest first. Read next: steps.py."""
+"""Try every way to train a model on given machines, the fastest first. Read next: steps.py."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,7 +11,7 @@ from flowar.planning.machines import Machine
 from flowar.planning.steps import PlannedStep, StepTime, fits, largest_micro, time_step
 
 WAYS_TO_COMPUTE = ((0, True), (0, False), (1, True), (1, False))  # recomputed blocks, every n-th; compiled
-MICROS = 3  # of a way, the largest micro batches that fit
+MICROS = 3  # micro batches that are tried for each way, the largest that fit
 
 
 class Found(NamedTuple):
@@ -22,7 +22,7 @@ class Found(NamedTuple):
 
 
 def ways_to_share(ranks: int, nodes: int, precision: str) -> Iterator[dict[str, object]]:
-    """Yield settings of `parallel` by which ranks can share the work."""
+    """Yield the settings of `parallel` that let ranks share the work."""
     if ranks == 1:
         yield {"engine": "single"}
         return
@@ -36,12 +36,12 @@ def ways_to_share(ranks: int, nodes: int, precision: str) -> Iterator[dict[str, 
 
 
 def search(setting: PlannedStep, machine: Machine, nodes: int) -> tuple[list[Found], list[str]]:
-    """Return the ways that fit, the quickest first, and for each way that doesn't, what it would need.
+    """Return the ways that fit, the fastest first, and for each way that doesn't fit, the memory it would need.
 
     Args:
-        setting: model, batch, precision and ranks; the rest is tried.
-        machine: what on.
-        nodes: how many.
+        setting: model, batch, precision and ranks; the search varies the rest.
+        machine: to train on.
+        nodes: number of nodes.
     """
     found, refused = [], []
     layout, share = setting.layout, setting.batch_size // setting.layout.ranks
@@ -49,7 +49,7 @@ def search(setting: PlannedStep, machine: Machine, nodes: int) -> tuple[list[Fou
         ways = []
         for every, compiled in WAYS_TO_COMPUTE:
             if compiled and shared.get("fsdp_bf16"):
-                continue  # the hooks of the norms, which are gathered apart, cut the blocks' graphs
+                continue  # norms are gathered separately, and their hooks break the blocks' graphs
             parallel = ParallelConfig(**shared, checkpoint_every_blocks=every, compile=compiled)  # type: ignore[arg-type]
             ways.append(replace(setting, micro=1, layout=replace(layout, parallel=parallel)))
         fitting = [
@@ -61,12 +61,12 @@ def search(setting: PlannedStep, machine: Machine, nodes: int) -> tuple[list[Fou
         found += [Found(way, time_step(way, machine)) for way in fitting]
         if not fitting:
             least = min(ways, key=lambda way: way.memory.total)
-            refused.append(f"{way_of(least)} takes {least.memory.total / GIB:.0f} GiB")
+            refused.append(f"{way_of(least)} needs {least.memory.total / GIB:.0f} GiB")
     return sorted(found, key=lambda each: each.step.total), refused
 
 
 def way_of(setting: PlannedStep) -> str:
-    """Return in settings how a model is spread and recomputed, as `flowar train` takes them."""
+    """Return how a model is spread and recomputed, as settings for `flowar train`."""
     default, parallel = ParallelConfig(), setting.parallel
     names = [name for name in vars(default) if getattr(parallel, name) != getattr(default, name)]
     words = [f"{name}={str(getattr(parallel, name)).lower()}" for name in names]
@@ -81,7 +81,7 @@ def with_engine(parallel: ParallelConfig, name: str) -> ParallelConfig:
 
 
 def halved(setting: PlannedStep, machine: Machine) -> PlannedStep | None:
-    """Return the same run on half as many nodes, or None if there is none that fits."""
+    """Return the same run on half as many nodes, or None if that doesn't fit."""
     layout, parallel = setting.layout, setting.parallel
     if layout.ranks % (2 * layout.gpus_per_node):
         return None
@@ -95,7 +95,7 @@ def halved(setting: PlannedStep, machine: Machine) -> PlannedStep | None:
 
 
 def ways_to_fit(setting: PlannedStep, machine: Machine) -> list[str]:
-    """Return settings with which a step that has no room would have it, the gentlest first."""
+    """Return settings that would make a step fit that doesn't, the gentlest first."""
     found = []
     if micro := largest_micro(setting, machine):
         found.append(f"micro_batch_size={micro}")

@@ -12,20 +12,20 @@ from flowar.planning.trace import StepTrace, trace_step
 from flowar.training.averages import average_names
 from flowar.training.setup import split_batch
 
-SPARE_SHARE = 0.1  # of a GPU's memory: CUDA itself, NCCL, cuBLAS, holes of the allocator
-SLOWED_SHARE = 0.1  # of a GPU that a collective beside the computation takes; assumed, not measured
-COLLECTIVE_LAUNCH_S = 1e-4  # of the host for each, with FSDP2's hooks; assumed
-BOOKKEEPING_S = 14e-6  # of the host for each weight between two steps: benchmarks/host.py, 8.3 ms for FlowAR-H
-READ_S = 1e-4  # the host waits for losses and norm, and the GPU for the host
+SPARE_SHARE = 0.1  # of a GPU's memory: CUDA itself, NCCL, cuBLAS, fragmentation of the allocator
+SLOWED_SHARE = 0.1  # share of a GPU taken by a collective that runs beside the computation; assumed, not measured
+COLLECTIVE_LAUNCH_S = 1e-4  # on the host for each collective, with FSDP2's hooks; assumed
+BOOKKEEPING_S = 14e-6  # on the host for each weight between two steps: benchmarks/host.py, 8.3 ms for FlowAR-H
+READ_S = 1e-4  # the host waits for losses and norm, then the GPU waits for the host
 SMALL = 256  # bytes of losses and norm
 SENDING_ONCE = ("ddp", "zero1")  # reduce the gradients of all parts in the last one's backward pass
-# Bytes for each number of this GPU: norm, clipping, AdamW; and for each that an average follows.
+# Bytes moved for each number on this GPU: norm, clipping, AdamW; and for each averaged number.
 UPDATE_BYTES, AVERAGE_BYTES = 4 + 8 + 28, 12
 
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """What is imagined: a training step of a model, spread over GPUs."""
+    """A simulated training step of a model, spread over GPUs."""
 
     model: ModelConfig
     precision: str
@@ -37,7 +37,7 @@ class PlannedStep:
 
     @staticmethod
     def of(config: RecipeConfig, ranks: int, gpus_per_node: int) -> "PlannedStep":
-        """Return that of a run on so many ranks; its micro batch is the one that the run would take."""
+        """Return the step of a run on `ranks` ranks, with the micro batch that the run would take."""
         micro = split_batch(config.batch_size, config.micro_batch_size, ranks)
         layout = Layout(config.parallel, ranks, min(ranks, gpus_per_node))
         averages = len(average_names(config.ema))
@@ -56,20 +56,20 @@ class PlannedStep:
 
     @property
     def trace(self) -> StepTrace:
-        """What one part consists of; some seconds the first time."""
+        """The operations of one part; takes some seconds the first time."""
         return trace_step(self.model, self.precision, self.parallel.checkpoint_every_blocks, self.parallel.compile)
 
     @property
     def memory(self) -> Memory:
-        """What it takes of each GPU."""
+        """The memory that it takes on each GPU."""
         peak = self.trace.peak(self.micro)
-        if self.layout.engine == "fsdp" and self.parallel.fsdp_bf16:  # blocks are gathered so, not cast and kept
+        if self.layout.engine == "fsdp" and self.parallel.fsdp_bf16:  # blocks are gathered in bf16, not cast and kept
             peak -= min(max(0, self.trace.peak(0)), 2 * sum(sizes_of(self.model).blocks))
         return memory_of(self.layout, sizes_of(self.model), self.averages, self.parts, max(0, peak), self.trained)
 
 
 def fits(setting: PlannedStep, machine: Machine, spare: float = SPARE_SHARE) -> bool:
-    """Return whether a step has room on a GPU, with this share of its memory to spare."""
+    """Return whether a step fits on a GPU, with this share of its memory to spare."""
     return setting.memory.total <= machine.memory * (1 - spare)
 
 
@@ -77,25 +77,25 @@ def fits(setting: PlannedStep, machine: Machine, spare: float = SPARE_SHARE) -> 
 class StepTime:
     """Seconds of a step on each GPU."""
 
-    forward_s: float  # of all parts, what is not hidden of communication included
+    forward_s: float  # of all parts, including communication that isn't hidden
     backward_s: float
     update_s: float  # from the last gradient to the next forward pass
     device_s: float  # what the GPU computes in forward and backward passes
-    launch_s: float  # what the host launches in these
-    sent_s: float  # all communication, most of it beside the computation
+    launch_s: float  # what the host needs to launch these passes
+    sent_s: float  # all communication, most of it hidden by the computation
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """The whole step."""
         return self.forward_s + self.backward_s + self.update_s
 
 
 def time_step(setting: PlannedStep, machine: Machine) -> StepTime:
     """Return how long a step takes.
 
-    Computation and communication run beside each other, each pass as long as the longer of the two (engines that send
-    once: the last part's); the first gather of a forward pass and the last reduction of a backward pass have nothing
-    beside them.
+    Computation and communication overlap, so each pass takes as long as the longer of the two (for engines that send
+    once: of the last part's). The first gather of a forward pass and the last reduction of a backward pass overlap with
+    nothing.
     """
     layout, sizes = setting.layout, sizes_of(setting.model)
     sent: dict[str, list[float]] = defaultdict(list)
@@ -139,7 +139,7 @@ def utilization(setting: PlannedStep, step: StepTime, machine: Machine) -> float
 
 
 def largest_micro(setting: PlannedStep, machine: Machine) -> int:
-    """Return the largest micro batch that fits, a divisor of a rank's share of the batch; 0: none."""
+    """Return the largest micro batch that fits and divides a rank's share of the batch; 0 if none fits."""
     share = setting.batch_size // setting.layout.ranks
     sizes = (n for n in range(share, 0, -1) if share % n == 0)
     return next((n for n in sizes if fits(replace(setting, micro=n), machine)), 0)

@@ -1,8 +1,8 @@
-"""A training step or a batch of samples on tensors without memory: its operations, and its memory. Read next: machines.
+"""Trace the operations and memory of a training step or a batch of samples on fake tensors. Read next: machines.py.
 
-torch's fake tensors do all that real ones do, autocast, autograd and recomputation included, but hold nothing. Compiled
-blocks are traced and cut into forward and backward graphs as for inductor, whose kernels fusion.py imagines. Counted
-without dropout: attention with dropout is one kernel on a GPU, but not on a CPU; in FlowAR-L dropout moves 2% more.
+torch's fake tensors behave like real ones, including autocast, autograd and recomputation, but hold no data. Compiled
+blocks are traced and split into forward and backward graphs as for inductor, whose kernels fusion.py predicts. Dropout
+is left out, as attention with dropout is one kernel on a GPU but not on a CPU; in FlowAR-L dropout moves 2% more.
 """
 
 import functools
@@ -26,39 +26,39 @@ from flowar.planning.fusion import kernels_of
 from flowar.planning.operations import ATTENTION, Kernel, Operation, at_batch, attention_flops, straight
 from flowar.training.engine import prepare_blocks
 
-NOT_MOVING = ("prim.", "aten.empty", "aten._unsafe_view", "aten.detach")  # beside views: these move nothing
-SIZES = (8, 16)  # batches that are traced; in smaller ones the memory of what does not grow hides the rest
+NOT_MOVING = ("prim.", "aten.empty", "aten._unsafe_view", "aten.detach")  # these move nothing, like views
+SIZES = (8, 16)  # batches that are traced; in smaller ones the memory that doesn't grow hides the rest
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What one part of a step, or one batch of samples, consists of."""
+    """The operations of one part of a step, or of one batch of samples."""
 
-    forward: list[Operation]  # or all of it, where nothing is trained
+    forward: list[Operation]  # all operations, when sampling
     backward: list[Operation]
-    peak: int  # bytes at once beside weights and their gradients
+    peak: int  # bytes at the peak, on top of weights and their gradients
 
 
 @dataclass(frozen=True)
 class StepTrace:
-    """What one part of a training step consists of, by its size."""
+    """The operations of one part of a training step, by its size."""
 
     sizes: tuple[int, int]
     ends: tuple[Trace, Trace]
 
     def at(self, size: int) -> Trace:
-        """Return that of a micro batch of so many samples."""
+        """Return the trace of a micro batch of `size` samples."""
         one, two = self.ends
         forward = at_batch(self.sizes, (one.forward, two.forward), size)
         return Trace(forward, at_batch(self.sizes, (one.backward, two.backward), size), self.peak(size))
 
     def peak(self, size: int) -> int:
-        """Return the most bytes at once, beside weights and gradients, with a micro batch of so many samples."""
+        """Return the peak memory of a micro batch of `size` samples in bytes, on top of weights and gradients."""
         return straight(self.sizes, (self.ends[0].peak, self.ends[1].peak), size)
 
 
 class Recorder(PeakMemory):
-    """Keeps what is computed inside it, and follows its memory."""
+    """Records the operations inside it, and tracks their memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Recorder(PeakMemory):
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        """Return True: what is compiled stays so inside of this mode."""
+        """Return True: compiled code stays compiled inside this mode."""
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -92,10 +92,10 @@ class Recorder(PeakMemory):
 
 
 class Compiler:
-    """A backend of torch.compile that compiles nothing: what a graph would take is noted when it runs."""
+    """A backend of torch.compile that compiles nothing, but records what a graph would take when it runs."""
 
     def __init__(self) -> None:
-        # Imported here, as each takes its time and plans without compilation need none of them.
+        # Imported here, as they are slow to import and plans without compilation don't need them.
         from torch._dynamo.backends.common import aot_autograd
         from torch._functorch.partitioners import min_cut_rematerialization_partition
         from torch._inductor.decomposition import select_decomp_table
@@ -109,7 +109,7 @@ class Compiler:
         )
 
     def compile(self, graph_module: GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        """Return what runs a graph as it is."""
+        """Return a function that runs a graph unchanged."""
         kernels = kernels_of(graph_module)
 
         def run(values: list[Any]) -> Any:
@@ -128,14 +128,14 @@ class Compiler:
         return run
 
     def prepare(self, blocks: list[nn.Module]) -> None:
-        """Have blocks traced as compiled ones when they are called."""
+        """Make blocks be traced as compiled blocks when they are called."""
         for block in blocks:
             block.forward = torch.compile(block.forward, backend=self.backend, dynamic=False)
 
 
 @functools.lru_cache
 def trace_step(model: ModelConfig, precision: str, checkpoint_every_blocks: int, compiled: bool) -> StepTrace:
-    """Return what forward and backward pass of one part of a training step consist of."""
+    """Return the operations in the forward and backward pass of one part of a training step."""
     one, two = (_trace_part(model, precision, checkpoint_every_blocks, compiled, size) for size in SIZES)
     return StepTrace(SIZES, (one, two))
 
@@ -179,7 +179,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 
 
 def trace_sampling(shape: ModelConfig, how: DrawConfig, batch_size: int, compiled: bool) -> Trace:
-    """Return what drawing the latents of one batch consists of, in the precision of `how`."""
+    """Return the operations for drawing the latents of one batch, in the precision of `how`."""
     family = family_of(shape)
     compiler = Compiler() if compiled else None
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -188,7 +188,7 @@ def trace_sampling(shape: ModelConfig, how: DrawConfig, batch_size: int, compile
         labels = torch.zeros(batch_size, dtype=torch.int64)
     half = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(how.precision)
 
-    def draw() -> None:  # outside of the mode, so that times are real numbers, which the solver reads
+    def draw() -> None:  # outside the mode, so that the solver can read real times
         with torch.no_grad(), torch.autocast("cpu", half, enabled=half is not None):
             family.generate(model, labels, noise, how, lambda sizes: noise.new_empty(batch_size, *sizes))
 

@@ -1,1 +1,1 @@
-"""Drawing images by any number of processes: the folder of samples, the work, the pictures, other output formats."""
+"""Draw images with any number of processes: the folder of samples, the work, the pictures, other output formats."""

@@ -1,4 +1,4 @@
-"""Pictures of what a model draws: contact sheet, growth scale by scale, guidance beside steps. Read next: sample.py."""
+"""Pictures of what a model draws: contact sheet, growth by scale, guidance against steps. Read next: sample.py."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -25,12 +25,12 @@ LEAST_STEPS = 2
 
 
 def save_gallery(config: SamplingConfig, model: Model, vae: VAE, classes: Sequence[int], folder: Path) -> None:
-    """Write contact_sheet.png (a row per class), growth.png and guidance.png: of the images that would be drawn.
+    """Write contact_sheet.png (a row per class), growth.png and guidance.png, with the images that would be drawn.
 
     Args:
-        config: how they are drawn; everything here has the noise of the images of the same numbers.
+        config: how they are drawn; each picture uses the noise of the image with the same number.
         model, vae: on one device.
-        classes: that the images show in turn.
+        classes: shown in turn by the images.
         folder: where the pictures go.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +48,7 @@ def save_gallery(config: SamplingConfig, model: Model, vae: VAE, classes: Sequen
 
 
 def first_numbers(classes: Sequence[int], label: int, count: int) -> list[int]:
-    """Return the numbers of the first images of a class, where images show `classes` in turn, which start anew."""
+    """Return the numbers of the first images of a class, if images show `classes` in turn, over and over."""
     places = [place for place, shown in enumerate(classes) if shown == label]
     return [places[i % len(places)] + len(classes) * (i // len(places)) for i in range(count)]
 
@@ -63,7 +63,7 @@ def draw_images(
 def draw_growth(
     config: SamplingConfig, model: Model, vae: VAE, labels: Sequence[int], numbers: Sequence[int]
 ) -> Tensor:
-    """Return images after each stage, brought to full size and decoded: uint8 (stages N, 3, H, W)."""
+    """Return images after each stage, upsampled to full size and decoded: uint8 (stages N, 3, H, W)."""
     return decode_stages(vae, draw_stages(config, model, labels, numbers))
 
 
@@ -77,7 +77,7 @@ def draw_stages(config: SamplingConfig, model: Model, labels: Sequence[int], num
 
 
 def decode_stages(vae: VAE, stages: Sequence[Tensor]) -> Tensor:
-    """Return latents of several sizes, brought to the size of the last and decoded: uint8 on the CPU."""
+    """Return latents of several sizes, resized to the size of the last and decoded: uint8 on the CPU."""
     size = stages[-1].shape[-2:]
     with torch.inference_mode():
         full = (torch.nn.functional.interpolate(each.float(), size=size, mode="bicubic") for each in stages[:-1])
@@ -87,7 +87,7 @@ def decode_stages(vae: VAE, stages: Sequence[Tensor]) -> Tensor:
 def save_guidance(
     config: SamplingConfig, model: Model, vae: VAE, labels: list[int], numbers: list[int], path: Path
 ) -> None:
-    """Write one picture per class of the same noise at several guidances (rows) and numbers of steps (columns)."""
+    """Write one picture per class, drawn from the same noise at several guidances (rows) and step counts (columns)."""
     guidances = sorted({1 + (config.guidance - 1) * part for part in GUIDANCE_PARTS})
     steps = sorted({max(LEAST_STEPS, round(config.num_steps * part)) for part in STEP_PARTS})
     cells = []  # guidance by guidance, steps by steps: (classes, 3, H, W)

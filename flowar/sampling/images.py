@@ -1,4 +1,4 @@
-"""Drawn images as PNG files: one of the two places where they go. Read next: worker.py, packing.py."""
+"""Write drawn images as PNG files: one of the two sinks. Read next: worker.py, packing.py."""
 
 import io
 from collections.abc import Callable
@@ -40,13 +40,13 @@ GRID_IMAGES = 100  # shown in grid.png
 
 
 class ImageSink:
-    """Writes the images of a job as PNG files, and what else was asked for of them."""
+    """Writes the images of a job as PNG files, and the other formats that `also` names."""
 
     def __init__(self, job: SamplingJob) -> None:
         self.job = job
         self.folder = job.out_dir / IMAGES_FOLDER
         self.book = HashBook(job.out_dir)
-        self._identity = ""  # of the samples; known when samples.json is there
+        self._identity = ""  # of the samples; known once samples.json exists
 
     def __str__(self) -> str:
         return f"images are in {self.folder}, the first of them in {self.job.out_dir / 'grid.png'}"
@@ -62,10 +62,10 @@ class ImageSink:
         return f"{number:06d}_class{label:04d}{f'_{called}' if called else ''}.png"
 
     def start(self) -> None:
-        """Make the folder; remove images of which nobody noted a hash: they may be anything, and are drawn again.
+        """Make the folder; remove images without a recorded hash, which can't be verified and are redrawn.
 
         Raises:
-            UserError: if there are images that are none of these samples.
+            UserError: if there are images that don't belong to these samples.
         """
         self.folder.mkdir(exist_ok=True)
         self._identity = identify(read_samples(self.job.out_dir))
@@ -79,24 +79,24 @@ class ImageSink:
             file.unlink(missing_ok=True)
         for name in sorted(self._existing())[:1]:
             file = self.folder / name
-            check_owner(file, file.read_bytes(), self._identity)  # or the record is not that of the images
+            check_owner(file, file.read_bytes(), self._identity)  # else the record belongs to others
         if unknown:
-            print(f"{len(unknown):,} images in {self.folder} have no hash, the first is {unknown[0].name}: drawn again")
+            print(f"redrawing {len(unknown):,} images in {self.folder} that have no hash, first {unknown[0].name}")
 
     def _unknown(self) -> list[Path]:
-        """Return the images without a hash. Whoever draws notes hashes first: so the images are listed first."""
+        """Return the images without a hash. Drawing writes hashes first, so list the images before the hashes."""
         names, count = drawn_names(self.job.out_dir), self.job.config.num_images
         hashes = self.book.look()
         return [self.folder / name for name in names if number_of(name) < count and name not in hashes]
 
     def _existing(self) -> set[str]:
-        """Return the names of the images that are there, with their hashes."""
+        """Return the names of the existing images that have a hash."""
         names = drawn_names(self.job.out_dir)
-        hashes = self.book.look()  # after the names: whoever draws notes hashes first
+        hashes = self.book.look()  # after the names, as drawing writes hashes first
         return {name for name in names if name in hashes}
 
     def missing_chunks(self) -> list[int]:
-        """Return the chunks of which an image is not there."""
+        """Return the chunks with a missing image."""
         existing = self._existing()
         return [
             chunk
@@ -105,11 +105,11 @@ class ImageSink:
         ]
 
     def is_missing(self, chunk: int) -> bool:
-        """Return whether an image of a chunk is not there."""
+        """Return whether an image of a chunk is missing."""
         return bool(self._missing(self.job.chunk(chunk)))
 
     def needs(self, numbers: range) -> bool:
-        """Return whether any of these images is missing. All are drawn then: the batch's shape decides last bits."""
+        """Return whether any of these images is missing. Then all are drawn, as the batch's shape affects rounding."""
         return bool(self._missing(numbers))
 
     def _missing(self, numbers: range) -> list[int]:
@@ -117,19 +117,19 @@ class ImageSink:
         return [n for n in numbers if self.name(n) not in hashes or not self.file(n).exists()]
 
     def add(self, decoded: Tensor, numbers: range, pool: ThreadPoolExecutor) -> list[Future[None]]:
-        """Begin to write images (B, 3, H, W) in [-1, 1]."""
+        """Start writing images (B, 3, H, W) in [-1, 1]."""
         return [pool.submit(self._save, decoded, numbers)]
 
     def end_chunk(self, numbers: range, pool: ThreadPoolExecutor) -> list[Future[None]]:
-        """Begin to write what is left of a chunk: nothing."""
+        """Start writing the rest of a chunk: nothing."""
         return []
 
     @torch.inference_mode()
     def _save(self, decoded: Tensor, numbers: range) -> None:
-        """Write those images that are not there, their hashes first. In a thread, so that nobody waits for a GPU.
+        """Write the missing images, their hashes first. Runs in a thread, so that the GPU doesn't wait for it.
 
         Raises:
-            UserError: if they are not finite.
+            UserError: if an image is not finite.
         """
         check_finite(self.job, decoded, numbers)
         missing = self._missing(numbers)
@@ -145,12 +145,12 @@ class ImageSink:
         for file, content in contents.items():
             try:
                 create_whole(file, _writer(content))
-            except FileNotFoundError:  # all is done, and somebody tidied up
+            except FileNotFoundError:  # another process has finished and cleaned up
                 if not file.exists():
                     raise
 
     def is_finished(self) -> bool:
-        """Return whether all images are there, hashed and packed."""
+        """Return whether all images exist, hashed and packed."""
         count, out_dir = self.job.config.num_images, self.job.out_dir
         if not (out_dir / HASHES_FILE).exists() or self.book.new_files() or self.missing_chunks():
             return False
@@ -160,12 +160,12 @@ class ImageSink:
         return all(is_packed(kind, count, out_dir) for kind in self.job.config.also)
 
     def finish(self) -> None:
-        """Make the grid and what else was asked for of all images, and put their hashes together.
+        """Make the grid and the other formats, and merge the hashes.
 
         Removes what killed workers left.
         """
         for leftover in (*self.folder.glob(".*"), *(self.job.out_dir / NEW_HASHES).glob(".*")):
-            leftover.unlink(missing_ok=True)  # whoever is alive and was about to name it writes it again
+            leftover.unlink(missing_ok=True)  # a live process that was about to rename it writes it again
         for leftover in find_half_packed(self.job.out_dir):
             remove(leftover)
         merged = self.book.new_files()
@@ -179,7 +179,7 @@ class ImageSink:
         labels = [self.job.label(number) for number in range(len(files))]
         for kind in self.job.config.also:
             print(f"wrote {pack_images(kind, files, labels, self.job.out_dir, read)}")
-        write_hashes(self.job.out_dir, hashes, merged)  # says that all is done
+        write_hashes(self.job.out_dir, hashes, merged)  # last: it marks the samples as complete
 
 
 def _writer(content: bytes) -> Callable[[Path], object]:
@@ -187,7 +187,7 @@ def _writer(content: bytes) -> Callable[[Path], object]:
 
 
 def encode_png(image: Tensor, owner: str) -> bytes:
-    """Return a uint8 image (3, H, W) as a PNG file that says of which samples it is."""
+    """Return a uint8 image (3, H, W) as a PNG file that names the samples it belongs to."""
     text = PngInfo()
     text.add_text(OWNER_KEY, owner)
     written = io.BytesIO()
@@ -196,7 +196,7 @@ def encode_png(image: Tensor, owner: str) -> bytes:
 
 
 def load_pngs(files: list[Path], read: Callable[[Path], bytes] = Path.read_bytes) -> Tensor:
-    """Return RGB images of one size as uint8 (N, 3, H, W)."""
+    """Return PNG files, all of one size, as uint8 RGB (N, 3, H, W)."""
     images = []
     for file in files:
         with Image.open(io.BytesIO(read(file))) as image:

@@ -1,4 +1,4 @@
-"""What is drawn, with what, and where it goes; checked before anything is computed. Read next: worker.py."""
+"""A sampling job: what to draw, with which networks, into which folder; checked first. Read next: worker.py."""
 
 import dataclasses
 import time
@@ -45,16 +45,16 @@ ABSENT_IN_0_1 = {
     "compile": False,
     "random_labels": False,
     "names": False,
-}  # settings that its samples.json does not name
-LABELS_KEY = "labels_xxh64"  # in samples.json: a hash of what label_file holds; not known of samples of version 0.1
+}  # settings that the samples.json of version 0.1 does not have
+LABELS_KEY = "labels_xxh64"  # in samples.json: a hash of label_file's content; version 0.1 didn't write it
 
 
 def open_job(config: SampleConfig, weights: Weights | None = None) -> "SamplingJob":
-    """Return what the settings ask for, with all networks loaded.
+    """Return the job that the settings describe, with all networks loaded.
 
     Args:
         config: the settings.
-        weights: the weights; None: those that `config` means.
+        weights: to draw with; None: those that `config` names.
 
     Raises:
         UserError: if something is missing or does not fit.
@@ -71,8 +71,8 @@ def open_job(config: SampleConfig, weights: Weights | None = None) -> "SamplingJ
     config = dataclasses.replace(config, classes=resolve_classes(config.classes, class_names))
     if config.names and len(class_names) < model.config.num_classes:
         raise UserError(
-            f"names=true puts class names into file names, but {weights.stored} has none: no {PASSPORT_FILE} of the "
-            "dataset that it was trained on; leave names out"
+            f"names=true puts class names into file names, but {weights.stored} has no class names, as it has no "
+            f"{PASSPORT_FILE} of its dataset; leave out names"
         )
     if config.compile:
         compile_blocks(model)
@@ -82,11 +82,11 @@ def open_job(config: SampleConfig, weights: Weights | None = None) -> "SamplingJ
 
 
 def choose_vae(given: VAEConfig | None, folder: Path) -> VAEConfig:
-    """Return the VAE to decode with; what was not given is that of the training run, which is said.
+    """Return the VAE to decode with; by default the VAE of the training run, which is then printed.
 
     Args:
-        given: the setting; None, or without weights, where it is to be found.
-        folder: a run's checkpoint, which may be gone (the run's config.yaml names the VAE), or a model folder with a
+        given: the setting; None, or without weights: find them.
+        folder: a run's checkpoint, which may be deleted (the run's config.yaml names the VAE), or a model folder with a
             dataset's passport.
     """
     if given is not None and (given.weights is not None or given.name != VAEConfig().name):
@@ -106,7 +106,7 @@ def choose_vae(given: VAEConfig | None, folder: Path) -> VAEConfig:
 
 
 def read_class_names(folder: Path) -> tuple[str, ...]:
-    """Return the names of a model's classes, as the passport of its dataset says; () where it came without one."""
+    """Return the names of a model's classes from the passport of its dataset; () if it has no passport."""
     return tuple(read_passport(folder).class_names) if (folder / PASSPORT_FILE).is_file() else ()
 
 
@@ -114,11 +114,11 @@ def resolve_classes(classes: Sequence[int | str] | None, names: Sequence[str]) -
     """Return the numbers of classes that are given by number or by name.
 
     Args:
-        classes: a text is a name; only where no class has it, and it is made of digits, a number.
+        classes: a text is a name; if no class has that name and it is all digits, it is a number.
         names: by class number.
 
     Raises:
-        UserError: if no class has such a name.
+        UserError: if no class has the name.
     """
     if classes is None:
         return None
@@ -132,24 +132,24 @@ def resolve_classes(classes: Sequence[int | str] | None, names: Sequence[str]) -
         elif given.isdecimal():
             numbers.append(int(given))
         elif not names:
-            raise UserError(f"classes={given} is a name, but the model came without names of its classes; give numbers")
+            raise UserError(f"classes={given} is a name, but the model has no names of its classes; give numbers")
         else:
             near = did_you_mean(given, names)
             near = near if "did you mean" in near or len(names) <= MOST_NAMED else f"; the first is {names[0]}"
-            raise UserError(f"classes={given} is no class of the model{near}")
+            raise UserError(f"classes={given} is not a class of the model{near}")
     return tuple(numbers)
 
 
 def as_numbers(classes: Sequence[int | str] | None) -> tuple[int, ...] | None:
-    """Return classes of which all are given by number, as `resolve_classes` gives them."""
+    """Return classes as numbers; they must all be numbers already, as `resolve_classes` returns them."""
     return None if classes is None else tuple(int(label) for label in classes)
 
 
 def choose_classes(config: SampleConfig, model: ModelConfig) -> tuple[int, ...]:
-    """Return the classes that the images show in turn; with random_labels as many as there are images.
+    """Return the classes that the images show in turn; with random_labels, one for each image.
 
     Raises:
-        UserError: if the label file can't be read, or one is not a class of the model.
+        UserError: if the label file can't be read, or the model doesn't have one of the classes.
     """
     if config.unconditional:
         return (model.num_classes,)  # stands for "no class"
@@ -165,7 +165,7 @@ def choose_classes(config: SampleConfig, model: ModelConfig) -> tuple[int, ...]:
     wrong = [label for label in classes if not 0 <= label < model.num_classes]
     if wrong or not classes:
         found = f"holds {wrong[0]}" if wrong else "is empty"
-        raise UserError(f"{source} {found}; classes lie in 0 to {model.num_classes - 1}, as the model has them")
+        raise UserError(f"{source} {found}; give class numbers of the model, 0 to {model.num_classes - 1}")
     if config.random_labels:  # each a function of (seed, number), so that a set can grow
         drawn = (derive_seed(config.seed, Stream.LABEL, number) for number in range(config.num_images))
         return tuple(classes[seed % len(classes)] for seed in drawn)
@@ -174,7 +174,7 @@ def choose_classes(config: SampleConfig, model: ModelConfig) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingJob:
-    """What is drawn, with what, and where it goes."""
+    """What to draw, with which networks, into which folder."""
 
     config: SampleConfig
     model: Model
@@ -183,7 +183,7 @@ class SamplingJob:
     classes: tuple[int, ...]
     weights: Weights
     weights_sha256: str
-    class_names: tuple[str, ...] = ()  # by class number, if the model came with them
+    class_names: tuple[str, ...] = ()  # by class number, if the model has them
 
     @property
     def out_dir(self) -> Path:
@@ -192,7 +192,7 @@ class SamplingJob:
 
     @property
     def chunk_images(self) -> int:
-        """Images of a chunk, the piece of work that one process claims."""
+        """Number of images in a chunk, the piece of work that one process claims."""
         return self.config.chunk_batches * self.config.batch_size
 
     @property
@@ -211,10 +211,10 @@ class SamplingJob:
 
 
 def fit_vae(folder: Path, model: ModelConfig, vae: VAE) -> None:
-    """Have the VAE decode the latents that the model makes.
+    """Set up the VAE to decode the latents that the model makes.
 
     Raises:
-        UserError: if they are not those of the VAE; names both sides.
+        UserError: if the model makes latents of another VAE.
     """
     if model.latent_channels != vae.latent_channels:
         raise UserError(
@@ -231,12 +231,13 @@ def check_finite(job: SamplingJob, decoded: Tensor, numbers: range) -> None:
     """Raise a UserError if images are not finite."""
     if not decoded.isfinite().all():
         raise UserError(
-            f"images {numbers[0]} to {numbers[-1]} are not finite; the weights of {job.config.model} are broken"
+            f"images {numbers[0]} to {numbers[-1]} are not finite: the weights of {job.config.model} are broken; draw "
+            "from another checkpoint"
         )
 
 
 def describe_samples(job: SamplingJob) -> dict[str, Any]:
-    """Return all that the images depend on, for samples.json."""
+    """Return everything that the images depend on, for samples.json."""
     settings = dataclasses.asdict(job.config)
     for key in ("out_dir", "model", "vae"):
         settings.pop(key)
@@ -244,7 +245,7 @@ def describe_samples(job: SamplingJob) -> dict[str, Any]:
     if job.weights.step is not None:
         model["step"] = job.weights.step
     networks = {"weights_sha256": job.weights_sha256, "vae_sha256": job.vae.weights_sha256, "vae_name": job.vae.name}
-    # Stochastic solvers drew with other seeds in 0.1; nothing else needs to tell the two apart.
+    # Stochastic solvers used other seeds in 0.1; only those samples need this entry.
     stream = {"noise_stream": int(Stream.STEP_NOISE)} if job.config.solver == "euler-maruyama" else {}
     labels: dict[str, Any] = {LABELS_KEY: hash_json(job.classes)} if job.config.label_file is not None else {}
     if job.class_names:
@@ -255,7 +256,7 @@ def describe_samples(job: SamplingJob) -> dict[str, Any]:
 
 
 def check_same_samples(out_dir: Path, record: dict[str, Any]) -> None:
-    """Raise a UserError if `out_dir` holds images of other settings, naming what differs, or of unknown ones."""
+    """Raise a UserError if `out_dir` holds images drawn with other settings, saying what differs, or unknown ones."""
     refuse_unrecorded(out_dir)
     if not (out_dir / SAMPLES_FILE).exists():
         return
@@ -263,7 +264,9 @@ def check_same_samples(out_dir: Path, record: dict[str, Any]) -> None:
     compared = [key for key in now if key in before or key != LABELS_KEY]
     changed = [f"{key} was {before.get(key)}, now {now[key]}" for key in compared if before.get(key) != now[key]]
     if changed:
-        raise UserError(f"out_dir={out_dir} holds images of other settings: {'; '.join(changed)}; give another out_dir")
+        raise UserError(
+            f"out_dir={out_dir} holds images drawn with other settings: {'; '.join(changed)}; give another out_dir"
+        )
 
 
 def check_not_fewer(out_dir: Path, num_images: int) -> None:
@@ -271,23 +274,23 @@ def check_not_fewer(out_dir: Path, num_images: int) -> None:
     before = read_samples(out_dir)["num_images"] if (out_dir / SAMPLES_FILE).exists() else 0
     if num_images < before:
         raise UserError(
-            f"num_images={num_images:,} is less than the {before:,} that out_dir={out_dir} is for; set "
-            f"num_images={before}, or give another out_dir"
+            f"num_images={num_images:,} is less than the {before:,} images that out_dir={out_dir} was started for; "
+            f"set num_images={before}, or give another out_dir"
         )
 
 
 def agree_on_samples(job: SamplingJob, leases: Leases) -> None:
-    """Write samples.json, before anything is drawn. One process writes it, and all others compare.
+    """Write samples.json before anything is drawn. One process writes it, and all others compare.
 
-    A set of samples can grow: its number of images is the largest one that was asked for.
+    A set of samples can grow: its number of images is the largest that was ever requested.
 
     Raises:
-        UserError: if the folder holds images of other settings, or of unknown ones.
+        UserError: if the folder holds images drawn with other or unknown settings.
     """
     file, record = job.out_dir / SAMPLES_FILE, describe_samples(job)
     check_same_samples(job.out_dir, record)
     if file.exists() or not create_record(file, record):
-        check_same_samples(job.out_dir, record)  # somebody was quicker, maybe with other settings
+        check_same_samples(job.out_dir, record)  # another process was faster, maybe with other settings
     while (before := read_samples(job.out_dir))["num_images"] < job.config.num_images:
         if not leases.claim(SAMPLES_FILE):
             time.sleep(WAIT_S)

@@ -1,4 +1,4 @@
-"""Drawn images in the forms that others read: ADM's .npz, WebDataset tars, MDS. Read next: sample.py."""
+"""Pack drawn images in formats that other tools read: ADM's .npz, WebDataset tars, MDS. Read next: sample.py."""
 
 import io
 import logging
@@ -20,7 +20,7 @@ from flowar.base.hashes import hash_file
 from flowar.base.records import DamagedRecordError, read_record, write_record
 
 PACKED_FILE = "packed.json"  # what was packed: how many images, and the hash and size of every file
-PERMUTATION_SEED = 0  # of the .npz: always the same order for as many images
+PERMUTATION_SEED = 0  # of the .npz: the same number of images always has the same order
 IMAGES_PER_TAR = 10_000
 MDS_COLUMNS = {"image": "png", "label": "int", "number": "int"}
 Read = Callable[[Path], bytes]
@@ -29,17 +29,17 @@ Read = Callable[[Path], bytes]
 def pack_images(
     kind: str, files: Sequence[Path], labels: Sequence[int], out_dir: Path, read: Read = Path.read_bytes
 ) -> Path:
-    """Write all images in one more form, whole or not at all; nothing if that was done before.
+    """Write all images in another format, whole or not at all; does nothing if that was done before.
 
     Args:
         kind: npz, tar or mds.
         files: PNG files, image 0 first.
         labels: their classes.
         out_dir: gets samples.npz, tar/ or mds/, and packed.json.
-        read: gives the bytes of a file, and may check them.
+        read: returns the bytes of a file, and may check them.
 
     Returns:
-        What was written.
+        The file or folder that was written.
     """
     record = _read_packed(out_dir)
     target = _target(kind, out_dir)
@@ -57,8 +57,8 @@ def pack_images(
 
 
 def _read_packed(out_dir: Path) -> dict[str, Any]:
-    """Return what is packed, by its form; "sizes" are not there where version 0.1 wrote it."""
-    file, cure = out_dir / PACKED_FILE, "delete it and run again, which packs anew"
+    """Return what is packed, by format; "sizes" are missing if version 0.1 wrote the record."""
+    file, cure = out_dir / PACKED_FILE, "delete it and run again, which packs the images again"
     record = read_record(file, cure) if file.exists() else {}
     for kind, own in record.items():
         is_whole = isinstance(own, dict) and type(own.get("num_images")) is int
@@ -68,9 +68,10 @@ def _read_packed(out_dir: Path) -> dict[str, Any]:
 
 
 def find_half_packed(out_dir: Path) -> list[Path]:
-    """Return what was left half-written in packing, but not what a process of this machine still writes.
+    """Return half-packed files and folders, except those that a process on this machine is still writing.
 
-    Only who holds the claim on finishing the samples writes there: what others have left is of dead processes.
+    Only the process that holds the claim on finishing the samples writes there, so anything else was left by processes
+    that died.
     """
     files = (path for path in out_dir.glob(f".{_target('npz', out_dir).name}.*") if not _is_alive(path))
     folders = (hidden for kind in ("tar", "mds") if (hidden := _hidden(_target(kind, out_dir))).is_dir())
@@ -78,7 +79,7 @@ def find_half_packed(out_dir: Path) -> list[Path]:
 
 
 def _is_alive(hidden: Path) -> bool:
-    """Return whether a file of `write_whole` is of a process that is at work on this machine."""
+    """Return whether a temporary file of `write_whole` belongs to a process that is alive on this machine."""
     pid = hidden.name.split(".")[-2]
     return pid.isdigit() and psutil.pid_exists(int(pid))
 
@@ -96,7 +97,7 @@ def _target(kind: str, out_dir: Path) -> Path:
 
 
 def is_packed(kind: str, num_images: int, out_dir: Path) -> bool:
-    """Return whether so many images are packed in this form, and all files are there with their size."""
+    """Return whether `num_images` images are packed in this format, and all files exist with their size."""
     own = _read_packed(out_dir).get(kind)
     if own is None or own["num_images"] != num_images or not own["xxh64"]:
         return False
@@ -105,27 +106,27 @@ def is_packed(kind: str, num_images: int, out_dir: Path) -> bool:
 
 
 def _has_size(file: Path, size: int | None) -> bool:
-    """Return whether a file is there with this size; None: with any but 0."""
+    """Return whether a file exists with this size; None: with any size but 0."""
     if not file.is_file():
         return False
     return file.stat().st_size == size if size is not None else file.stat().st_size > 0
 
 
 def check_packed(out_dir: Path) -> str:
-    """Hash all files that are packed; return how many images they hold.
+    """Hash all packed files; return how many images they hold.
 
     Raises:
-        UserError: if one is not what was packed, or missing.
+        UserError: if a file is damaged or missing.
     """
     record = _read_packed(out_dir)
     for kind, own in record.items():
         for name, digest in own["xxh64"].items():
             file = out_dir / name
             if not file.is_file() or hash_file(file) != digest:
-                found = "does not have the hash in" if file.is_file() else "is not there, but named in"
+                found = "does not have the hash in" if file.is_file() else "is missing, but listed in"
                 raise UserError(
                     f"{file} {found} {out_dir / PACKED_FILE}; delete {_target(kind, out_dir)} and run the same `flowar "
-                    "sample` again, which packs it anew"
+                    "sample` again, which packs it again"
                 )
     return ", ".join(f"{own['num_images']:,} images as {kind}" for kind, own in record.items())
 
@@ -133,8 +134,8 @@ def check_packed(out_dir: Path) -> str:
 def write_npz(files: Sequence[Path], labels: Sequence[int], target: Path, read: Read) -> None:
     """Write arr_0, uint8 (N, H, W, 3), and arr_1, the labels, as ADM's evaluator reads them.
 
-    In a fixed random order: that evaluator takes the Inception score over consecutive parts, which goes wrong where
-    classes come one after the other.
+    The order is random but fixed, as that evaluator computes the Inception score over consecutive parts, which goes
+    wrong if the images are sorted by class.
     """
     order = np.random.default_rng(PERMUTATION_SEED).permutation(len(files))
     height, width, channels = read_pixels(files[0], read).shape
@@ -158,7 +159,7 @@ def _write_header(member: object, dtype: type, shape: tuple[int, ...]) -> None:
 
 
 def write_tars(files: Sequence[Path], labels: Sequence[int], target: Path, read: Read) -> None:
-    """Write WebDataset tars of 000000.png and 000000.cls; the same bytes each time."""
+    """Write WebDataset tars of 000000.png and 000000.cls, always with the same bytes."""
 
     def write(hidden: Path) -> None:
         for first in range(0, len(files), IMAGES_PER_TAR):

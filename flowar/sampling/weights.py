@@ -1,7 +1,7 @@
-"""Whose weights samples are of: chosen once for a folder of samples, as a run that trains on has newer ones soon.
+"""The weights that samples are drawn with: chosen once per folder of samples, as the run may still be training.
 
-Who begins samples from a run or one of its checkpoints copies the weights into OUT_DIR/model, a model folder. All
-others, and whoever is started again later, draw with these: one file to read, and the same step for all.
+The first process that draws from a run, or from one of its checkpoints, copies the weights into OUT_DIR/model, a model
+folder. All other processes, and all later starts, draw with this copy: one file to read, and the same step for all.
 Read next: job.py.
 """
 
@@ -18,22 +18,22 @@ from flowar.config.drawing import SampleConfig
 from flowar.models.folders import SOURCE_FILE, export_model, find_model_folder
 from flowar.sampling.folder import HASHES_FILE, SAMPLES_FILE, read_samples
 
-KEPT_FOLDER = "model"  # in the folder of samples, while they are drawn
+KEPT_FOLDER = "model"  # in the folder of samples, while drawing
 
 
 class Weights(NamedTuple):
-    """Where a model's weights are from, and where they are read."""
+    """Where a model's weights come from, and where they are read."""
 
-    folder: Path  # a model folder, or a checkpoint, which its run may have deleted meanwhile
+    folder: Path  # a model folder, or a checkpoint, which its run may have deleted since
     step: int | None  # of the checkpoint
     stored: Path  # the same, or the copy beside the samples
 
 
 def find_weights(config: SampleConfig) -> Weights:
-    """Return the weights to draw with: those that the samples in `out_dir` were begun with, or the newest ones.
+    """Return the weights to draw with: those that the samples in `out_dir` were started with, or the newest ones.
 
     Raises:
-        UserError: if there is no model, or the run has deleted what the samples are of.
+        UserError: if there is no model, or the run has deleted the checkpoint that the samples were started with.
     """
     out_dir, kept = Path(config.out_dir), Path(config.out_dir) / KEPT_FOLDER
     cure = f"remove {kept}, or give another out_dir"
@@ -48,19 +48,19 @@ def find_weights(config: SampleConfig) -> Weights:
         if is_checkpoint(folder):
             return Weights(folder, step, folder)
         raise UserError(
-            f"out_dir={out_dir} holds images of step {step:,}, and {folder} is not there any more; give another out_dir"
+            f"out_dir={out_dir} holds images of step {step:,}, but {folder} no longer exists; give another out_dir"
         )
     folder = find_model_folder(config.model)
     return Weights(folder, checkpoint_step(folder) if is_checkpoint(folder) else None, folder)
 
 
 def say_if_outdated(config: SampleConfig, weights: Weights) -> None:
-    """Print that the run has newer weights, if it has."""
+    """Print a line if the run has newer weights."""
     run = Path(config.model)
     newest = find_latest(run) if (run / CHECKPOINTS).is_dir() else None
     if newest is not None and weights.step is not None and checkpoint_step(newest) != weights.step:
         print(
-            f"drawing with step {weights.step:,}, as the samples in {config.out_dir} were begun; for step "
+            f"drawing with step {weights.step:,}, which the samples in {config.out_dir} were started with; for step "
             f"{checkpoint_step(newest):,} of {run} give another out_dir"
         )
 
@@ -68,8 +68,8 @@ def say_if_outdated(config: SampleConfig, weights: Weights) -> None:
 def keep_weights(config: SampleConfig) -> Weights:
     """Return the weights to draw with, read from a copy beside the samples if they are a training run's.
 
-    One process makes the copy, and the others wait for it. A folder with samples of something else is left alone: its
-    record refuses them.
+    One process makes the copy, and the others wait for it. A folder with samples of another model is left alone, as a
+    later check refuses it.
     """
     weights, out_dir = find_weights(config), Path(config.out_dir)
     kept = out_dir / KEPT_FOLDER
@@ -95,7 +95,7 @@ def keep_weights(config: SampleConfig) -> Weights:
 
 
 def remove_kept(out_dir: Path) -> None:
-    """Remove the copy of the weights, when all is drawn; unless what it was made of is not there any more."""
+    """Remove the copy of the weights once everything is drawn, unless the original checkpoint was deleted."""
     kept = out_dir / KEPT_FOLDER
     if (kept / SOURCE_FILE).is_file():
         record = read_record(kept / SOURCE_FILE, f"remove {kept}")

@@ -1,6 +1,6 @@
-"""Who draws what: any number of processes share a job by claims. Read next: images.py for where images go.
+"""Share a sampling job among any number of processes, by claims. Read next: images.py for where images go.
 
-The other place where drawn images go is evaluation/store.py: features of them alone.
+evaluation/store.py has the other sink, which keeps only features of the images.
 """
 
 import shutil
@@ -33,7 +33,7 @@ WRITER_THREADS = 4
 
 
 class Sink(Protocol):
-    """Where drawn images go. `str()` says where, for messages."""
+    """Where drawn images go. `str()` describes the place, for messages."""
 
     def start(self) -> None:
         """Make the folder."""
@@ -42,45 +42,45 @@ class Sink(Protocol):
         """Return the chunks that are not complete."""
 
     def is_missing(self, chunk: int) -> bool:
-        """Return whether a chunk is not complete; cheaper than to ask for all of them."""
+        """Return whether a chunk is not complete; cheaper than `missing_chunks`."""
 
     def needs(self, numbers: range) -> bool:
         """Return whether any of these images, one batch of a chunk, is missing."""
 
     def add(self, decoded: Tensor, numbers: range, pool: ThreadPoolExecutor) -> list[Future[None]]:
-        """Take images (B, 3, H, W) in [-1, 1] of one chunk; what is written in the background is returned.
+        """Take images (B, 3, H, W) in [-1, 1] of one chunk; return the writes that run in the background.
 
         Raises:
-            UserError: if they are not finite; maybe later, by what is returned.
+            UserError: if an image is not finite; the returned futures may raise it instead.
         """
 
     def end_chunk(self, numbers: range, pool: ThreadPoolExecutor) -> list[Future[None]]:
-        """Write what is left of the chunk whose images were added."""
+        """Write the rest of the chunk whose images were added."""
 
     def is_finished(self) -> bool:
-        """Return whether all is there, also what one process makes of all images in the end."""
+        """Return whether everything exists, including what `finish` makes."""
 
     def finish(self) -> None:
-        """Make that."""
+        """Make what needs all images; one process does this at the end."""
 
 
 def draw_samples(config: SampleConfig, make_sink: Callable[[SamplingJob], Sink], dry_run: bool = False) -> None:
-    """Draw the images that are not there yet, together with all others who were given the same settings.
+    """Draw the missing images, together with all other processes that have the same settings.
 
     Args:
         config: the settings.
         make_sink: job -> where its images go.
-        dry_run: only check, and say what would be done.
+        dry_run: only check, and print what would be done.
 
     Raises:
-        UserError: if something is missing or does not fit, or the folder holds images of other settings.
+        UserError: if something is missing or does not fit, or the folder holds images drawn with other settings.
     """
     job = open_job(config, find_weights(config) if dry_run else keep_weights(config))
     draw_job(job, make_sink(job), dry_run)
 
 
 def draw_job(job: SamplingJob, sink: Sink, dry_run: bool = False) -> None:
-    """Draw the images of a job that are not there yet; as `draw_samples`."""
+    """Draw the missing images of a job; see `draw_samples`."""
     config = job.config
     check_same_samples(job.out_dir, describe_samples(job))
     check_not_fewer(job.out_dir, config.num_images)
@@ -94,17 +94,17 @@ def draw_job(job: SamplingJob, sink: Sink, dry_run: bool = False) -> None:
 
 
 def draw_missing(job: SamplingJob, sink: Sink, *, wait: bool = True) -> bool:
-    """Draw what is missing, with whoever else does, and finish; return whether this process drew anything.
+    """Draw what is missing, sharing the work with other processes, and finish; return whether this process drew any.
 
-    Whoever finds another process finishing leaves: what is left to do needs one.
+    If another process is already finishing, this one leaves, as finishing needs only one.
 
     Args:
-        job: what is drawn.
+        job: what to draw.
         sink: where it goes.
-        wait: for what others are drawing, until all is there.
+        wait: whether to wait until other processes have drawn the rest.
 
     Raises:
-        UserError: if it can't be written.
+        UserError: if the folder can't be written.
     """
     try:
         job.out_dir.mkdir(parents=True, exist_ok=True)
@@ -119,7 +119,7 @@ def draw_missing(job: SamplingJob, sink: Sink, *, wait: bool = True) -> bool:
                     shutil.rmtree(leases.folder, ignore_errors=True)
                     print(f"{job.config.num_images:,} {sink}")
                 else:
-                    print(f"{job.config.num_images:,} images are drawn; {leases.holder('finish')} puts them together")
+                    print(f"{job.config.num_images:,} images are drawn; {leases.holder('finish')} is finishing them")
             return has_drawn
     except OSError as error:
         raise UserError(f"can't write to {job.out_dir}: {error}; fix that and run the same command again") from error
@@ -128,15 +128,15 @@ def draw_missing(job: SamplingJob, sink: Sink, *, wait: bool = True) -> bool:
 def draw_chunks(job: SamplingJob, sink: Sink, leases: Leases, *, wait: bool) -> bool:
     """Claim chunks and draw them until every image exists, whichever process drew it.
 
-    Returns whether this process drew any. It returns early, unless it is to wait for others. Threads check and write
-    the images of one chunk while the next is drawn.
+    Returns whether this process drew any. Without `wait` it returns before other processes have drawn their chunks.
+    Threads check and write the images of one chunk while the next is drawn.
     """
     total = job.config.num_images
     writing: list[tuple[int, list[Future[None]]]] = []  # claimed chunks whose images are still being written
     has_drawn = False
 
     def settle(keep: int) -> bool:
-        """Wait until all but `keep` chunks are written and give up their claims; return whether there were any."""
+        """Wait until all but `keep` chunks are written, and release their claims; return whether there were any."""
         has_settled = len(writing) > keep
         while len(writing) > keep:
             chunk, writes = writing.pop(0)
@@ -181,7 +181,7 @@ def draw_chunks(job: SamplingJob, sink: Sink, leases: Leases, *, wait: bool) -> 
 
 
 def draw_chunk(job: SamplingJob, sink: Sink, numbers: range, pool: ThreadPoolExecutor) -> list[Future[None]]:
-    """Draw the images of one chunk that the sink needs, and hand them over."""
+    """Draw the images of one chunk that the sink needs, and pass them to it."""
     size, writes = job.config.batch_size, []
     for first in range(0, len(numbers), size):
         batch = numbers[first : first + size]
@@ -203,7 +203,7 @@ def draw_batch(job: SamplingJob, numbers: range) -> Tensor:
 
 
 def decode(job: SamplingJob, latents: Tensor, numbers: range) -> Iterator[tuple[Tensor, range]]:
-    """Yield images in [-1, 1], decoded in batches of the VAE's own size, with their numbers."""
+    """Yield images in [-1, 1], decoded in batches of `decode_batch_size`, with their numbers."""
     size = job.config.decode_batch_size or len(numbers)
     for first in range(0, len(numbers), size):
         with torch.inference_mode(), decoding_precision(job.config.precision, job.device):

@@ -1,7 +1,7 @@
-"""Averages of the weights over the run, in float32, each rank its share. Does not know when it is called.
+"""Averages of the weights over the run, in float32; each rank keeps its share. The caller decides when to update.
 
-Two kinds: a constant decay, and the power function of EDM2 (Karras et al., arXiv:2312.02696, section 3), whose averages
-of any length can be put together afterwards from a few that were stored: `flowar ema`. Read next: train.py.
+Two kinds: a constant decay, and the power function of EDM2 (Karras et al., arXiv:2312.02696, section 3). `flowar ema`
+can combine an EDM2 average of any length afterwards, from a few that were stored. Read next: train.py.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ from flowar.training.optim import local_tensors
 
 
 def average_names(config: EMAConfig) -> list[str]:
-    """Return the names of all averages: decay_0.9999, std_0.05; the first is the one that samples are drawn with."""
+    """Return the names of all averages: decay_0.9999, std_0.05; samples are drawn with the first."""
     return [f"decay_{decay:g}" for decay in config.decays] + [f"std_{std:g}" for std in config.stds]
 
 
@@ -65,10 +65,10 @@ def combine_weights(steps: list[int], stds: list[float], step: int, std: float) 
     Least squares between the profiles (EDM2, appendix C.3).
 
     Args:
-        steps: at which each of the stored averages was taken.
-        stds: relative std of each.
-        step: of the wanted average.
-        std: its relative std.
+        steps: the step at which each stored average was taken.
+        stds: the relative std of each stored average.
+        step: the step of the wanted average.
+        std: the relative std of the wanted average.
     """
     stored = [(power_exponent(value), at) for value, at in zip(stds, steps, strict=True)]
     products = np.array([[_inner(*one, *other) for other in stored] for one in stored])
@@ -84,16 +84,16 @@ def _inner(a: float, t: float, b: float, u: float) -> float:
 
 
 def save_average(run_dir: Path, std: float, step: int | None, folder: Path | None) -> None:
-    """Write a model folder with a power-function average, put together from those that a run kept.
+    """Write a model folder with a power-function average, combined from the averages that a run kept.
 
     Args:
         run_dir: of the run.
         std: relative std of the averaging profile.
-        step: at which it ends; None: the last one that was kept.
-        folder: where to; None: only check, and say what would be done.
+        step: at which the average ends; None: the last step that was kept.
+        folder: to write; None: only check, and print what would be done.
 
     Raises:
-        UserError: if the run kept no averages, or none at this step.
+        UserError: if the run kept no averages, or not at this step.
     """
     kept = list_checkpoints(run_dir, AVERAGES)
     if not kept:

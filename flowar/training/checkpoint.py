@@ -1,7 +1,7 @@
 """Save and resume, with torch.distributed.checkpoint: sharded, in the background, by any number of ranks.
 
-A checkpoint holds tensors by name, of the plain model's shapes, whatever engine wrote it; so any engine, and any number
-of ranks, reads it. Does not decide when to save. Read next: train.py; run_folder.py has the layout.
+A checkpoint holds tensors by name, in the plain model's shapes, whichever engine wrote it; so any engine with any
+number of ranks can read it. The caller decides when to save. Read next: train.py; run_folder.py has the layout.
 """
 
 import dataclasses
@@ -47,15 +47,15 @@ Loaded = TypeVar("Loaded")
 
 
 class Description(Protocol):
-    """What every checkpoint of a run says of itself, beside its tensors."""
+    """What every checkpoint of a run records beside its tensors."""
 
     def write(self, folder: Path) -> None:
-        """Write the small files that say it."""
+        """Write the small files with the description."""
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointContents:
-    """What every checkpoint of a model in training says of itself."""
+    """What every checkpoint of a model in training records beside its tensors."""
 
     model: ModelConfig
     passport: Passport
@@ -68,10 +68,10 @@ class CheckpointContents:
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """Which checkpoints are not deleted when newer ones are there."""
+    """Which checkpoints are kept when newer ones exist."""
 
-    newest: int | None = None  # None: all
-    every_steps: int = 0  # and, for good, those at multiples of this; 0: none
+    newest: int | None = None  # how many; None: all
+    every_steps: int = 0  # also keep, for good, those at multiples of this; 0: no others
 
 
 class Checkpoints:
@@ -85,8 +85,8 @@ class Checkpoints:
         self.contents = contents
         self.kept = kept or Kept()
         self._group = background_group()
-        self._publisher = ThreadPoolExecutor(1)  # of rank 0: a slow disk keeps nobody waiting
-        self._pending: tuple[Future[Any], Path] | None = None  # all of the last save, and its folder
+        self._publisher = ThreadPoolExecutor(1)  # of rank 0, so that nobody waits for a slow disk
+        self._pending: tuple[Future[Any], Path] | None = None  # the last save, and its folder
 
     def save(
         self,
@@ -94,35 +94,35 @@ class Checkpoints:
         progress: Progress,
         save_more: Callable[[Path], None] | None = None,
     ) -> None:
-        """Begin to save; returns when the values are copied. An earlier save is finished first.
+        """Start a save; returns when the values are copied. Waits for an earlier save first.
 
-        The rest, up to giving the folder its name and deleting old ones, is done by threads.
+        Threads do the rest, including giving the folder its final name and deleting old ones.
 
         Args:
             state: this rank's part of the tensors, `Engine.state` and the averages.
             progress: how far the run is.
-            save_more: writes files of its own into the folder, before this returns.
+            save_more: writes more files into the folder, before this returns.
 
         Raises:
-            UserError: if it, or the one before, can't be written; the older checkpoints are then still there.
+            UserError: if this save, or the one before, can't be written; older checkpoints are then intact.
         """
         self.wait()
         folder = self.run_dir / self.kind / step_name(progress.step)
-        if broadcast_object(folder.exists()):  # rank 0 looks: file systems may show ranks different things
+        if broadcast_object(folder.exists()):  # rank 0 checks, as file systems may show ranks different states
             return
         hidden = folder.with_name(f".{folder.name}.{self.owner.token}")
         record = progress.as_record() | {"world_size": self.world.size, "checksums": True}
         try:
             if self.world.is_main:
                 shutil.rmtree(hidden, ignore_errors=True)
-                hidden.mkdir(parents=True, exist_ok=True)  # others may be quicker to make it
+                hidden.mkdir(parents=True, exist_ok=True)  # another rank may have made it
                 write_text(hidden / STATE_FILE, json.dumps(record, indent=2) + "\n")
                 self.contents.write(hidden)
             group = self._group
             future = dcp.async_save(
                 state, storage_writer=HashingWriter(hidden), process_group=group, no_dist=group is None
             )
-            assert isinstance(future, Future)  # not what it gives where another process writes
+            assert isinstance(future, Future)  # another process would give another type
             if save_more is not None:
                 save_more(hidden)
         except (OSError, RuntimeError, CheckpointException) as error:
@@ -130,12 +130,12 @@ class Checkpoints:
         self._pending = (self._publisher.submit(self._publish, future, hidden, folder), folder)
 
     def check(self) -> None:
-        """Raise the error of the last save, if it has ended with one; returns at once. Errors as `save`."""
+        """Raise the error of the last save, if it has failed; returns at once. Same errors as `save`."""
         if self._pending is not None and self._pending[0].done():
             self.wait()
 
     def wait(self) -> None:
-        """Wait until the last save is on the disk and, on rank 0, has its name. Errors as `save`."""
+        """Wait until the last save is on disk and, on rank 0, has its final name. Same errors as `save`."""
         if self._pending is None:
             return
         saving, folder = self._pending
@@ -146,7 +146,7 @@ class Checkpoints:
             raise self._failed(folder, error) from error
 
     def _publish(self, written: Future[Any], hidden: Path, folder: Path) -> None:
-        """Wait until all ranks have written, give the folder its name, and delete old ones; in a thread."""
+        """Wait until all ranks have written, give the folder its final name, and delete old ones; runs in a thread."""
         written.result()
         if self.world.is_main:
             self.owner.check()
@@ -166,13 +166,13 @@ class Checkpoints:
         )
 
     def _remove_old(self) -> None:
-        """Delete what is not to be kept."""
+        """Delete the checkpoints that `kept` doesn't name."""
         for old in list_checkpoints(self.run_dir, self.kind)[: -self.kept.newest if self.kept.newest else 0]:
             if self.kept.every_steps and checkpoint_step(old) % self.kept.every_steps == 0:
                 continue
-            doomed = old.with_name("." + old.name)  # a name that no one takes for complete, before anything is deleted
+            doomed = old.with_name("." + old.name)  # hide it first, so that nobody reads a half-deleted one
             old.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)  # somebody may be reading it; the next start removes the rest
+            shutil.rmtree(doomed, ignore_errors=True)  # if a reader holds files open, the next start deletes them
 
 
 def whole_state(engine: Engine, ema: EMA) -> dict[str, Tensor]:
@@ -190,10 +190,10 @@ def averages_state(engine: Engine, ema: EMA, names: Iterable[str]) -> dict[str, 
 
 
 def restore(engine: Engine, ema: EMA, folder: Path) -> Progress:
-    """Load a checkpoint into engine and averages; return how far it was.
+    """Load a checkpoint into engine and averages; return its progress.
 
     Raises:
-        DamagedCheckpointError: on all ranks, if it is not what was written.
+        DamagedCheckpointError: on all ranks, if the checkpoint is not what was written.
     """
     engine.load(folder)
     for average, tensors in ema.averages.items():
@@ -204,7 +204,7 @@ def restore(engine: Engine, ema: EMA, folder: Path) -> Progress:
 
 
 def restore_newest(engine: Engine, ema: EMA, run_dir: Path) -> tuple[Progress, Path] | None:
-    """Load the newest checkpoint that is whole; return how far it was, and the folder. None if there is no checkpoint.
+    """Load the newest whole checkpoint; return its progress and folder, or None if there is no checkpoint.
 
     Raises:
         UserError: as `find_whole`.
@@ -213,9 +213,9 @@ def restore_newest(engine: Engine, ema: EMA, run_dir: Path) -> tuple[Progress, P
 
 
 def find_whole(load: Callable[[Path], Loaded], run_dir: Path, world: World) -> tuple[Loaded, Path] | None:
-    """Load the newest checkpoint that is whole; return what `load` does, and the folder. None if there is none.
+    """Load the newest whole checkpoint; return what `load` returns, and the folder. None if there is no checkpoint.
 
-    Rank 0 looks, so that all ranks resume from the same one. Those that are damaged are named and set aside.
+    Rank 0 searches, so that all ranks resume from the same one. Damaged checkpoints are reported and set aside.
 
     Args:
         load: reads a checkpoint; raises a DamagedCheckpointError, on all ranks, if it is not what was written.
@@ -223,7 +223,7 @@ def find_whole(load: Callable[[Path], Loaded], run_dir: Path, world: World) -> t
         world: all ranks call this.
 
     Raises:
-        UserError: if all that there are are damaged: fresh weights would hide that work is lost.
+        UserError: if all checkpoints are damaged; starting with fresh weights would hide the loss.
     """
     damaged = None
     while True:
@@ -240,22 +240,22 @@ def find_whole(load: Callable[[Path], Loaded], run_dir: Path, world: World) -> t
         except DamagedCheckpointError as error:
             damaged = error
             if world.is_main:
-                print(f"DAMAGED: {error}; kept in {set_aside(latest)}, trying the one before")
+                print(f"DAMAGED: {error}; moved to {set_aside(latest)}, trying the checkpoint before it")
             wait_for_all()
 
 
 def remove_averages_after(run_dir: Path, step: int) -> None:
-    """Delete the averages that were kept after `step`: the run went back there."""
+    """Delete the averages that were kept after `step`, which the run rolled back to."""
     for folder in list_checkpoints(run_dir, AVERAGES):
         if checkpoint_step(folder) > step:
             shutil.rmtree(folder)
 
 
 def remove_unfinished(run_dir: Path) -> None:
-    """Delete what a process that died while saving or deleting has left; set aside what is not a checkpoint."""
+    """Delete what a process left when it died while saving or deleting; set aside incomplete checkpoints."""
     for kind in (CHECKPOINTS, AVERAGES):
         for entry in (run_dir / kind).glob(".step_*"):
             shutil.rmtree(entry)
         for entry in (run_dir / kind).glob("step_*"):
             if not is_checkpoint(entry):
-                print(f"DAMAGED: {entry} is not a whole checkpoint; kept in {set_aside(entry)}")
+                print(f"DAMAGED: {entry} is an incomplete checkpoint; moved to {set_aside(entry)}")

@@ -1,4 +1,4 @@
-"""Which steps went wrong, and what is kept of them. Read next: replay.py, train.py."""
+"""Detect steps that went wrong, and keep what is needed to replay them. Read next: replay.py, train.py."""
 
 import dataclasses
 import math
@@ -35,7 +35,7 @@ LEAST_HISTORY = 20
 
 
 class Guard:
-    """Decides about each step from numbers that all ranks share, so that all decide alike."""
+    """Judges each step from numbers that all ranks share, so that all ranks decide the same."""
 
     def __init__(self, config: GuardConfig, progress: Progress) -> None:
         self.config = config
@@ -43,11 +43,11 @@ class Guard:
         self.in_a_row = progress.bad_in_a_row
 
     def note_in(self, progress: Progress) -> Progress:
-        """Return the progress of a run with what the guard resumes with."""
+        """Return the progress of a run with the state that the guard needs to resume."""
         return dataclasses.replace(progress, recent_losses=tuple(self.recent), bad_in_a_row=self.in_a_row)
 
     def judge(self, loss: float, grad_norm: float) -> str | None:
-        """Return what is wrong with a step, or None; remembers good ones."""
+        """Return what is wrong with a step, or None; remembers the losses of good steps."""
         problem = None
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             problem = f"loss {loss} and gradient norm {grad_norm} are not both finite"
@@ -77,17 +77,17 @@ def keep_anomaly(
 ) -> Path | None:
     """Write a skipped step to RUN_DIR/anomalies, with all that `flowar replay` needs; return the folder.
 
-    Only the first `guard.max_kept` of them, as each holds the weights; None for the others.
+    Only the first `guard.max_kept` skipped steps are written, as each holds the weights; returns None for the others.
 
     Args:
-        engine: whose weights and gradients these are.
+        engine: with the weights and gradients of the step.
         inputs: this rank's samples.
         anomaly: what went wrong.
         settings: of the step.
         config: of the run.
 
     Raises:
-        UserError: if it can't be written.
+        UserError: if the folder can't be written.
     """
     world = engine.world
     root = Path(config.run_dir) / ANOMALIES
@@ -96,7 +96,7 @@ def keep_anomaly(
     if broadcast_object(len(kept)) >= config.guard.max_kept:
         return None
     if world.is_main:
-        shutil.rmtree(folder, ignore_errors=True)  # of the same batch, before the run was killed
+        shutil.rmtree(folder, ignore_errors=True)  # left by the same batch before the run was killed
     with BlockMaxima(engine.model) as maxima:
         accumulate(engine, inputs, settings)
     engine.skip()
@@ -111,7 +111,8 @@ def keep_anomaly(
         )
     except (OSError, CheckpointException) as error:
         raise UserError(
-            f"step {anomaly.step}: {anomaly.problem}; and it can't be kept in {folder}: {error}; make room"
+            f"step {anomaly.step}: {anomaly.problem}; and the step can't be kept in {folder}: {error}; free some "
+            "space, or set guard.max_kept=0"
         ) from error
     if world.is_main:
         write_checksums(folder / WEIGHTS_FOLDER)
@@ -128,7 +129,7 @@ def keep_anomaly(
             "activations": merge_maxima([activations for _, activations, _ in everyone]),
             "gradients": merge_maxima([gradients for _, _, gradients in everyone]),
         }
-        write_record(folder / ANOMALY_FILE, record)  # last: it says that the rest is there
+        write_record(folder / ANOMALY_FILE, record)  # last: it marks the folder as complete
     wait_for_all()
     return folder
 
@@ -137,19 +138,19 @@ def load_bundle(folder: Path) -> dict[str, Any]:
     """Return the record of a skipped step.
 
     Raises:
-        UserError: if `folder` is not one.
+        UserError: if `folder` is not a record of a skipped step.
     """
     if not (folder / ANOMALY_FILE).is_file():
         raise UserError(
             f"{folder} must be the record of a skipped step, but has no {ANOMALY_FILE}; see RUN_DIR/anomalies"
         )
-    cure = "it can't be replayed; take another one"
+    cure = "it can't be replayed; choose another one"
     bundle = read_record(folder / ANOMALY_FILE, cure, ("step", "number", "problem", "losses", "grad_norm"))
     return bundle | load_tensors(folder / BATCH_FILE, cure)
 
 
 class BlockMaxima:
-    """Largest values in and behind every block during one forward and backward pass. A context."""
+    """Largest activations and gradients of every block during one forward and backward pass. A context manager."""
 
     def __init__(self, model: Model) -> None:
         blocks = family_of(model.config).blocks(model)
@@ -181,7 +182,7 @@ class BlockMaxima:
 
 
 def max_abs(tensor: Tensor, before: float) -> float:
-    """Return the larger of `before` and the largest magnitude in the tensor; nan if there is one."""
+    """Return the larger of `before` and the largest magnitude in the tensor; nan if the tensor has one."""
     found = tensor.detach().abs().amax().item()
     return before if found <= before else found
 

@@ -1,4 +1,4 @@
-"""How fast training is, and how fast its device could be. Read next: train.py."""
+"""The speed of training, and the share of the device's peak that it reaches. Read next: train.py."""
 
 import contextlib
 import math
@@ -32,11 +32,11 @@ class StepMeter:
         self._lap("data_wait")
 
     def gradients_done(self) -> None:
-        """Note that forward and backward pass are over, on the device too: their numbers were read."""
+        """Note that forward and backward pass are over, on the device too, as their numbers were read."""
         self._lap("gradients")
 
     def update_done(self) -> None:
-        """Note that the optimizer and the averages have been given their work."""
+        """Note that the work of the optimizer and the averages is queued."""
         self._lap("update")
 
     def step_ended(self) -> None:
@@ -49,7 +49,7 @@ class StepMeter:
         self.mark = now
 
     def add(self, numbers: StepNumbers) -> None:
-        """Add one step that was done, not skipped."""
+        """Add one step that was not skipped."""
         self.losses += torch.tensor(numbers.losses)
         self.grad_norm += numbers.grad_norm
         self.num_added += 1
@@ -59,10 +59,10 @@ class StepMeter:
     ) -> dict[str, float]:
         """Return the means over the interval, speeds and the time that is left, as one record of metrics.jsonl.
 
-        All ranks call it; the one that waited longest for data is named.
+        All ranks call it; the record names the rank that waited longest for data.
 
         Args:
-            step, num_steps: finished, and of the whole run.
+            step, num_steps: finished steps, and those of the whole run.
             lr: learning rate of this step.
             batch_size: images of all ranks together.
             mfu_per_speed: share of the devices' peak rate that one image/s takes; None if the peak is not known.

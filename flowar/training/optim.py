@@ -15,15 +15,15 @@ from flowar.models.family import Family
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, by torch's names
 EPS = 1e-8  # torch's default
-LR_FACTOR = "lr_factor"  # key of a parameter group: its learning rate over that of fresh parts
+LR_FACTOR = "lr_factor"  # key of a parameter group: its learning rate divided by that of fresh parts
 CLIP_EPS = 1e-6  # of torch.nn.utils.clip_grads_with_norm_
 
 
 def freeze_parts(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Have the parameters whose names match one of the patterns stay as they are: no gradient, no optimizer state.
+    """Freeze the parameters whose names match one of the patterns: no gradient, no optimizer state.
 
     Raises:
-        UserError: if a pattern matches none of them, or nothing would be left to train.
+        UserError: if a pattern matches no parameter, or nothing would be left to train.
     """
     parameters = dict(model.named_parameters())
     for pattern in patterns:
@@ -32,8 +32,8 @@ def freeze_parts(model: nn.Module, patterns: Sequence[str]) -> None:
             whole = f"{pattern.rstrip('.*')}.*"
             near = [whole] if fnmatch.filter(parameters, whole) else list(parameters)[:3]
             raise UserError(
-                f"optim.frozen={pattern} matches no parameter; patterns are as of files, * is for any signs; there "
-                f"are, for example, {', '.join(near)}"
+                f"optim.frozen={pattern} matches no parameter; patterns work as for file names, * matches anything; "
+                f"try, for example, {', '.join(near)}"
             )
         for name in matching:
             parameters[name].requires_grad_(False)
@@ -44,15 +44,15 @@ def freeze_parts(model: nn.Module, patterns: Sequence[str]) -> None:
 def make_optimizer(
     model: nn.Module, family: Family[Any, Any], config: OptimConfig, old: Collection[str] = ()
 ) -> torch.optim.AdamW:
-    """Return torch's AdamW, with weight decay on the parameters that the model's family says.
+    """Return torch's AdamW, with weight decay on the parameters that the model's family chooses.
 
-    Its learning rate is set before each step. Frozen parameters are in no group.
+    Its learning rate is set before each step. Frozen parameters are left out.
 
     Args:
         model: to be trained.
         family: of the model.
         config: of the optimizer.
-        old: names of the parameters that the run began with, which learn at `init_lr_factor` times the rate.
+        old: names of the parameters from init.model, which learn at `init_lr_factor` times the rate.
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     kinds = [(decay, factor) for factor in (1.0, config.init_lr_factor) for decay in (config.weight_decay, 0.0)]
@@ -79,7 +79,7 @@ def learning_rate(step: int, *, num_steps: int, warmup_steps: float, lr: float, 
 
 
 def local_tensors(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return what this rank has of each tensor, sharing its memory: operations on these pass by DTensor's dispatch."""
+    """Return this rank's part of each tensor, sharing its memory; operations on these skip DTensor's dispatch."""
     with torch.no_grad():
         return [tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach() for tensor in tensors]
 
@@ -101,16 +101,16 @@ class _Group(NamedTuple):
 
 
 class LocalAdamW:
-    """torch's fused AdamW on this rank's part of every parameter: the bits of `make_optimizer`'s.
+    """torch's fused AdamW on this rank's part of every parameter; gives the same bits as `make_optimizer`'s.
 
-    What torch.optim does for each parameter in each step, and DTensor for each operation, takes longer than the
-    arithmetic of a shard. So the lists are made once, and all parameters share one count of steps.
+    The overhead of torch.optim per parameter, and of DTensor per operation, takes longer than the arithmetic of a
+    shard. So the lists are made once, and all parameters share one step count.
     """
 
     def __init__(self, parameters: dict[str, nn.Parameter], like: torch.optim.AdamW) -> None:
-        """Start with the groups of torch's optimizer, and moments of zero, which lie like the parameters.
+        """Start with the groups of torch's optimizer, and moments of zero, laid out like the parameters.
 
-        Frozen ones are left out.
+        Frozen parameters are left out.
         """
         parameters = {name: p for name, p in parameters.items() if p.requires_grad}
         self.parameters = parameters
@@ -137,7 +137,7 @@ class LocalAdamW:
         self._gradients: list[Tensor] = []
 
     def take_gradients(self) -> Tensor:
-        """Keep what the parameters have as gradients for `clip` and `step`; return the norm of this rank's part."""
+        """Keep the parameters' gradients for `clip` and `step`; return the norm of this rank's part."""
         found = [grad for p in self.parameters.values() if (grad := p.grad) is not None]
         if len(found) < len(self.parameters):
             names = [name for name, p in self.parameters.items() if p.grad is None]
@@ -157,7 +157,7 @@ class LocalAdamW:
 
     @torch.no_grad()
     def step(self, lr: float) -> None:
-        """Move the weights along the gradients that were taken, and drop these."""
+        """Move the weights along the gradients that were taken, and drop the gradients."""
         self.steps += 1
         for group in self._groups:
             torch._fused_adamw_(

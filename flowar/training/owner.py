@@ -1,7 +1,7 @@
-"""Who writes in a run folder: one job at a time, and the last one to begin. Read next: train.py.
+"""Which job may write in a run folder: one at a time, and the latest to start. Read next: train.py.
 
-A node whose daemon died may go on with a job that the scheduler has started again elsewhere. The newer start wins: the
-older one finds another token in owner.json before it would publish anything, and stops.
+A node whose daemon died may keep running a job that the scheduler has restarted elsewhere. The newer start wins: the
+older one checks owner.json before it publishes anything, finds another token there, and stops.
 """
 
 import os
@@ -17,7 +17,7 @@ from flowar.base.records import read_record, write_record
 
 OWNER_FILE = "owner.json"
 OWNER_KEYS = ("host", "machine", "pid", "started", "token", "job")
-OWNER_CURE = "if no process trains there, delete it and run the same command again"
+OWNER_CURE = "if no process is training there, delete it and run the same command again"
 
 
 class Owner(NamedTuple):
@@ -31,22 +31,25 @@ class Owner(NamedTuple):
         try:
             owner = read_record(self.run_dir / OWNER_FILE, OWNER_CURE, OWNER_KEYS)
         except FileNotFoundError:
-            raise UserError(f"run_dir={self.run_dir} was removed while it was trained") from None
+            raise UserError(
+                f"run_dir={self.run_dir} or its {OWNER_FILE} was removed during training; restore it, or give another "
+                "run_dir"
+            ) from None
         if owner["token"] != self.token:
             raise UserError(
                 f"run_dir={self.run_dir} was taken over by process {owner['pid']} on {owner['host']}"
-                f"{owner['job'] and ' (job ' + owner['job'] + ')'}; this one stops"
+                f"{owner['job'] and ' (job ' + owner['job'] + ')'}; this process stops"
             )
 
 
 def take_over(run_dir: Path) -> Owner:
     """Make this process the owner of a run folder.
 
-    A process on another machine can't be asked whether it lives: it is taken over from, and will stop. So is one of the
-    same job, which was started again.
+    This process can't check whether a process on another machine is alive, so it takes over, and the other one will
+    stop. It also takes over from an earlier start of the same job.
 
     Raises:
-        UserError: if a living process of this machine, and of another job, is at work there.
+        UserError: if a live process of another job on this machine is training there.
         OSError: if the folder can't be written.
     """
     file = run_dir / OWNER_FILE
@@ -57,8 +60,8 @@ def take_over(run_dir: Path) -> Owner:
             is_mine = owner["pid"] == os.getpid() or (job and owner["job"] == job)
             if not is_mine and is_of_this_machine(owner) and not process_is_gone(owner):
                 raise UserError(
-                    f"run_dir={run_dir} is in use by process {owner['pid']} on this machine; end that one first "
-                    f"(kill {owner['pid']} has it save and stop), or give another run_dir"
+                    f"run_dir={run_dir} is in use by process {owner['pid']} on this machine; stop it first "
+                    f"(kill {owner['pid']} makes it save and stop), or give another run_dir"
                 )
         token = secrets.token_hex(8)
         write_record(file, describe_process() | {"token": token, "job": job})
@@ -66,5 +69,5 @@ def take_over(run_dir: Path) -> Owner:
 
 
 def owner_lock(run_dir: Path) -> FileLock:
-    """Return the lock to hold between looking at who owns a run and writing what depends on it."""
+    """Return the lock to hold between checking the owner of a run and writing what depends on it."""
     return FileLock(run_dir / ".owner.lock")

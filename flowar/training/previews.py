@@ -18,9 +18,9 @@ PREVIEW_COLUMNS = 10
 
 
 def save_previews(engine: Engine, ema: EMA, vae: VAE, preview: PreviewConfig, seed: int, name: Path) -> dict[str, Path]:
-    """Write grids of images drawn with averaged and with raw weights; always the same noise, classes in turn.
+    """Write grids of images drawn with averaged and with raw weights, always from the same noise, classes in turn.
 
-    All ranks call it: each draws its part.
+    All ranks call it; each draws its part.
 
     Args:
         engine, ema: of the run.

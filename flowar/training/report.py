@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics.jsonl, the progress bar, wandb. Formats numbers, never computes them."""
+"""Report a run's progress: metrics.jsonl, the progress bar, wandb. Formats numbers, never computes them."""
 
 import hashlib
 import json
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
     from wandb import Run
 
 WANDB_ID_FILE = "wandb_id.txt"
-SENT_FILE = "sent.txt"  # which of them wandb has
+SENT_FILE = "sent.txt"  # the evaluations that wandb has
 LIVE_FILE = "wandb_live"  # touched while a training process has the wandb run open
 LIVE_S = 1800
-QUIET_LINE_EVERY = 10  # where no terminal shows the bar, every so many records give a line
+QUIET_LINE_EVERY = 10  # without a terminal for the bar, print a line every 10 records
 
 
 def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
@@ -54,7 +54,7 @@ def read_metrics(run_dir: str | Path) -> list[dict[str, float]]:
 class TrainingReport:
     """Sinks of one training run; a context manager. `step` counts finished steps everywhere.
 
-    metrics.jsonl is the truth: on resuming, records past the checkpoint are dropped, as those steps are done again.
+    metrics.jsonl is authoritative: on resuming, records past the checkpoint are dropped, as those steps are repeated.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class TrainingReport:
             (self.file.parent / LIVE_FILE).touch()
             values = {k: v for k, v in record.items() if k != "step"}
             for evaluation in take_evaluations(self.wandb_run, self.file.parent, most=1):
-                values |= evaluation  # in one record: a second one would move wandb's own step on
+                values |= evaluation  # in one record: a second one would advance wandb's own step
             self.wandb_run.log(values, step=int(record["step"]))
         if self.tensorboard is not None:
             for key, value in record.items():
@@ -137,7 +137,7 @@ class TrainingReport:
         self.num_records += 1
 
     def log_image(self, name: str, path: Path, step: int) -> None:
-        """Send a picture to wandb; the file is there in any case."""
+        """Send a picture to wandb and TensorBoard; the file exists in any case."""
         if self.wandb_run is not None:
             import wandb
 
@@ -151,7 +151,7 @@ class TrainingReport:
         self.progress.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def rewind(self, step: int) -> None:
-        """Drop the records after `step`: those steps are done again."""
+        """Drop the records after `step`, as those steps will be repeated."""
         if not self.is_main or not self.file.exists():
             return
         kept = [record for record in read_metrics(self.file.parent) if record["step"] <= step]
@@ -188,12 +188,12 @@ def record_evaluation(run_dir: Path, record: dict[str, Any]) -> None:
 
 
 def take_evaluations(wandb_run: "Run", run_dir: Path, most: int | None = None) -> list[dict[str, float]]:
-    """Return what wandb doesn't have of a run's evaluations, each with the step of its checkpoint, and note it as sent.
+    """Return the evaluations of a run that wandb doesn't have, each with its checkpoint's step, and mark them as sent.
 
     Args:
-        wandb_run: is told that these have steps of their own.
+        wandb_run: learns that evaluations have their own steps.
         run_dir: of the training.
-        most: so many at a time.
+        most: at most this many; None: all.
     """
     sent_file = run_dir / EVALUATIONS / SENT_FILE
     sent = sent_file.read_text().split() if sent_file.exists() else []
@@ -217,14 +217,14 @@ def take_evaluations(wandb_run: "Run", run_dir: Path, most: int | None = None) -
 
 
 def _start_tensorboard(run_dir: Path, step: int) -> "SummaryWriter":
-    """Return a writer of event files that forgets what an earlier process wrote after `step`."""
+    """Return a writer of event files that discards what an earlier process wrote after `step`."""
     from torch.utils.tensorboard import SummaryWriter
 
     return SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
 
 
 def _start_wandb(run_dir: Path, config: WandbConfig, settings: dict[str, object]) -> "Run | None":
-    """Return the wandb run, the same one after every restart, or None where it is disabled."""
+    """Return the wandb run, the same one after every restart, or None if it is disabled."""
     if config.mode == "disabled":
         return None
     import wandb

@@ -29,12 +29,12 @@ FINISHED = "FINISHED"
 
 
 class Trainer(NamedTuple):
-    """The process that trains in a run folder, or that did so last."""
+    """The process that trains in a run folder, or the last one that did."""
 
     state: str  # RUNNING, STOPPED, FINISHED; UNKNOWN: it is on another machine
     pid: int
     host: str
-    job: str  # the scheduler's number; empty where it was started without one
+    job: str  # the scheduler's number; empty if it was started without a scheduler
 
 
 def is_run(folder: Path) -> bool:
@@ -43,7 +43,7 @@ def is_run(folder: Path) -> bool:
 
 
 def total_steps(run_dir: Path) -> int | None:
-    """Return how many steps a run takes, by its settings and its dataset's passport; None: it has not written them."""
+    """Return how many steps a run takes, from its settings and its dataset's passport; None if it has neither yet."""
     if not (run_dir / CONFIG_FILE).is_file() or not (run_dir / PASSPORT_FILE).is_file():
         return None
     config = load_described(TrainConfig, run_dir / CONFIG_FILE)
@@ -51,10 +51,10 @@ def total_steps(run_dir: Path) -> int | None:
 
 
 def find_trainer(run_dir: Path) -> Trainer:
-    """Return who trains in a run folder.
+    """Return the process that trains in a run folder.
 
     Raises:
-        UserError: if owner.json, which says so, is missing or damaged.
+        UserError: if owner.json, which names it, is missing or damaged.
     """
     file = run_dir / OWNER_FILE
     try:
@@ -63,7 +63,7 @@ def find_trainer(run_dir: Path) -> Trainer:
         return Trainer(state, int(owner["pid"]), str(owner["host"]), str(owner["job"]))
     except FileNotFoundError:
         raise UserError(
-            f"{run_dir} has no {OWNER_FILE}, so nothing was trained there yet; start `flowar train`"
+            f"{run_dir} has no {OWNER_FILE}, so no training has started there yet; start `flowar train`"
         ) from None
     except (KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):
@@ -81,7 +81,7 @@ def _state(owner: dict[str, Any], run_dir: Path) -> str:
 
 
 def latest_checkpoint(run_dir: Path) -> tuple[int, timedelta] | None:
-    """Return the step and age of the newest complete checkpoint, or None; one that is just deleted doesn't count."""
+    """Return the step and age of the newest complete checkpoint, or None; retries if it is just being deleted."""
     while (latest := find_latest(run_dir)) is not None:
         with contextlib.suppress(FileNotFoundError):
             return checkpoint_step(latest), age_of(latest / STATE_FILE)

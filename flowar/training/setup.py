@@ -41,7 +41,7 @@ from flowar.training.zero_engine import ZeROEngine
 
 
 def make_engine(settings: EngineSettings, model: Model, world: World) -> Engine:
-    """Return the engine that the settings name, around a model; the weights are rank 0's, others may be on "meta"."""
+    """Return the engine that the settings name, around a model; rank 0 has the weights, others may be on "meta"."""
     freeze_parts(model, settings.optim.frozen)
     kind = ZeROEngine if engine_name(settings.parallel.engine, world.size) == "deepspeed" else TorchEngine
     return kind(settings, model, world)
@@ -65,12 +65,12 @@ class RunPlan:
     warmup_steps: float
     engine: EngineSettings
     step: StepSettings
-    labels: NDArray[np.int64] | None  # of all images, where a sample is a sequence of images of one class
-    start: StartPlan | None  # the weights that it begins with; None: fresh ones, or it resumes
+    labels: NDArray[np.int64] | None  # of all images, if a sample is a sequence of images of one class
+    start: StartPlan | None  # the weights of init.model that it starts with; None: fresh weights, or it resumes
 
 
 def plan_run(config: TrainConfig, world: World) -> RunPlan:
-    """Check what can be known before anything is built, and say what will be done.
+    """Check what can be checked before anything is built, and print what will be done.
 
     Raises:
         UserError: if settings, shards and processes don't fit together.
@@ -87,7 +87,7 @@ def plan_run(config: TrainConfig, world: World) -> RunPlan:
         how = f"{engine}, {world.device}, {config.precision}, attention {config.attention}"
         print(
             f"{passport.num_images:,} images / batch of {config.batch_size:,} = "
-            f"{passport.num_images / config.batch_size:,.1f} steps an epoch, "
+            f"{passport.num_images / config.batch_size:,.1f} steps per epoch, "
             f"{config.epochs:g} epochs = {num_steps:,} steps, {warmup_steps:,.0f} of them warm-up; batch = {micro:,} x "
             f"{parts} parts x {world.size} processes ({how})"
         )
@@ -103,7 +103,7 @@ def plan_run(config: TrainConfig, world: World) -> RunPlan:
     if vae is not None:
         check_same_vae(passport, vae, config.data.path)
         vae.latent_scale = passport.latent_scale
-    elif passport.vae_name != config.vae.name:  # without previews the VAE isn't loaded, its weights may not be here
+    elif passport.vae_name != config.vae.name:  # without previews the VAE isn't loaded, and may not be on this machine
         raise UserError(
             f"data.path={config.data.path} was made with VAE {passport.vae_name}, but vae.name={config.vae.name}; set "
             f"vae.name={passport.vae_name}, or use other shards"
@@ -132,10 +132,10 @@ def count_steps(config: TrainConfig, passport: Passport) -> tuple[int, float]:
 
 
 def say_learning_rate(config: TrainConfig, *, is_said: bool) -> None:
-    """Print what the learning rate is and what it follows from.
+    """Print the learning rate and what it follows from.
 
     Raises:
-        UserError: if it follows from a batch so small that the schedule would rise to `optim.min_lr`.
+        UserError: if the batch is so small that the rate would be below `optim.min_lr`.
     """
     optim = config.optim
     peak = optim.peak_lr(config.batch_size)
@@ -152,9 +152,9 @@ def say_learning_rate(config: TrainConfig, *, is_said: bool) -> None:
 
 
 def keep_recorded_rate(config: TrainConfig) -> TrainConfig:
-    """Return the settings with the learning rate of a run that flowar 0.1 began, unless they name another one.
+    """Return the settings with the learning rate of a run that flowar 0.1 began, unless they set another one.
 
-    There it didn't follow from the batch: without this such a run would go on with another rate.
+    In 0.1 the rate didn't follow from the batch; without this, such a run would continue with another rate.
     """
     file = Path(config.run_dir) / CONFIG_FILE
     if config.optim.lr is not None or not file.is_file() or "base_lr:" in file.read_text(errors="replace"):
@@ -168,11 +168,11 @@ def split_batch(batch_size: int, micro_batch_size: int | None, num_ranks: int) -
 
     Args:
         batch_size: of all ranks together.
-        micro_batch_size: the wish; None: all of a rank's.
+        micro_batch_size: requested; None: all samples of a rank.
         num_ranks: number of processes.
 
     Raises:
-        UserError: if the batch can't be cut into equal parts, with a size that can.
+        UserError: if the batch can't be split into equal parts; it suggests a size that can.
     """
     if batch_size % num_ranks:
         fitting = max(1, round(batch_size / num_ranks)) * num_ranks
@@ -192,18 +192,18 @@ def split_batch(batch_size: int, micro_batch_size: int | None, num_ranks: int) -
 
 
 def check_resumable(run_dir: Path, config: TrainConfig, passport: Passport, *, say: bool) -> None:
-    """Raise a UserError if `run_dir` holds a run with other settings or other data, naming what differs.
+    """Raise a UserError if `run_dir` holds a run with other settings or other data, saying what differs.
 
     Args:
         run_dir: may not exist yet.
-        config, passport: of the run that is to be resumed there.
+        config, passport: of the run that would resume there.
         say: print which settings change from here on.
     """
     if not (run_dir / CONFIG_FILE).exists():
         if (latest := find_latest(run_dir)) is not None:
             raise UserError(
-                f"run_dir={run_dir} has {latest.name}, but no {CONFIG_FILE}, which says with which settings it was "
-                "trained; put it back from a backup or from RUN_DIR/jobs, or give another run_dir"
+                f"run_dir={run_dir} has {latest.name}, but no {CONFIG_FILE} with the settings it was trained with; "
+                "restore that file from a backup or from RUN_DIR/jobs, or give another run_dir"
             )
         return
     before = load_described(TrainConfig, run_dir / CONFIG_FILE)
@@ -233,7 +233,7 @@ def new_schedule(run_dir: Path, before: TrainConfig, after: TrainConfig, passpor
     """Return in words what another number of epochs changes in a run.
 
     Raises:
-        UserError: if the run is past its new end already.
+        UserError: if the run is already past its new end.
     """
     latest = find_latest(run_dir)
     step = 0 if latest is None else checkpoint_step(latest)
@@ -245,17 +245,17 @@ def new_schedule(run_dir: Path, before: TrainConfig, after: TrainConfig, passpor
         rates.append(learning_rate(step, num_steps=num_steps, warmup_steps=warmup_steps, lr=peak, min_lr=least))
     if ends[1] < step:
         raise UserError(
-            f"epochs={after.epochs:g} are {ends[1]:,} steps, but run_dir={run_dir} has trained {step:,}; give at least "
+            f"epochs={after.epochs:g} is {ends[1]:,} steps, but run_dir={run_dir} has trained {step:,}; give at least "
             f"epochs={math.ceil(step * after.batch_size / passport.num_images)}, or another run_dir"
         )
     return (
-        f": {ends[0]:,} steps become {ends[1]:,}; the cosine of the learning rate ends there, so that after step "
-        f"{step:,} it is {rates[1]:.3g}, not {rates[0]:.3g}"
+        f": {ends[0]:,} steps become {ends[1]:,}; the cosine of the learning rate now ends there, so after step "
+        f"{step:,} the rate is {rates[1]:.3g}, not {rates[0]:.3g}"
     )
 
 
 def prepare_run_dir(run_dir: Path, passport: Passport) -> Owner:
-    """Make the folder, own it, write the passport, remove what a killed process left."""
+    """Make the folder, take it over, write the passport, and delete what a killed process left."""
     try:
         (run_dir / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         owner = take_over(run_dir)
@@ -267,10 +267,10 @@ def prepare_run_dir(run_dir: Path, passport: Passport) -> Owner:
 
 
 def record_settings(owner: Owner, config: TrainConfig, passport: Passport, step: int, world: World) -> None:
-    """Write with which settings the steps after `step` are trained: config.yaml, and a line more in history.jsonl.
+    """Record the settings of the steps after `step`: write config.yaml, and add a line to history.jsonl.
 
     Raises:
-        UserError: if another process has taken over the run, or begun it with other settings, since this one looked.
+        UserError: if another process has meanwhile taken over the run, or started it with other settings.
     """
     run_dir = owner.run_dir
     start = {

@@ -1,7 +1,7 @@
-"""Whole tensors, each on one rank: the form in which checkpoints are written and read, whatever cuts the weights up.
+"""Whole tensors, each on one rank: checkpoints are written and read in this form, however an engine shards the weights.
 
-So a checkpoint has as many pieces as tensors, and not as many as tensors times ranks: planning, writing and reading it
-costs rank 0 as little with 512 ranks as with one. Fresh weights come from rank 0 alone. Read next: checkpoint.py.
+So a checkpoint has one piece per tensor, not one per tensor and rank, and planning, writing and reading it costs rank 0
+no more with 512 ranks than with one. Fresh weights come from rank 0 alone. Read next: checkpoint.py.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ VALUES_AT_ONCE = 2**27  # gathered in one go: half a GiB
 
 
 def share_out(sizes: dict[str, int], num_ranks: int) -> dict[str, int]:
-    """Return a rank for each name, so that all ranks have about as much: the largest first, each to the emptiest."""
+    """Return a rank for each name so that ranks hold about the same size: largest first, each to the emptiest rank."""
     loads, owners = [0] * num_ranks, {}
     for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
         rank = loads.index(min(loads))
@@ -33,7 +33,7 @@ def gather_whole(shards: Mapping[str, DTensor], owners: Mapping[str, int], world
     """Return the tensors that this rank owns, whole, on the CPU; all ranks take part.
 
     Args:
-        shards: what FSDP2 made of tensors: cut along the first dimension over the last dimension of their mesh.
+        shards: from FSDP2, split along the first dimension over the last dimension of their mesh.
         owners: the rank that gets each.
         world: this rank.
     """
@@ -55,7 +55,7 @@ def gather_whole(shards: Mapping[str, DTensor], owners: Mapping[str, int], world
 
 @torch.no_grad()
 def fill(tensor: Tensor, whole: Tensor) -> None:
-    """Copy a whole tensor, or this rank's part of it if FSDP2 has cut `tensor`."""
+    """Copy a whole tensor into `tensor`, or only this rank's part if FSDP2 has sharded `tensor`."""
     if not isinstance(tensor, DTensor):
         tensor.copy_(whole)
         return
@@ -65,16 +65,16 @@ def fill(tensor: Tensor, whole: Tensor) -> None:
 
 
 def take_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return a model's parameters and buffers, and leave it without memory for them."""
+    """Return a model's parameters and buffers, and move the model to "meta"."""
     tensors: dict[str, Tensor] = dict(_tensors_of(model))
     model.to("meta")
     return tensors
 
 
 def fill_from_main(model: nn.Module, tensors: dict[str, Tensor], world: World) -> None:
-    """Give a model memory on this rank's device, and rank 0's `tensors`: what `take_tensors` has returned there.
+    """Give a model memory on this rank's device, and fill it with rank 0's `tensors`, returned by `take_tensors` there.
 
-    They are dropped on the way.
+    Each tensor is dropped from `tensors` once it is copied.
     """
     model.to_empty(device=world.device)
     for name, target in _tensors_of(model):
@@ -98,8 +98,8 @@ def read_shared(
     """Yield tensors of a checkpoint, each whole and on all ranks; its owner reads it and sends it to the others.
 
     Args:
-        keys: name -> under which it is in the checkpoint.
-        shapes: of each.
+        keys: name -> key in the checkpoint.
+        shapes: of each tensor.
         owners: the rank that reads each.
         world: this rank.
         folder: the checkpoint.
@@ -122,7 +122,7 @@ def _num_parts(mesh: DeviceMesh) -> int:
 
 
 def _part_size(shape: torch.Size, num_parts: int) -> int:
-    """Return how many values the largest part of a tensor has."""
+    """Return the number of values in the largest part of a tensor."""
     return -(-shape[0] // num_parts) * shape[1:].numel()
 
 

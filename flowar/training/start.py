@@ -1,7 +1,7 @@
-"""How a run begins with the weights that `init` names: what becomes of them, and the record of it in the run's folder.
+"""Start a run from the weights of `init.model`: which of them are used how, and the record in the run's folder.
 
-Once a checkpoint is there the init isn't read any more. Read next: models/transfer.py for the rules, config/starting.py
-for the settings.
+Once the run has a checkpoint, the init is no longer read. Read next: models/transfer.py for the rules,
+config/starting.py for the settings.
 """
 
 from dataclasses import asdict, dataclass
@@ -39,26 +39,26 @@ from flowar.models.transfer import (
 )
 
 INIT_KEYS = ("weights_sha256", "old")
-INIT_RECORD_CURE = "put it back from a backup, or start again in another run_dir"
+INIT_RECORD_CURE = "restore it from a backup, or start again in another run_dir"
 VAE_FIELDS = ("vae_sha256", "latent_multiplier", "latent_shift")
 
 
 @dataclass(frozen=True)
 class StartPlan:
-    """What will become of the weights that a run begins with."""
+    """What happens to the init's weights when the run starts."""
 
     folder: Path  # a model folder or a checkpoint
     shape: ModelConfig
     rows: list[int | None]  # for each class, the init's class whose row of the label table it takes
     outcomes: list[Outcome]
-    notes: list[str]  # for the person at the terminal
+    notes: list[str]  # printed for the user
 
 
 def plan_start(config: TrainConfig, passport: Passport) -> StartPlan | None:
-    """Return what a run will begin with; None: with fresh weights, or it has begun and resumes from its checkpoint.
+    """Return how a run starts from its init; None if it has no init, or already has a checkpoint to resume from.
 
     Raises:
-        UserError: if there is no such model, or this one can't start with its weights.
+        UserError: if the init doesn't exist, or the run's model can't start with its weights.
     """
     init = config.init
     if init.model is None or find_latest(config.run_dir) is not None:
@@ -66,8 +66,8 @@ def plan_start(config: TrainConfig, passport: Passport) -> StartPlan | None:
     shape, folder = read_init_shape(init.model), weights_folder(init.model)
     if init.weights != "ema" and not is_checkpoint(folder):
         raise UserError(
-            f"init.weights={init.weights} is a choice among the weights of a run or checkpoint, but init.model="
-            f"{init.model} is a model folder; leave it out"
+            f"init.weights={init.weights} chooses among the weights of a run or checkpoint, but init.model="
+            f"{init.model} is a model folder; leave out init.weights"
         )
     before = read_passport(folder) if (folder / PASSPORT_FILE).is_file() else None
     rows, how = choose_rows(init, shape, config.model, before, passport)
@@ -80,10 +80,10 @@ def plan_start(config: TrainConfig, passport: Passport) -> StartPlan | None:
 def choose_rows(
     init: InitConfig, old: ModelConfig, new: ModelConfig, before: Passport | None, passport: Passport
 ) -> tuple[list[int | None], str]:
-    """Return for each class the init's class whose row of the label table it takes, and in words how they were matched.
+    """Return for each class the init's class whose row of the label table it takes, and how they were matched.
 
     Raises:
-        UserError: if the classes that were given aren't the init's, or can't be read.
+        UserError: if the given classes aren't classes of the init, or can't be read.
     """
     old_names = before.class_names if before is not None else None
     if init.classes is not None:
@@ -93,7 +93,7 @@ def choose_rows(
         try:
             given = Path(init.class_file).read_text().splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{source} can't be read: {error}; give a text file with a class on each line") from error
+            raise UserError(f"{source} can't be read: {error}; give a text file with one class per line") from error
         words = [line.strip() for line in given if line.strip()]
         rows, how = read_classes(words, old, new, old_names, source), f"as {source} says"
     else:
@@ -104,7 +104,7 @@ def choose_rows(
 
 
 def describe_shapes(old: ModelConfig, new: ModelConfig) -> list[str]:
-    """Return in words in which settings a model differs from the one whose weights it starts with."""
+    """Return in words the settings in which a model differs from its init."""
     before, after = asdict(old), asdict(new)
     different = [name for name in after if name != "variant" and before[name] != after[name]]
     listed = ", ".join(f"model.{name}={_shown(after[name])} (init: {_shown(before[name])})" for name in different)
@@ -118,28 +118,28 @@ def _shown(value: object) -> str:
 def vae_note(before: Passport | None, passport: Passport) -> str:
     """Return in words whether the init was trained on latents of the VAE that made the shards."""
     if before is None:
-        return f"VAE: the init doesn't say on whose latents it was trained; these are of {passport.vae_name}"
+        return f"VAE: the init doesn't say which VAE's latents it was trained on; the shards hold {passport.vae_name}'s"
     if all(getattr(before, name) == getattr(passport, name) for name in VAE_FIELDS):
-        return f"VAE: {passport.vae_name}, the init's"
+        return f"VAE: {passport.vae_name}, same as the init's"
     return (
         f"VAE: the init was trained on latents of {before.vae_name} (weights {before.vae_sha256[:12]}, multiplier "
-        f"{before.latent_multiplier:g}), these are of {passport.vae_name} ({passport.vae_sha256[:12]}, "
-        f"{passport.latent_multiplier:g}): the projections of latents have to be learned anew, kept or fresh"
+        f"{before.latent_multiplier:g}), the shards hold latents of {passport.vae_name} ({passport.vae_sha256[:12]}, "
+        f"{passport.latent_multiplier:g}), so the layers that read and write latents must be relearned in any case"
     )
 
 
 def begin(plan: StartPlan, config: TrainConfig, model: Model) -> None:
-    """Give a fresh model the weights of the init, and note in the run's folder what became of them; rank 0 alone.
+    """Copy the init's weights into a fresh model, and record in the run's folder what was done; rank 0 only.
 
     Raises:
-        UserError: if the init is damaged, or isn't what the run began with before it was killed.
+        UserError: if the init is damaged, or differs from what the run started with before it was killed.
     """
     state = load_model(plan.folder, config.init.weights).state_dict()
     digest, file = hash_weights(state), Path(config.run_dir) / INIT_FILE
     if file.is_file() and read_record(file, INIT_RECORD_CURE, INIT_KEYS)["weights_sha256"] != digest:
         raise UserError(
-            f"run_dir={config.run_dir} began with other weights of init.model={config.init.model}; give those, or "
-            "another run_dir"
+            f"run_dir={config.run_dir} started from other weights than init.model={config.init.model} holds now; "
+            "restore those weights, or give another run_dir"
         )
     transfer(model, state, plan.shape, plan.rows)
     record: dict[str, Any] = {
@@ -157,7 +157,7 @@ def begin(plan: StartPlan, config: TrainConfig, model: Model) -> None:
 
 
 def show_start(plan: StartPlan, init: InitConfig) -> None:
-    """Print by part of the model what becomes of the init's weights: tensors, and parameters in them."""
+    """Print what happens to the init's weights, by part of the model: numbers of parameters and tensors."""
     weights = f", weights {init.weights}" if is_checkpoint(plan.folder) else ""
     table = Table("part", *OUTCOMES, title=f"starts from {plan.folder}{weights}: parameters (tensors)")
     for part, counts in sum_outcomes(plan.outcomes).items():
@@ -169,10 +169,10 @@ def show_start(plan: StartPlan, init: InitConfig) -> None:
 
 
 def read_old_names(config: TrainConfig) -> frozenset[str]:
-    """Return the parameters of a begun run all of whose values came from the init.
+    """Return the names of a run's parameters whose values all came from the init.
 
     Raises:
-        UserError: if the run's record of it is missing or damaged.
+        UserError: if the run's record of its start is missing or damaged.
     """
     if config.init.model is None:
         return frozenset()
@@ -181,15 +181,15 @@ def read_old_names(config: TrainConfig) -> frozenset[str]:
         return frozenset(read_record(file, INIT_RECORD_CURE, INIT_KEYS)["old"])
     except OSError as error:
         raise UserError(
-            f"can't read {file}, which says what came from init.model: {error.strerror}; {INIT_RECORD_CURE}"
+            f"can't read {file}, which records what came from init.model: {error.strerror}; {INIT_RECORD_CURE}"
         ) from error
 
 
 def is_same_start(run_dir: Path, init: InitConfig) -> bool:
-    """Return whether an init holds the weights that a run began with, though it was given as another path.
+    """Return whether an init holds the weights that a run started with, even if it is given by another path.
 
     Raises:
-        UserError: if it can't be read.
+        UserError: if the init can't be read.
     """
     if init.model is None:
         return False

@@ -1,7 +1,7 @@
-"""One step: what is drawn for a batch, and the gradients of it. Read next: models/family.py, train.py for the loop.
+"""One step: what is drawn for a batch, and its gradients. Read next: models/family.py, train.py for the loop.
 
-Everything random follows from (seed, number of the batch, place in the batch), whatever the number of processes;
-dropout masks alone belong to the process.
+Everything random follows from (seed, number of the batch, place in the batch), whatever the number of processes; only
+dropout masks depend on the process.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ from flowar.training.engine import Engine, GradientEngine
 
 @dataclass(frozen=True)
 class StepSettings:
-    """All that a step's gradients depend on beside weights and batch."""
+    """All that a step's gradients depend on, apart from weights and batch."""
 
     model: ModelConfig
     seed: int
@@ -37,7 +37,7 @@ class StepSettings:
 
     @classmethod
     def of(cls, recipe: RecipeConfig, micro_batch_size: int, latent_scale: LatentScale | float) -> "StepSettings":
-        """Return those of a run."""
+        """Return the step settings of a run."""
         names = (recipe.model, recipe.seed, recipe.label_dropout, recipe.precision)
         return cls(*names, micro_batch_size, latent_scale)
 
@@ -52,14 +52,14 @@ class StepSettings:
         return tuple(self.family.loss_terms(self.model).values())
 
     def weights_on(self, device: torch.device) -> Tensor:
-        """Return the weights of the terms of the loss, on a device: copied once, as the host waits for that."""
+        """Return the weights of the terms of the loss, on a device; copied once, as the host waits for the copy."""
         if device not in self._weights:
             self._weights[device] = torch.tensor(self.loss_weights, device=device)
         return self._weights[device]
 
 
 class TrainingInputs(NamedTuple):
-    """What a step is made of, on the CPU: latents, labels (some dropped), and what the model's family draws."""
+    """The inputs of a step, on the CPU: latents, labels (some dropped), and what the model's family draws."""
 
     number: int  # of the batch, from 1; all that is drawn follows from this
     batch: Batch  # this rank's samples, as they were read
@@ -68,14 +68,14 @@ class TrainingInputs(NamedTuple):
     draws: dict[str, Tensor]  # (B, ...) each
 
     def part(self, part: slice, device: torch.device) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return some of the samples, on a device; from pinned memory the host doesn't wait for that."""
+        """Return some of the samples, on a device; with pinned memory the host doesn't wait for the copy."""
         draws = {name: tensor[part].to(device, non_blocking=True) for name, tensor in self.draws.items()}
         latents = self.latents.unflatten(0, (len(self.labels), -1))[part].flatten(0, 1)
         return latents.to(device, non_blocking=True), self.labels[part].to(device, non_blocking=True), draws
 
 
 class StepNumbers(NamedTuple):
-    """What the host learns of a step's gradients: the same on all ranks."""
+    """What the host learns about a step's gradients, the same on all ranks."""
 
     loss: float
     losses: list[float]  # its terms, means over the batch of all ranks
@@ -89,7 +89,7 @@ def accumulate(engine: GradientEngine, inputs: TrainingInputs, settings: StepSet
     The sum of all ranks' shares is the mean over the batch.
 
     Args:
-        engine: whose gradients are filled.
+        engine: collects the gradients.
         inputs: this rank's samples.
         settings: of the run.
     """
@@ -110,9 +110,9 @@ def accumulate(engine: GradientEngine, inputs: TrainingInputs, settings: StepSet
 
 @torch.no_grad()
 def agree(engine: Engine, terms: Tensor, settings: StepSettings, asked_to_stop: int = 0) -> StepNumbers:
-    """Clip the gradients by the norm of all ranks', and return what `Guard` and log need to know of them.
+    """Clip the gradients by their norm over all ranks, and return the numbers that `Guard` and the log need.
 
-    One sum over all ranks, and the one time in a step that the host reads from the device, and so waits for it.
+    One sum over all ranks, and the only time in a step when the host reads from the device and so waits for it.
 
     Args:
         engine: with the gradients of a batch.
@@ -135,7 +135,7 @@ def agree(engine: Engine, terms: Tensor, settings: StepSettings, asked_to_stop: 
 
 
 def read_numbers(values: Tensor) -> list[float]:
-    """Return the values (n,) of a tensor on the device; waits for all that it was given to do."""
+    """Return the values (n,) of a tensor on the device; waits until the device has finished its queued work."""
     numbers: list[float] = values.tolist()
     return numbers
 
@@ -146,7 +146,7 @@ def autocast(precision: str, device: torch.device) -> contextlib.AbstractContext
 
 
 def draw_training_inputs(batch: Batch, number: int, settings: StepSettings, rank: int = 0) -> TrainingInputs:
-    """Return what a step is made of.
+    """Return the inputs of a step.
 
     Each sample's draws are a function of (seed, number of the batch, its place in the batch of all ranks).
 
@@ -154,7 +154,7 @@ def draw_training_inputs(batch: Batch, number: int, settings: StepSettings, rank
         batch: the samples of one rank; moments of (B n) images, a sample's n = images_per_sample side by side.
         number: of the batch, from 1.
         settings: of the run.
-        rank: whose samples these are; every rank has as many.
+        rank: that the samples belong to; all ranks have the same number.
     """
     model, family = settings.model, settings.family
     size, images = len(batch.labels), model.images_per_sample
@@ -176,7 +176,7 @@ def draw_training_inputs(batch: Batch, number: int, settings: StepSettings, rank
 
 
 def drawn_bytes(settings: StepSettings) -> int:
-    """Return how much memory one sample takes beside its row, once its numbers are drawn."""
+    """Return the memory that one sample's draws take on top of its row, in bytes."""
     channels, *sides = settings.model.latent_shape
     shape = (settings.model.images_per_sample, 2 * channels, *sides)
     nothing = torch.zeros(1, dtype=torch.int64)

@@ -25,7 +25,7 @@ from flowar.training.engine import EngineSettings, engine_name, prepare_blocks
 from flowar.training.optim import ADAM_MOMENTS, LocalAdamW, make_optimizer
 from flowar.training.shares import fill, fill_from_main, gather_whole, read_shared, share_out, take_tensors
 
-# FSDP2 warns that in-place operations on the model's output would be wrong: there is none.
+# FSDP2 warns about in-place operations on the model's output; the model has no such operations.
 warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
 
 
@@ -57,15 +57,15 @@ class TorchEngine:
         self.syncs_once = self.name == "fsdp" and settings.parallel.fsdp_sync_once
         self.parameters = dict(self.model.named_parameters())
         self.optimizer = LocalAdamW(self.parameters, make_optimizer(self.model, family, settings.optim, settings.old))
-        # FSDP2: the ranks of one row have a part of the gradients each. Else every rank has all of them.
+        # FSDP2: each rank of one row has a part of the gradients. Otherwise every rank has all of them.
         self._num_copies = settings.parallel.replicas if self.name == "fsdp" else world.size
 
     @contextlib.contextmanager
     def part(self, is_last: bool) -> Iterator[None]:
         """Return the context of one part's forward and backward pass.
 
-        DDP averages the gradients of the last part over the ranks; FSDP2 those of each, or all would have all of them,
-        as `parallel.fsdp_sync_once` allows.
+        DDP averages gradients over the ranks after the last part. FSDP2 does it after every part; waiting, as
+        `parallel.fsdp_sync_once` allows, would keep full gradients on every rank.
         """
         if self.syncs_once:
             assert isinstance(self.forward, FSDPModule)
@@ -81,11 +81,11 @@ class TorchEngine:
         loss.backward()
 
     def norm_share(self) -> Tensor:
-        """Return this rank's share of the gradients' squared norm, float64: the sum over ranks is all of it."""
+        """Return this rank's share of the gradients' squared norm, float64; the shares of all ranks add up to it."""
         return self.optimizer.take_gradients().double().square() / self._num_copies
 
     def clip(self, norm: Tensor) -> None:
-        """Clip the gradients, whose norm on all ranks together is this scalar of the device, to what is allowed."""
+        """Clip the gradients as the settings say; `norm`, a scalar on the device, is their norm over all ranks."""
         self.optimizer.clip(norm, self.optim)
 
     def step(self, lr: float, grad_norm: float) -> None:
@@ -97,16 +97,16 @@ class TorchEngine:
         self.optimizer.drop_gradients()
 
     def save_own_files(self, folder: Path) -> None:
-        """Write what else the engine's own tools need; nothing."""
+        """Write the extra files that the engine's own tools need: here, nothing."""
 
     def set_step(self, step: int) -> None:
-        """Tell the optimizer how many steps it has behind it."""
+        """Tell the optimizer how many steps it has done."""
         self.optimizer.steps.fill_(step)
 
     def local_weights(self) -> dict[str, Tensor]:
-        """Return this rank's share of the weights, what an average of them follows: each is on one rank only.
+        """Return this rank's share of the weights, for averaging; each weight is on one rank only.
 
-        FSDP2: its DTensors. Else all ranks have all weights, and each follows some of them.
+        FSDP2: this rank's DTensors. Otherwise all ranks have all weights, and each rank averages some of them.
         """
         return self._followed
 
@@ -124,33 +124,33 @@ class TorchEngine:
         return found
 
     def load(self, folder: Path) -> None:
-        """Take over weights and optimizer from a checkpoint."""
+        """Load weights and optimizer from a checkpoint."""
         self._load({name: p.detach() for name, p in self.parameters.items()}, weight_key, folder)
         for key in ADAM_MOMENTS:
             moments = {name: own[key] for name, own in self.optimizer.moments.items()}
             self._load(moments, functools.partial(optimizer_key, state=key), folder)
 
     def _load(self, tensors: dict[str, Tensor], key: Callable[[str], str], folder: Path) -> None:
-        """Fill tensors that lie like the parameters."""
+        """Fill tensors that are laid out like the parameters."""
         shapes = {name: tensor.shape for name, tensor in tensors.items()}
         keys = {name: key(name) for name in tensors}
         for name, whole in read_shared(keys, shapes, self._owners, self.world, folder):
             fill(tensors[name], whole)
 
     def to_state(self, local: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return tensors that lie like `local_weights` in the form of checkpoints."""
+        """Return tensors that are laid out like `local_weights`, in the form of checkpoints."""
         shards = {name: tensor for name, tensor in local.items() if isinstance(tensor, DTensor)}
         return gather_whole(shards, self._owners, self.world) if self.name == "fsdp" else local
 
     def load_local(self, local: dict[str, Tensor], key: Callable[[str], str], folder: Path) -> None:
-        """Fill tensors that lie like `local_weights` from a checkpoint, which has them under `key(name)`."""
+        """Fill tensors that are laid out like `local_weights` from a checkpoint, which has them under `key(name)`."""
         if self.name == "fsdp":
             self._load(local, key, folder)
         else:
             load_state({key(name): tensor for name, tensor in local.items()}, folder, self.world.control)
 
     def full(self, local: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Yield every name and whole tensor, on all ranks, of tensors that lie like `local_weights`."""
+        """Yield every name and whole tensor, on all ranks, from tensors that are laid out like `local_weights`."""
         for name, parameter in self.parameters.items():
             if self.name == "fsdp":
                 shard = local[name]
@@ -173,10 +173,10 @@ class TorchEngine:
 
 
 def shard_model(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, parallel: ParallelConfig) -> None:
-    """Cut the weights of every block, and of what is around the blocks, into parts (FSDP2).
+    """Shard the weights of every block, and of what is around the blocks (FSDP2).
 
-    With `parallel.fsdp_bf16` a block's matrices and biases are gathered as what autocast makes of them anyway; the
-    weights of its norms, and all that is around the blocks, stay float32.
+    With `parallel.fsdp_bf16` a block's matrices and biases are gathered in bfloat16, as autocast casts them anyway; the
+    weights of its norms, and everything around the blocks, stay float32.
     """
     policy = MixedPrecisionPolicy()
     if parallel.fsdp_bf16:
@@ -197,14 +197,16 @@ def shard_model(model: nn.Module, blocks: list[nn.Module], mesh: DeviceMesh, par
 
 
 def has_norm_weight(module: nn.Module) -> bool:
-    """Return whether a module is a norm with a weight of its own."""
+    """Return whether a module is a norm that has a weight."""
     return isinstance(module, nn.RMSNorm | nn.LayerNorm) and module.weight is not None
 
 
 def make_mesh(device_type: str, num_ranks: int, replicas: int) -> DeviceMesh:
     """Return the ranks as one row, or as `replicas` rows whose members share one copy of the weights."""
     if num_ranks % replicas:
-        raise UserError(f"parallel.replicas={replicas} does not divide the {num_ranks} processes")
+        raise UserError(
+            f"parallel.replicas={replicas} does not divide the {num_ranks} processes; set a divisor of {num_ranks}"
+        )
     if replicas == 1:
         return init_device_mesh(device_type, (num_ranks,), mesh_dim_names=("shard",))
     return init_device_mesh(device_type, (replicas, num_ranks // replicas), mesh_dim_names=("replicate", "shard"))

@@ -1,4 +1,4 @@
-"""DeepSpeed ZeRO. Alone imports deepspeed. Read next: engine.py."""
+"""DeepSpeed ZeRO; the only module that imports deepspeed. Read next: engine.py."""
 
 import contextlib
 import functools
@@ -56,7 +56,7 @@ class ZeROEngine:
             options["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
             options["zero_force_ds_cpu_optimizer"] = False
         adamw, largest = make_optimizer(model, family, settings.optim, settings.old), settings.optim.max_grad_value
-        if largest is not None:  # DeepSpeed clips the norm alone, before AdamW's step on its part of the gradients
+        if largest is not None:  # DeepSpeed clips only the norm, before AdamW's step on its part of the gradients
             adamw.register_step_pre_hook(functools.partial(_clip_values, largest))
         self.forward, self.optimizer, _, _ = deepspeed.initialize(
             model=model,
@@ -65,13 +65,13 @@ class ZeROEngine:
             dist_init_required=False,
         )
         self.model: Model = self.forward.module
-        self.parameters: dict[str, Any] = dict(self.model.named_parameters())  # with what DeepSpeed has put on them
+        self.parameters: dict[str, Any] = dict(self.model.named_parameters())  # with DeepSpeed's attributes
         self._start_optimizer()
 
     def _start_optimizer(self) -> None:
-        """Make AdamW's states now, so that a checkpoint has where to go.
+        """Make AdamW's states now, so that a checkpoint can be loaded into them.
 
-        DeepSpeed 0.19 would link them to the weights in the first step, when only those of the first group are there.
+        DeepSpeed 0.19 would link them to the weights in the first step, when only those of the first group exist.
         """
         zero = self.optimizer
         for flat in zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups:
@@ -98,21 +98,21 @@ class ZeROEngine:
             norm = self.optimizer.scaled_global_norm()
         norm = torch.as_tensor(norm, device=self.world.device).double()
         norm = torch.where(norm >= 0, norm, torch.nan)  # DeepSpeed's mark for a norm that isn't finite
-        return norm.square() / self.world.size  # it is summed over all ranks already
+        return norm.square() / self.world.size  # already summed over all ranks
 
     def clip(self, norm: Tensor) -> None:
-        """Leave it to `step`, where DeepSpeed clips the norm, and then AdamW's hook the values."""
+        """Do nothing: in `step` DeepSpeed clips the norm, and then AdamW's hook clips the values."""
 
     def step(self, lr: float, grad_norm: float) -> None:
         set_learning_rate(self.optimizer, lr)
         self._step(torch.tensor(grad_norm))
 
     def skip(self) -> None:
-        # DeepSpeed drops a step by itself where the norm is not finite: let it believe so.
+        # DeepSpeed skips a step whose norm is not finite, so give it one.
         self._step(torch.tensor(torch.nan))
 
     def _step(self, norm: Tensor) -> None:
-        """Take DeepSpeed's step with a norm on the CPU: it would compute its own once more, and read it."""
+        """Take DeepSpeed's step with a norm on the CPU; otherwise it would compute the norm again, and read it."""
         name = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
         setattr(self.optimizer, name, lambda: [norm] if self.stage == 3 else norm)
         try:
@@ -130,7 +130,7 @@ class ZeROEngine:
             state["step"] = torch.full_like(state["step"], step, dtype=torch.float32)
 
     def local_weights(self) -> dict[str, Tensor]:
-        """ZeRO 3: this rank's flat part of each weight. Else all ranks have all, and each follows some of them."""
+        """ZeRO 3: this rank's flat part of each weight. Otherwise ranks have all weights, and each averages some."""
         if self.stage == 3:
             from deepspeed.utils import safe_get_local_fp32_param
 
@@ -165,7 +165,7 @@ class ZeROEngine:
         return found
 
     def _whole(self, parameter: Any) -> Tensor:
-        """Return a weight, whole; all ranks take part. DeepSpeed's own functions know only those that are trained."""
+        """Return a whole weight; all ranks take part. DeepSpeed's own functions only work for trained weights."""
         from deepspeed.utils import safe_get_full_fp32_param
 
         if parameter.requires_grad:
@@ -186,7 +186,7 @@ class ZeROEngine:
 
     @torch.no_grad()
     def _set(self, parameter: Any, full: Tensor, key: str | None) -> None:
-        """Overwrite this rank's part of a weight (and what the forward pass uses of it) or of its optimizer state."""
+        """Overwrite this rank's part of a weight (and its copy for the forward pass) or of its optimizer state."""
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         if key is not None and self.stage < 3:
@@ -229,7 +229,7 @@ class ZeROEngine:
             yield name, tensor
 
     def _part(self, full: Tensor, parameter: Any) -> Tensor:
-        """Return what this rank has of a whole tensor that lies like `local_weights`."""
+        """Return this rank's part of a whole tensor, laid out like `local_weights`."""
         if self.stage < 3:
             return full
         size = parameter.ds_tensor.numel()  # with padding at the end of the last rank's part

@@ -70,7 +70,7 @@ DAMAGED_SHARD = (
     r"features_00000000_00000009_.*safetensors is damaged: .*; delete it and run the same `flowar sample` again"
 )
 DAMAGED_STORE = r"features.json is damaged \(.*; remove .*features-own and run again"
-NOT_ITS_FEATURES = "holds features of samples .*, but .*samples.json says"
+NOT_ITS_FEATURES = "holds features of samples .*, but .*samples.json describes"
 DAMAGED_SAMPLES = r"samples.json is damaged"
 
 SAMPLES = {
@@ -99,7 +99,7 @@ SAMPLES = {
     "fewer samples": (
         lambda d, _: rewrite(d / "samples.json", '"num_images": 20', '"num_images": 10'), DAMAGED_SAMPLES,
     ),
-    "no samples.json": (lambda d, _: (d / "samples.json").unlink(), "but no samples.json, which says of which"),
+    "no samples.json": (lambda d, _: (d / "samples.json").unlink(), "but no samples.json, which records"),
 }  # fmt: skip
 
 
@@ -339,7 +339,7 @@ def test_samples_that_name_another_run_are_not_added_to_it(root, runs, tmp_path)
 def test_samples_of_a_checkpoint_that_is_gone_go_only_to_a_run_that_is_named(root, runs, tmp_path):
     notes = evaluate_copy(root, runs, tmp_path, {"step": 2})
     assert read_evaluations(runs / "a") == []
-    assert [note for note in notes if "it has no checkpoint of step 2 any more; to add it, give run_dir=" in note]
+    assert [note for note in notes if "it no longer has a checkpoint of step 2; to add it, give run_dir=" in note]
     shutil.rmtree(tmp_path / "samples")
     evaluate_copy(root, runs, tmp_path, {"step": 2}, run_dir=str(runs / "a"))
     assert [record["step"] for record in read_evaluations(runs / "a")] == [2]

@@ -105,7 +105,7 @@ def test_a_damaged_record_of_a_job_is_named_by_every_verb(job, tmp_path, attack,
     (tmp_path / "run.yaml").write_text("scheduler: local\n")
     file = job.folder / "job.json"
     ATTACKS[attack](file)
-    with pytest.raises(UserError, match=f"{file} is damaged .*; cancel what it runs .* remove {job.folder}") as refused:
+    with pytest.raises(UserError, match=f"{file} is damaged .*; cancel its job .* remove {job.folder}") as refused:
         VERBS_THAT_READ[verb]([str(tmp_path / "run")])
     assert "\n" not in str(refused.value)
 
@@ -210,10 +210,12 @@ def test_status_of_a_run_without_a_scheduler_shows_the_run(run_dir, tmp_path, ca
     try:
         wait_until((run_dir / "owner.json").exists, [process], tmp_path / "log")
         assert f"process {process.pid} train RUNNING" in shown(run_dir, capsys)
-        with pytest.raises(UserError, match=f"no job was submitted for .*; process {process.pid} trains .* save and"):
+        with pytest.raises(
+            UserError, match=f"no job was submitted for .*; process {process.pid} is training .* save and"
+        ):
             resume_command([str(run_dir)])
         cancel([str(run_dir)])
-        assert f"`kill {process.pid}` has it save and stop" in capsys.readouterr().out
+        assert f"`kill {process.pid}` makes it save and stop" in capsys.readouterr().out
     finally:
         stop([process])
     assert f"process {process.pid} train STOPPED" in shown(run_dir, capsys)
@@ -261,14 +263,14 @@ OWNER_ATTACKS = {
 def test_a_damaged_owner_of_a_run_is_named(run_dir, attack):
     shutil.rmtree(run_dir / "checkpoints" / "step_00000006")
     OWNER_ATTACKS[attack](run_dir / "owner.json")
-    with pytest.raises(UserError, match="owner.json is damaged .*; if no process trains there, delete it"):
+    with pytest.raises(UserError, match="owner.json is damaged .*; if no process is training there, delete it"):
         status([str(run_dir)])
     with pytest.raises(UserError, match="owner.json"):
         find_trainer(run_dir)
 
 
 def test_a_folder_without_jobs_says_what_to_do(tmp_path):
-    with pytest.raises(UserError, match="no job was submitted for .*; its jobs would be in .*; is that the folder"):
+    with pytest.raises(UserError, match="no job was submitted for .*; its jobs would be in .*; give the folder"):
         status([str(tmp_path)])
     assert find_jobs(tmp_path) == []
 
@@ -287,7 +289,7 @@ METRICS_ATTACKS = {
 def test_damaged_metrics_of_a_run_are_named(run_dir, attack):
     with (run_dir / "metrics.jsonl").open("a", errors="surrogateescape") as file:
         file.write(METRICS_ATTACKS[attack])
-    with pytest.raises(UserError, match="metrics.jsonl is damaged .*; remove (that line|the lines that are not)"):
+    with pytest.raises(UserError, match="metrics.jsonl is damaged .*; remove (that line|all other lines)"):
         status([str(run_dir)])
 
 

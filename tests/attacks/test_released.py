@@ -122,9 +122,9 @@ def test_no_flipped_bit_of_a_checkpoint_passes_in_silence(state, tmp_path, numbe
 def test_a_folder_is_told_what_to_do_with_it(trained, state, tmp_path):
     checkpoint = next((trained / "checkpoints").iterdir())
     for source in (trained, checkpoint):
-        with pytest.raises(UserError, match=f"is a training run's, .*`flowar export {source} {tmp_path}/model` makes"):
+        with pytest.raises(UserError, match=f"belongs to a training run; .*`flowar export {source} {tmp_path}/model`"):
             convert(source, tmp_path / "model")
     torch.save(state, tmp_path / "FlowAR.pth")
     convert(tmp_path / "FlowAR.pth", tmp_path / "model")
-    with pytest.raises(UserError, match="is a model folder already"):
+    with pytest.raises(UserError, match="is already a model folder"):
         convert(tmp_path / "model", tmp_path / "other")

@@ -46,9 +46,9 @@ def test_a_run_is_trained_on_along_a_longer_schedule(finished, capsys):
     longer = dataclasses.replace(finished, epochs=4, optim=OptimConfig(lr=5e-4, warmup_epochs=1), log_every_steps=1)
     train.main(longer)
     printed = capsys.readouterr().out
-    said = r"epochs was 2(\.0)?, now 4(\.0)?: 6 steps become 12; the cosine of the learning rate ends there"
+    said = r"epochs was 2(\.0)?, now 4(\.0)?: 6 steps become 12; the cosine of the learning rate now ends there"
     assert re.search(said, printed)
-    assert "after step 6 it is 0.000378, not 1e-05" in printed
+    assert "after step 6 the rate is 0.000378, not 1e-05" in printed
     assert [(start["after_step"], start["settings"]["optim"]["lr"]) for start in history(finished)] == [
         (0, 1e-3),
         (6, 5e-4),
@@ -60,13 +60,13 @@ def test_a_run_is_trained_on_along_a_longer_schedule(finished, capsys):
 
 
 def test_a_run_is_not_cut_to_fewer_steps_than_it_has(finished):
-    with pytest.raises(UserError, match=r"epochs=1 are 3 steps, but run_dir=.* has trained 6; give at least epochs=2"):
+    with pytest.raises(UserError, match=r"epochs=1 is 3 steps, but run_dir=.* has trained 6; give at least epochs=2"):
         train.main(dataclasses.replace(finished, epochs=1))
 
 
 def test_a_run_whose_settings_are_lost_is_not_resumed_with_others(finished):
     (Path(finished.run_dir) / "config.yaml").unlink()
-    with pytest.raises(UserError, match=r"has step_00000006, but no config.yaml, which says with which settings"):
+    with pytest.raises(UserError, match=r"has step_00000006, but no config.yaml with the settings it was trained with"):
         train.main(dataclasses.replace(finished, seed=7, epochs=4))
 
 
@@ -98,7 +98,7 @@ def test_a_step_beyond_all_numbers_is_damage(finished):
 )
 def test_a_damaged_owner_is_named(finished, content):
     (Path(finished.run_dir) / "owner.json").write_text(content)
-    with pytest.raises(UserError, match=r"owner.json is damaged .*if no process trains there, delete it"):
+    with pytest.raises(UserError, match=r"owner.json is damaged .*if no process is training there, delete it"):
         train.main(dataclasses.replace(finished, epochs=3))
 
 

@@ -119,8 +119,8 @@ def keep_three(file):
 
 NOT_ITS_HASH = r"000002_class0002.png does not have the hash in .*images.xxh64; delete it and run the same `flowar sam"
 IN_THE_RECORD = r"samples.json is damaged \(.*; restore it from a copy, or draw the samples again"
-OF_OTHERS = r"is image [0-9a-f]{16}/\d of other samples than .*samples.json says"
-OTHER_SETTINGS = "holds images of other settings: seed was 1, now 0; give another out_dir"
+OF_OTHERS = r"should be image [0-9a-f]{16}/\d by .*samples.json, but is"
+OTHER_SETTINGS = "holds images drawn with other settings: seed was 1, now 0; give another out_dir"
 IN_THE_HASHES = r"images.xxh64 is damaged \(.*; restore it from a copy, or delete it and run the same `flowar sample`"
 IMAGE_2 = "images/000002_class0002.png"
 NOT_ONE_OF_THESE = r"000002_class0005.png is not one of these samples: .*; move it elsewhere"
@@ -296,7 +296,7 @@ def test_of_two_that_both_found_the_folder_empty_the_second_is_refused(job, tmp_
         check_same_samples(tmp_path, describe_samples(own))  # nothing there yet
     for own in jobs[:1]:
         draw_missing(own, ImageSink(own), wait=False)
-    with pytest.raises(UserError, match="holds images of other settings: "):
+    with pytest.raises(UserError, match="holds images drawn with other settings: "):
         draw_missing(jobs[1], ImageSink(jobs[1]))
     draw(job, tmp_path)
     assert len(measured(tmp_path)) == NUM
@@ -321,14 +321,16 @@ def test_two_commands_with_other_seeds_started_together_never_mix(root, tmp_path
         stop(racing)
         assert sorted(codes) == [0, 1], log.read_text()
         winner = codes.index(0)
-        assert "holds images of other settings: seed was" in log.read_text()
+        assert "holds images drawn with other settings: seed was" in log.read_text()
         needed, found = measured(root / f"seed{winner}"), measured(out_dir)
         assert all(np.array_equal(found[number], needed[number]) for number in needed)
 
 
 def test_a_set_grows_and_a_smaller_number_is_refused(job, drawn):
     draw(job, drawn, num_images=NUM + 1)
-    with pytest.raises(UserError, match=r"num_images=6 is less than the 7 that out_dir=.*; set num_images=7, or give"):
+    with pytest.raises(
+        UserError, match=r"num_images=6 is less than the 7 images that out_dir=.*; set num_images=7, or give"
+    ):
         draw(job, drawn)
     small = with_folder(job, drawn)
     draw_missing(small, ImageSink(small))  # one of the smaller call that is still at work
@@ -340,7 +342,7 @@ def test_a_label_file_that_has_changed_is_noticed(job, tmp_path):
     own = {"label_file": str(file)}
     file.write_text("3\n")
     draw(dataclasses.replace(job, classes=(3,)), tmp_path / "out", **own)
-    with pytest.raises(UserError, match="holds images of other settings: labels_xxh64 was"):
+    with pytest.raises(UserError, match="holds images drawn with other settings: labels_xxh64 was"):
         draw(dataclasses.replace(job, classes=(4,)), tmp_path / "out", **own)
 
 
@@ -374,7 +376,7 @@ def test_a_damaged_image_is_not_packed(job, drawn):
 @pytest.mark.parametrize("damage", ["{", "[]", '{"npz": {"num_images": 7}, "xxh3": "0"}'])
 def test_a_damaged_record_of_what_is_packed_is_named(job, drawn, damage):
     (drawn / "packed.json").write_text(damage)
-    with pytest.raises(UserError, match="packed.json is damaged .*; delete it and run again, which packs anew"):
+    with pytest.raises(UserError, match="packed.json is damaged .*; delete it and run again, which packs"):
         draw(job, drawn, also=("npz",))
 
 

@@ -100,7 +100,7 @@ def test_a_sweep_whose_checkpoint_is_gone_says_so(root, run, tmp_path):
     config = sweeping(root, tmp_path, model=str(trained))
     checkpoint, _ = sweep.choose_checkpoint(config)
     shutil.rmtree(checkpoint)
-    with pytest.raises(UserError, match="step_00000003 is gone, .*; ema was not copied yet: give another out_dir"):
+    with pytest.raises(UserError, match="step_00000003 was deleted, .*ema was not copied yet; give another out_dir"):
         sweep.choose_checkpoint(config)
 
 
@@ -110,7 +110,7 @@ def test_a_damaged_checkpoint_does_not_stop_the_numbers_of_its_samples(root, run
     flip_bit(damaged / "checkpoints" / "step_00000003" / "config.json", 20)
     assert not evaluate.check_run(measuring(root), damaged, 3, notes)
     assert len(notes) == 1 and f"not added to {damaged}: checkpoint " in notes[0] and "is damaged" in notes[0]
-    with pytest.raises(UserError, match="is damaged: .*; leave run_dir and step out to measure alone"):
+    with pytest.raises(UserError, match="is damaged: .*; leave out run_dir and step to measure without"):
         evaluate.check_run(measuring(root, run_dir=str(damaged), step=3), damaged, 3, [])
 
     def delete(checkpoint):
@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint_does_not_stop_the_numbers_of_its_samples(root, run
 
     monkeypatch.setattr(evaluate, "read_progress", delete)
     assert not evaluate.check_run(measuring(root), damaged, 2, notes)
-    assert notes[1] == f"not added to {damaged}: its checkpoint of step 2 was deleted meanwhile"
+    assert notes[1] == f"not added to {damaged}: the run has just deleted its checkpoint of step 2"
 
 
 def test_changed_bytes_of_a_stored_npz_are_not_measured(tmp_path):

@@ -29,14 +29,14 @@ def score_file(folder, place):
 
 SWEEPS = {
     "half the settings": (lambda d: cut(d / "config.json"), "config.json is damaged"),
-    "no settings": (lambda d: (d / "config.json").unlink(), "is of a sweep, but .*config.json is not there"),
+    "no settings": (lambda d: (d / "config.json").unlink(), "belongs to a sweep, but .*config.json, .* is missing"),
     "edited settings": (lambda d: rewrite(d / "config.json", '"seed": 0', '"seed": 3'), "config.json is damaged"),
     "half the results": (lambda d: cut(d / "sweep.json"), "sweep.json is damaged .*; delete it and run the same"),
     "half a score": (lambda d: cut(score_file(d, 0)), f"score_{NUM}.json is damaged .*; delete it and run the same"),
     "an edited score": (lambda d: rewrite(score_file(d, 0), '"fid": ', '"fid": 1'), f"score_{NUM}.json is damaged"),
     "a score of nothing": (lambda d: score_file(d, 0).write_text("{}"), f"score_{NUM}.json is damaged"),
     "another's score": (
-        lambda d: shutil.copy(score_file(d, 1), score_file(d, 0)), f"score_{NUM}.json is of other images: setting is",
+        lambda d: shutil.copy(score_file(d, 1), score_file(d, 0)), f"score_{NUM}.json is for other images: setting is",
     ),
     "half the reference": (lambda d: cut(d / "reference.json"), "reference.json is damaged"),
 }  # fmt: skip
@@ -61,5 +61,5 @@ def test_another_reference_at_the_same_place_is_noticed(root, swept, tmp_path):
     sweep.main(config)
     shutil.rmtree(reference)
     shutil.copytree(root / "ref_others", reference)
-    with pytest.raises(UserError, match="has other statistics than when this sweep began"):
+    with pytest.raises(UserError, match="has other statistics than at the start of this sweep"):
         sweep.main(config)

@@ -1,4 +1,4 @@
-"""The gate: what a training step and a sampled batch consist of is what benchmarks/counts.txt says."""
+"""The gate: a training step and a sampled batch have the counts in benchmarks/counts.txt."""
 
 import dataclasses
 
@@ -46,14 +46,14 @@ def test_compiled_blocks_move_no_more_than_recorded(name):
 
 
 @pytest.mark.parametrize("block", ["attn_mlp", "attn_cross_mlp"])
-def test_counts_carried_on_to_the_whole_model_are_those_of_the_whole_model(block):
+def test_extrapolated_counts_equal_those_of_the_whole_model(block):
     config = tiny_config(ar_depth=6, flow_depth=3, flow_block=block, dropout=0.1)
     assert counts.count_training(config) == counts.count_step(config)
     assert counts.count_sampling(config, 3, 4) == counts.count_batch(config, counts.grid_of(3, 4))
 
 
-def test_counts_of_arflow_carried_on_to_the_whole_model_are_those_of_the_whole_model():
-    """Also after 250 steps: a step costs the same however many there were."""
+def test_extrapolated_counts_of_arflow_equal_those_of_the_whole_model():
+    """Even after 250 steps, as every step costs the same."""
     config = ARFlowConfig(variant="custom", num_classes=5, latent_size=8, depth=3, width=32, heads=2)
     assert counts.count_arflow_training(config) == counts.count_step(config)
     for depth, num_steps in ((3, 7), (1, 50), (1, 250)):
@@ -67,7 +67,7 @@ def test_the_released_grid_has_as_many_steps_of_each_kind_as_are_counted():
     assert counts.count_batch(config, grid) == counts.count_sampling(config, *counts.released_steps())
 
 
-def test_shapes_that_are_known_already_change_no_count():
+def test_known_shapes_do_not_change_a_count():
     model = flowar.create_model(tiny_config()).to("meta")
     work = torch.zeros(2, 3, 4, 4, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
     with torch.device("meta"):
@@ -88,7 +88,7 @@ def test_flops_are_those_of_torchs_counter():
     assert tally.flops == expected.get_total_flops() > 0
 
 
-def test_views_cost_nothing_and_everything_else_its_inputs_and_outputs():
+def test_views_cost_nothing_and_other_operations_their_inputs_and_outputs():
     table = torch.zeros(4, 6)
     with Tally() as tally:
         table.view(6, 4).t()[1:].unbind(0)
@@ -104,8 +104,8 @@ def test_views_cost_nothing_and_everything_else_its_inputs_and_outputs():
     assert tally.reads == 1
 
 
-def test_a_time_projected_per_token_is_seen():
-    """The attention of attn_cross_mlp is modulated by the time alone: one row for each sample and scale, not token."""
+def test_projecting_the_time_per_token_is_noticed():
+    """The time alone modulates the attention of attn_cross_mlp: one row per sample and scale, not per token."""
     config = dataclasses.replace(variant_config("flowar-l"), ar_depth=2, flow_depth=2)
     family = family_of(config)
     draws = family.draw(config, torch.Generator())
@@ -133,5 +133,5 @@ def test_a_time_projected_per_token_is_seen():
         plant(block)
     tokens = [side * side for side in config.scales]
     rows, width = 2 * (sum(tokens) - len(tokens)), config.flow_width
-    more = 2 * rows * width * 3 * width  # multiply-adds of Linear(E -> 3 E) for the rows that are too many
+    more = 2 * rows * width * 3 * width  # multiply-adds of Linear(E -> 3 E) for the extra rows
     assert counts.counted(step)["flops"] - per_sample == config.flow_depth * 3 * more  # forward, and both gradients

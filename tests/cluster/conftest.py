@@ -26,8 +26,8 @@ H100 = """SlurmdParameters=config_overrides
 NodeName=h[1-2] NodeAddr=127.0.0.1 NodeHostname={host} Port=[{first}-{last}] CPUs=192 RealMemory=2000000 Gres=gpu:h100:8
 PartitionName=h100 Nodes=h[1-2] AllowAccounts=my_account MaxTime=2-0 State=UP
 """
-# Nothing here may follow from how fast the machine is: no node is taken for lost and no task is killed for being slow.
-# And requeued jobs are looked at each second.
+# Nothing here may depend on the machine's speed: no node counts as lost and no task is killed because it is slow.
+# And requeued jobs are checked every second.
 PATIENT = """SlurmdTimeout=600
 KillWait=60
 SchedulerParameters=bf_interval=1,sched_interval=1,sched_min_interval=200000
@@ -51,7 +51,7 @@ class Slurm:
         return newest_job(folder)
 
     def start_at_once(self) -> None:
-        """Have requeued jobs start in a moment: Slurm lets them wait for two minutes."""
+        """Make requeued jobs start soon; Slurm would let them wait for two minutes."""
         soon = (datetime.now() + timedelta(seconds=10)).isoformat()
         for line in run("squeue", "-h", "-t", "PENDING", "-o", "%i %r %S").splitlines():
             job_id, reason, begin = line.split()
@@ -60,7 +60,7 @@ class Slurm:
                 subprocess.run(["scontrol", "update", f"JobId={job_id}", "StartTime=now+2"], capture_output=True)
 
     def wait_for(self, done: object, what: str) -> None:
-        """Wait until `done()`, which may take a requeue or two."""
+        """Wait until `done()` is true, which may take a requeue or two."""
         deadline = time.monotonic() + WAIT_S
         while not done():
             if time.monotonic() > deadline:
@@ -70,7 +70,7 @@ class Slurm:
             time.sleep(0.2)
 
     def wait_until_finished(self, job: Job) -> None:
-        """Wait until all of a job is finished, or failed."""
+        """Wait until all tasks of a job have finished or failed."""
         self.wait_for(lambda: all(ended(job, job_id) for job_id in job.ids), f"the end of {job.ids}")
         failures = [job.mark("failed", job_id) for job_id in job.ids if job.mark("failed", job_id).exists()]
         assert not failures, failures[0].read_text() + read_logs(job)
@@ -85,7 +85,7 @@ class Slurm:
 
 
 def newest_step(run_dir: Path) -> int:
-    """Return the step of the newest checkpoint; 0 if there is none."""
+    """Return the step of the newest checkpoint; 0 without a checkpoint."""
     latest = find_latest(run_dir)
     return 0 if latest is None else checkpoint_step(latest)
 
@@ -121,7 +121,7 @@ def processes_of(job_id: str, node: str | None = None) -> list[psutil.Process]:
 
 @pytest.fixture(scope="package", autouse=True)
 def one_thread() -> Iterator[None]:
-    """One thread in this process: on a busy machine several wait for each other, beside the jobs, for minutes."""
+    """Use one thread in this process; on a busy machine several threads can wait for each other for minutes."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -156,7 +156,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> object:
         yield Slurm(folder, cluster_file)
         for job_id in run("squeue", "-h", "-o", "%A").split():
             subprocess.run(["scancel", job_id], capture_output=True)
-            for process in processes_of(job_id):  # of a test that failed: its run may be an endless one
+            for process in processes_of(job_id):  # left by a test that failed; its run may be endless
                 process.kill()
         local_slurm.stop_slurm(folder)
 

@@ -20,7 +20,7 @@ KEY = "cluster.environment.KEY=${oc.env:FLOWAR_SECRET}"
 
 
 def submit_and_die(words):
-    """Die of SIGKILL at the first use of a file after sbatch has answered: its number is noted nowhere yet."""
+    """Die from SIGKILL at the first use of a file after sbatch has answered, before its number is recorded."""
     submitted = []
 
     def die(event, arguments):
@@ -35,7 +35,7 @@ def submit_and_die(words):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("array", [2, pytest.param(1, marks=MORE)])
-def test_a_job_whose_submission_was_killed_is_found_and_ended(slurm, image_folder, tmp_path, capsys, array):
+def test_a_job_whose_submission_was_killed_is_found_and_cancelled(slurm, image_folder, tmp_path, capsys, array):
     out_dir = tmp_path / "data"
     words = ["prepare", f"images={image_folder}", f"out_dir={out_dir}", "vae.name=demo", "image_size=32"]
     words += ["--cluster", str(slurm.cluster_file), "cluster.nodes=1", f"cluster.array={array}"]
@@ -55,7 +55,7 @@ def test_a_job_whose_submission_was_killed_is_found_and_ended(slurm, image_folde
 
 @pytest.mark.slow
 def test_secrets_are_passed_to_a_job_in_an_odd_folder_and_written_nowhere(slurm, tmp_path, monkeypatch):
-    """Its tasks write down what they got, and fail."""
+    """Its tasks write down the variables that they got, and fail."""
     monkeypatch.setenv("FLOWAR_SECRET", SECRET)
     odd = tmp_path / 'it\'s an $odd #folder; "really"'
     odd.mkdir()
@@ -90,15 +90,15 @@ def test_secrets_are_passed_to_a_job_in_an_odd_folder_and_written_nowhere(slurm,
         resume_command([str(odd / "run")])
 
 
-def test_what_slurm_can_not_do_is_refused_before(slurm, tmp_path, monkeypatch):
+def test_what_slurm_cannot_do_is_refused_before_submission(slurm, tmp_path, monkeypatch):
     monkeypatch.setenv("FLOWAR_SECRET", SECRET)
     one = ["--cluster", str(slurm.cluster_file), "cluster.nodes=1"]
     for name, sign in (("a%jb", "%"), ("a\\b", r"\\\\"), ("a\nb", r"\\n")):
-        with pytest.raises(UserError, match=f"Slurm can't have '{sign}' in it; give another path"):
+        with pytest.raises(UserError, match=f"Slurm can't handle '{sign}' in it; give another path"):
             submit(
                 ["doctor", f"run_dir='{tmp_path}/{name}'" if sign == "%" else f'run_dir="{tmp_path}/{name!r}"', *one]
             )
-    with pytest.raises(UserError, match="environment.KEY is passed .*but cluster.sbatch.export=NONE keeps it from"):
+    with pytest.raises(UserError, match="environment.KEY is passed .*but cluster.sbatch.export=NONE doesn't pass it"):
         submit(["doctor", f"run_dir={tmp_path}/run", *one, KEY, "cluster.sbatch.export=NONE"])
     with pytest.raises(UserError, match="cluster.environment.a b is not the name of a variable"):
         submit(["doctor", f"run_dir={tmp_path}/run", *one, "cluster.environment.a b=1"])

@@ -9,7 +9,7 @@ from flowar.sweep import list_settings, plan_rounds
 ROOT = Path(__file__).parents[2]
 
 
-def test_the_example_of_a_pipeline_hands_on_its_folders():
+def test_the_example_pipeline_passes_its_folders_on():
     file, cluster = (ROOT / "configs" / name for name in ("pipeline/imagenet256.yaml", "cluster/h100.yaml"))
     _, (prepare, train, sample, evaluate) = plan_pipeline([str(file)], str(cluster))
     assert train.config.data.path == prepare.config.out_dir and train.config.vae == prepare.config.vae
@@ -17,7 +17,7 @@ def test_the_example_of_a_pipeline_hands_on_its_folders():
     assert (prepare.cluster.array, train.cluster.nodes, evaluate.cluster.tasks) == (8, 2, 8)
 
 
-def test_the_examples_of_following_and_sweeping_are_what_their_headers_say():
+def test_the_examples_for_following_and_sweeping_match_their_headers():
     following = load_config(FollowConfig, ROOT / "configs" / "follow" / "imagenet256.yaml")
     assert (following.every_steps, following.num_images, following.milestone_images) == (10_000, 10_000, 50_000)
     assert following.evaluate.sample.features_only

@@ -1,4 +1,4 @@
-"""Checkpoints of a training run are measured by jobs of their own, on a real Slurm."""
+"""Each checkpoint of a training run is measured by its own job, on a real Slurm."""
 
 import dataclasses
 import json
@@ -55,7 +55,7 @@ def followed(trained, tmp_path):
 
 
 @pytest.mark.slow
-def test_each_checkpoint_is_measured_by_a_job_of_its_own_at_its_step(slurm, followed, capsys):
+def test_each_checkpoint_is_measured_at_its_step_by_its_own_job(slurm, followed, capsys):
     run_dir, file, _ = followed
     command = ["evaluate", str(file), "--follow", str(run_dir), "--cluster", str(slurm.cluster_file), "cluster.nodes=1"]
     submit([*command, "cluster.tasks_per_node=2", "--once", "--dry-run"])
@@ -72,7 +72,7 @@ def test_each_checkpoint_is_measured_by_a_job_of_its_own_at_its_step(slurm, foll
     assert all(record["fid"] > 0 for record in records)
     sampling = json.loads((folders[1] / "evaluation" / "metrics.json").read_text())["sampling"]
     assert sampling["weights_sha256"] == hash_weights(weights)
-    submit([*command, "--once"])  # nothing is due any more; the copies of the weights go
+    submit([*command, "--once"])  # nothing is due; the copies of the weights are deleted
     assert [len(find_jobs(folder)) for folder in folders] == [1, 1]
     assert not [folder for folder in folders if (folder / "model").exists()]
 
@@ -91,11 +91,11 @@ def test_bad_input_is_one_clear_error(followed, tmp_path):
     _, file, _ = followed
     cluster = tmp_path / "cluster.yaml"
     cluster.write_text("scheduler: local\n")
-    with pytest.raises(UserError, match="one config file at a time"):
+    with pytest.raises(UserError, match="got 2 config files"):
         submit(["evaluate", str(file), "b.yaml", "--follow", str(tmp_path), "--cluster", str(cluster)])
     with pytest.raises(UserError, match="--follow .*/none does not exist"):
         submit(["evaluate", str(file), "--follow", str(tmp_path / "none"), "--cluster", str(cluster)])
-    with pytest.raises(UserError, match="--follow measures checkpoints: flowar submit evaluate, not train"):
+    with pytest.raises(UserError, match="--follow works with `flowar submit evaluate`, not with train"):
         submit(["train", str(file), "--follow", str(tmp_path), "--cluster", str(cluster)])
     with pytest.raises(UserError, match="evaluate.reference is required"):
         submit(["evaluate", "--follow", str(tmp_path), "--cluster", str(cluster)])

@@ -1,4 +1,4 @@
-"""A chain of jobs on a real Slurm gives what the same verbs give one after the other."""
+"""A chain of jobs on a real Slurm gives the same as running the verbs one after the other."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Jobs on a real Slurm: what disturbs them, and that nothing is lost."""
+"""Jobs on a real Slurm are interrupted in many ways, and lose nothing."""
 
 import dataclasses
 import json
@@ -36,12 +36,12 @@ from tests.flowar.training.test_engines import LOSS_TOLERANCE
 pytestmark = pytest.mark.slow
 ENDLESS = 1_000_000  # steps: a run that ends only when a test ends it
 FEW_STEPS = 10
-STOP_BEFORE_END_S, STILL_STARTING_S = 100, 105  # of the two minutes of a job that is to stop itself
+STOP_BEFORE_END_S, STILL_STARTING_S = 100, 105  # of the two minutes of a job that should stop itself
 STOPPED, RESUMED = r"stopped by SIG\w+ after step ([\d,]+), saved", r"resuming from \S*step_(\d+)"
 
 
 def settings(shards, run_dir, steps=ENDLESS, family="flowar", **changes):
-    """A run whose steps don't depend on how many there are: its learning rate stays as it is after the warm-up."""
+    """A run whose steps don't depend on its length, as its learning rate is constant after the warm-up."""
     usual = TRAININGS[family](shards, run_dir)
     fixed = {
         "model": dataclasses.replace(usual.model, dropout=0.0) if family == "flowar" else usual.model,
@@ -57,7 +57,7 @@ def settings(shards, run_dir, steps=ENDLESS, family="flowar", **changes):
 
 @pytest.fixture(scope="module")
 def undisturbed(shards, tmp_path_factory):
-    """Given steps, the run of so many on two processes without Slurm; one of more will do where `at_least` says so."""
+    """Return the run of a given number of steps on two processes without Slurm; or a longer one with `at_least`."""
     runs = {}
 
     def run_undisturbed(steps, at_least=False, family="flowar"):
@@ -97,7 +97,7 @@ def killed(slurm, job):
 
 
 def lost_node(slurm, job):
-    """The node of the first task and of the batch script, both of which live on and wake up too late."""
+    """Lose the node of the first task and of the batch script, both of which stay alive and wake up too late."""
     starts = attempt_count(job, job.ids[0])
     first, _ = nodes = json.loads((job.folder / ATTEMPTS_FILE).read_text().splitlines()[-1])["hosts"]
     tasks = processes_of(job.ids[0])
@@ -114,7 +114,7 @@ def lost_node(slurm, job):
 
 
 def out_of_time(slurm, job):
-    """Requeued, with two minutes for the new start, and one more if it has no step before it would have to stop."""
+    """Requeue with two minutes for the new start, and one more if it would have to stop before its first step."""
     (job_id,) = job.ids
     run_dir, stops = job.folder.parents[1], len(steps_printed(job, STOPPED))
     run("scontrol", "requeue", job_id)
@@ -134,7 +134,7 @@ def out_of_time(slurm, job):
 def disturb_in_turn(slurm, job, run_dir, disturbances):
     """Disturb a run after it has gained a checkpoint in each of its starts, then cancel it; return the steps of these.
 
-    The run has to go on for good: its job ends only in the end.
+    The run has no end, so its job ends only when it is cancelled.
     """
     seen = []
     for disturb in disturbances:
@@ -143,7 +143,7 @@ def disturb_in_turn(slurm, job, run_dir, disturbances):
         seen.append(newest_step(run_dir))
         starts = len(resumed) + (2 if disturb is out_of_time else 1)
         disturb(slurm, job)
-        slurm.wait_for(lambda starts=starts: len(steps_printed(job, RESUMED)) == starts, "going on")
+        slurm.wait_for(lambda starts=starts: len(steps_printed(job, RESUMED)) == starts, "a resumed start")
     slurm.wait_for_checkpoint(run_dir, job, after=steps_printed(job, RESUMED)[-1])
     cancel([str(run_dir)])
     slurm.wait_for(lambda: not run("squeue", "-h", "-j", job.ids[0]), "the end of the job")
@@ -153,9 +153,9 @@ def disturb_in_turn(slurm, job, run_dir, disturbances):
 def test_a_job_that_is_disturbed_in_every_way_ends_with_the_bits_of_an_undisturbed_run(
     slurm, shards, undisturbed, tmp_path
 ):
-    """Asked to stop, or out of time, it loses no step; after a task or a node died it goes on from the last checkpoint.
+    """If it is asked to stop, or out of time, it loses no step; if a task or node dies, it resumes from a checkpoint.
 
-    Slurm's own signal before the end of the time is switched off, as it doesn't always come.
+    Slurm's own signal before the end of the time is switched off, as it doesn't always arrive.
     """
     run_dir = tmp_path / "run"
     limits = (f"cluster.stop_before_end_s={STOP_BEFORE_END_S}", "cluster.sbatch.signal=USR2@0")
@@ -194,7 +194,9 @@ if os.environ.get("SLURM_PROCID") == "1":
 """
 
 
-def test_a_sick_gpu_costs_a_node_and_storage_that_fails_once_nothing(slurm, shards, undisturbed, tmp_path, monkeypatch):
+def test_a_sick_gpu_costs_one_node_and_a_single_storage_failure_costs_nothing(
+    slurm, shards, undisturbed, tmp_path, monkeypatch
+):
     (tmp_path / "planted").mkdir()
     (tmp_path / "planted" / "sitecustomize.py").write_text(SICK_AND_SLOW.format(folder=str(tmp_path)))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "planted"))  # sbatch passes it on
@@ -231,7 +233,7 @@ def test_three_nodes_then_two(slurm, shards, undisturbed, tmp_path, capsys, monk
     first = slurm.submit("train", config, run_dir, "cluster.nodes=3")
     monkeypatch.chdir("/")
     slurm.wait_for_checkpoint(run_dir, first)
-    with pytest.raises(UserError, match=rf"is in use by job {first.ids[0]} \(train\); wait for it, or end it with"):
+    with pytest.raises(UserError, match=rf"is in use by job {first.ids[0]} \(train\); wait for it, or cancel it with"):
         resume_command([str(run_dir), "nodes=2"])
     capsys.readouterr()
     status([str(run_dir)])
@@ -275,7 +277,7 @@ def test_two_tasks_on_each_of_two_nodes_train_with_deepspeed(slurm, shards, undi
     assert "FINISHED" in shown and f"{FEW_STEPS}, 0:0" in shown
 
 
-def test_an_error_of_ours_is_shown_and_not_tried_again(slurm, shards, tmp_path, capsys):
+def test_an_error_in_our_code_is_shown_and_not_retried(slurm, shards, tmp_path, capsys):
     data = shutil.copytree(shards, tmp_path / "data")
     run_dir = tmp_path / "run"
     job = slurm.submit("train", settings(data, run_dir), run_dir, "cluster.sbatch.begin=now+3600")
@@ -300,8 +302,8 @@ def test_the_doctor_sees_every_node(slurm, shards, tmp_path):
     assert all(one["all_reduce_gb_per_s"] > 0 for one in seen) and "fit: n1, n2, n3, n4" in read_logs(job)
 
 
-def test_a_task_that_dies_each_time_is_given_up(slurm, tmp_path):
-    """Here by a signal from its own batch script's setup, long before Python starts."""
+def test_a_job_whose_task_always_dies_is_stopped(slurm, tmp_path):
+    """A signal from the batch script's setup kills it, long before Python starts."""
     job = slurm.submit(
         "doctor", DoctorConfig(run_dir=str(tmp_path / "run")), tmp_path / "run", "cluster.python=false",
         "cluster.nodes=1", "cluster.max_restarts=1",
@@ -311,8 +313,8 @@ def test_a_task_that_dies_each_time_is_given_up(slurm, tmp_path):
     assert len(job.mark("failures", job.ids[0]).read_text().splitlines()) == 2
 
 
-def test_every_element_of_an_array_is_started_again(slurm, image_folder, tmp_path):
-    """Also the one that has the array's own number. They can't finish while this process has the claim to do so."""
+def test_every_element_of_an_array_is_restarted(slurm, image_folder, tmp_path):
+    """Including the element with the array's own number. They can't finish while this process holds the claim."""
     config = PrepareConfig(
         images=str(image_folder),
         out_dir=str(tmp_path / "data"),

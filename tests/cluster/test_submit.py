@@ -1,4 +1,4 @@
-"""What `flowar submit` refuses, and what it would hand to Slurm."""
+"""What `flowar submit` refuses, and what it would pass to Slurm."""
 
 import dataclasses
 import json
@@ -49,13 +49,15 @@ def refused(words, match, cluster):
         submit([*words, "--cluster", str(cluster)])
 
 
-def test_what_slurm_would_refuse_is_refused_before(slurm, shards, tmp_path):
+def test_what_slurm_would_refuse_is_refused_before_submission(slurm, shards, tmp_path):
     words = train_words(shards, tmp_path / "run")
     one = "cluster.nodes=1"
-    refused([*words, one, "cluster.partition=gpu"], r"partition=gpu; there are: local, h100\)$", slurm.cluster_file)
+    refused(
+        [*words, one, "cluster.partition=gpu"], r"partition=gpu; the partitions are local, h100\)$", slurm.cluster_file
+    )
     refused(
         [*words, one, "cluster.partition=h100", "cluster.account=yours"],
-        "cluster.account=yours may not use cluster.partition=h100, which is for: my_account$",
+        "cluster.account=yours may not use cluster.partition=h100; use one of its accounts, my_account, or",
         slurm.cluster_file,
     )
     refused([*words, "cluster.nodes=5", "batch_size=10"], "Slurm refuses the train job: .*node", slurm.cluster_file)
@@ -68,9 +70,13 @@ def test_errors_in_the_settings_are_found_before_submission(slurm, shards, tmp_p
     refused([*words, "cluster.node=3"], "node is not a setting; did you mean nodes", slurm.cluster_file)
     refused([*words, "cluster.nodes=3"], "batch_size=8 is not a multiple of 3 processes; try", slurm.cluster_file)
     refused([*words, "data.path=/nowhere"], "/nowhere", slurm.cluster_file)
-    refused([*words, "cluster.array=2"], "only prepare, sample, .* share their work", slurm.cluster_file)
+    refused(
+        [*words, "cluster.array=2"],
+        "can't share its work between jobs, only prepare, sample, .* can",
+        slurm.cluster_file,
+    )
     refused([*words, "cluster.time_min=1"], "stop_before_end_s=60 is not less than", slurm.cluster_file)
-    refused(["trian"], "'trian' can't be submitted; did you mean train", slurm.cluster_file)
+    refused(["trian"], "'trian' can't be submitted as a job; did you mean train", slurm.cluster_file)
     refused(words, "there is no config file", tmp_path / "none.yaml")
     assert not (tmp_path / "run").exists()
 
@@ -95,7 +101,7 @@ def test_the_h100_example_is_accepted_by_sbatch_and_is_what_the_docs_show(slurm,
     assert shown.replace("\n\n\n", "\n\n") in (ROOT / "docs" / "cluster.md").read_text()
 
 
-def test_every_start_of_a_job_meets_at_a_port_of_its_own(monkeypatch):
+def test_every_start_of_a_job_uses_its_own_port(monkeypatch):
     monkeypatch.setattr(os, "environ", dict(os.environ))
     task = {"SLURM_JOB_ID": 70, "SLURM_PROCID": 1, "SLURM_NTASKS": 2, "SLURM_LOCALID": 1, "SLURM_JOB_NUM_NODES": 1}
     task |= {"SLURM_NODEID": 0, "SLURM_JOB_NODELIST": "n1", "SUBMITIT_EXECUTOR": "slurm"}
@@ -109,13 +115,15 @@ def test_every_start_of_a_job_meets_at_a_port_of_its_own(monkeypatch):
     assert len(ports) == 18 and min(ports) >= 20_000 and max(ports) < 32_000
 
 
-def test_a_task_that_got_less_than_was_asked_for_says_so():
+def test_a_task_with_fewer_resources_than_requested_says_so():
     from flowar.config.jobs import ClusterConfig
 
     task = TaskEnvironment("7", restarts=0, rank=0, num_tasks=1, hosts=("n1",), cpus_asked=10_000)
-    with pytest.raises(UserError, match=r"cpus_per_task=10000 was asked for, but this task may use \d+ CPUs on node"):
+    with pytest.raises(
+        UserError, match=r"cpus_per_task=10000 was requested, but this task can use only \d+ CPUs on node"
+    ):
         check_resources(task, ClusterConfig())
-    with pytest.raises(UserError, match=r"gpus_per_node=99 was asked for, but torch sees \d+ on node"):
+    with pytest.raises(UserError, match=r"gpus_per_node=99 was requested, but torch sees \d+ on node"):
         check_resources(dataclasses.replace(task, cpus_asked=1), ClusterConfig(gpus_per_node=99))
 
 
@@ -159,7 +167,7 @@ def test_the_job_folder_records_code_environment_and_changes(slurm, shards, tmp_
 
 @pytest.mark.slow
 def test_processes_on_this_machine_by_the_local_scheduler(shards, tmp_path, capsys, monkeypatch):
-    """They wait for a file until all that is said about running processes has been seen."""
+    """They wait for a file, so that the test can check all messages about running processes."""
     monkeypatch.chdir(tmp_path)
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nuntil [ -e {tmp_path}/go ]; do sleep 0.1; done\nexec {sys.executable} "$@"\n')
@@ -183,11 +191,11 @@ def test_processes_on_this_machine_by_the_local_scheduler(shards, tmp_path, caps
     assert len(read_metrics(tmp_path / "run")) == 6
     status([str(tmp_path / "run")])
     assert "FINISHED" in capsys.readouterr().out
-    with pytest.raises(UserError, match=r"has no log of rank 7; there are: \d+_0_log.err"):
+    with pytest.raises(UserError, match=r"has no log of rank 7; choose one of \d+_0_log.err"):
         logs([str(tmp_path / "run"), "--rank", "7"])
 
 
-def test_relative_paths_of_a_resumed_job_count_from_where_it_was_submitted(shards, tmp_path, monkeypatch):
+def test_relative_paths_of_a_resumed_job_start_at_the_folder_of_submission(shards, tmp_path, monkeypatch):
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir(), second.mkdir()
     (first / "data").symlink_to(shards)
@@ -201,8 +209,8 @@ def test_relative_paths_of_a_resumed_job_count_from_where_it_was_submitted(shard
         check(PlannedJob("train", config, cluster, tmp_path / "run" / "jobs"), alone=True)
 
 
-def test_failures_count_only_while_the_run_gains_nothing(tmp_path):
-    """Eight starts that die, each after a new checkpoint, then two that gain nothing."""
+def test_failures_count_only_while_the_run_makes_no_progress(tmp_path):
+    """Eight starts that die, each after a new checkpoint, then two without progress."""
     job = Job("train", ClusterConfig(), tmp_path, cwd=str(tmp_path))
     task = Task(job, TaskEnvironment("7", 0, 0, 1, ("n1",), 1))
     run_dir, failures, counts = tmp_path / "run", job.mark("failures", "7"), []
@@ -219,8 +227,8 @@ def test_failures_count_only_while_the_run_gains_nothing(tmp_path):
     assert counts == [1, 1, 1, 1, 1, 1, 1, 1, 1, 2, 3]
 
 
-def test_the_batch_script_leaves_out_sick_nodes_and_says_where_nccls_traces_are(tmp_path):
-    """With a scontrol that only notes how it was called."""
+def test_the_batch_script_excludes_sick_nodes_and_says_where_nccls_traces_are(tmp_path):
+    """With a scontrol that only records how it was called."""
     shown = "JobState=RUNNING Restarts=1 ExcNodeList=n9 EndTime=1"
     fake = f'#!/bin/bash\necho "$@" >> calls\nif [ "$1" = show ]; then echo "{shown}"; fi\n'
     (tmp_path / "scontrol").write_text(fake)

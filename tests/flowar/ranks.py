@@ -14,5 +14,5 @@ def start_ranks(config: TrainConfig, world_size: int, log: Path, **deaths: objec
 
 
 def run_ranks(config: TrainConfig, world_size: int, log: Path) -> None:
-    """Run a job to its end, which has to be a good one."""
+    """Run a job to its end, and check that all processes succeeded."""
     processes.run_ranks(train.main, config, world_size=world_size, log=log)

@@ -1,6 +1,6 @@
 """ARFlow trains on sequences of images through the same trainer and checkpoints as FlowAR.
 
-That engines and kills change nothing is tested beside FlowAR's: test_train.py, training/test_engines.py.
+The tests of engines and kills cover both families: test_train.py, training/test_engines.py.
 """
 
 import dataclasses

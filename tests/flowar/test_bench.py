@@ -74,7 +74,7 @@ def test_a_family_without_baseline_is_measured_alone(monkeypatch):
 def test_peak_memory_is_the_most_at_once():
     with PeakMemory() as memory:
         first = torch.zeros(1000)
-        second = first + 1  # two at once
+        second = first + 1  # two tensors at once
         view = second[:10]
         del first, second  # the second lives on in its view
         third = torch.zeros(500)

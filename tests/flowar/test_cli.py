@@ -35,10 +35,10 @@ def test_help_lists_every_verb():
         (["trian"], "'trian' is not a verb; did you mean train?"),
         (["train", "run_dir=a", "data.pth=b"], "data.pth is not a setting; did you mean data.path?"),
         (["train", "none.yaml"], "there is no config file none.yaml"),
-        (["train", "a.yaml", "b.yaml"], "one config file at a time"),
+        (["train", "a.yaml", "b.yaml"], "got 2 config files, a.yaml, b.yaml; give one"),
         (["train", "somewhere"], "'somewhere' is neither a .yaml file nor a setting"),
-        (["train", "--lr", "1e-3"], "--lr is not an option; there are: --help, --dry-run. Settings are written without "
-         "dashes, for example optim.lr=..."),
+        (["train", "--lr", "1e-3"], "--lr is not an option; options are: --help, --dry-run. Settings are written "
+         "without dashes, for example optim.lr=..."),
         (["info", "flowar-hh"], "no model is called 'flowar-hh'; did you mean flowar-h?"),
         pytest.param(
             ["prepare", "images=/none", "out_dir=/tmp/none"], "images=/none does not exist", marks=pytest.mark.slow
@@ -70,7 +70,7 @@ def test_help_of_every_program_prints_help_and_starts_nothing(program, capsys, m
     assert ended.value.code == 0 and "usage: " in capsys.readouterr().out
 
 
-def test_the_demo_vae_is_not_trained_into_a_folder_that_is_there(tmp_path, capsys, monkeypatch):
+def test_the_demo_vae_is_not_trained_into_an_existing_folder(tmp_path, capsys, monkeypatch):
     for words, message in (([str(tmp_path)], "exists already; give a new folder"), ([], "required: out_dir")):
         monkeypatch.setattr(sys, "argv", ["train_demo_vae", *words])
         with pytest.raises(SystemExit):
@@ -88,7 +88,7 @@ def test_dry_run_prints_the_resolved_config_and_writes_nothing(shards, tmp_path,
     assert not (tmp_path / "run").exists()
 
 
-def test_an_error_of_a_dry_run_stands_alone(capsys):
+def test_an_error_of_a_dry_run_is_printed_alone(capsys):
     with pytest.raises(SystemExit, match="data.path=/nowhere does not exist"):
         main(["train", "run_dir=a", "data.path=/nowhere", "--dry-run"])
     assert capsys.readouterr().out == ""

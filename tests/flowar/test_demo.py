@@ -3,8 +3,10 @@ import json
 import re
 import shutil
 
+import nbformat
 import numpy as np
 import pytest
+from nbclient import NotebookClient
 from PIL import Image
 
 from flowar import cli
@@ -37,7 +39,7 @@ def short(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_demo_ends_in_a_report_and_runs_again_in_place(short, tmp_path):
-    """The way, not the quality."""
+    """Checks the steps, not the quality."""
     run_dir, printed = short
     report = run_dir / "report.html"
     assert f"open {report}" in printed
@@ -69,8 +71,8 @@ def test_the_demos_pages_open_in_a_browser(short, browser):
 
 
 @pytest.mark.slow
-def test_arflow_goes_the_same_way(short, tmp_path):
-    """On the data and the judge of the other demo: what is there is not made again."""
+def test_arflow_goes_through_the_same_steps(short, tmp_path):
+    """Uses the data and the judge of the other demo, as existing parts are not made again."""
     run_dir = tmp_path / "demo"
     for name in ("data", "images"):
         shutil.copytree(short[0] / name, run_dir / name)
@@ -100,6 +102,19 @@ def test_what_the_docs_do_with_the_demo_works(short, tmp_path, monkeypatch):
     for body in snippets_of_python:
         exec(compile(body, "docs", "exec"), {})
     assert Image.open("three.png").size == (32, 32)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["one_image_step_by_step", "what_guidance_does"])
+def test_the_notebooks_run_on_the_demos_model(short, name, monkeypatch):
+    """The committed ones, which were run on a model that was trained for longer; their outputs are small."""
+    monkeypatch.setenv("FLOWAR_DEMO", str(short[0] / "train"))
+    file = ROOT / "examples" / f"{name}.ipynb"
+    assert file.stat().st_size < 150_000
+    notebook = nbformat.read(file, as_version=4)
+    shown = [len(cell.outputs) for cell in notebook.cells if cell.cell_type == "code"]
+    NotebookClient(notebook, timeout=None, resources={"metadata": {"path": str(ROOT / "examples")}}).execute()
+    assert sum(shown) >= 5 and "/tmp/" not in str([cell.source for cell in notebook.cells])
 
 
 @pytest.mark.slow

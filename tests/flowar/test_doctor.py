@@ -1,4 +1,4 @@
-"""What `flowar doctor` finds, on nodes that are described here."""
+"""What `flowar doctor` finds on made-up nodes."""
 
 import copy
 import dataclasses
@@ -21,7 +21,7 @@ GPU = {"name": "H100", "total_gib": 80.0, "used_gib": 1.0, "ecc_errors": 0, "dri
 
 
 def nodes():
-    """Four sound nodes of two tasks each."""
+    """Four healthy nodes with two tasks each."""
     seen = {
         "versions": {"torch": "2.14", "NCCL": "2.30"},
         "gpus": [dict(GPU), dict(GPU)],
@@ -62,8 +62,8 @@ def test_sound_nodes_are_fit(tmp_path, capsys):
         ({"shm_gib": 0.06}, "0.06 GiB free in /dev/shm"),
         ({"open_files": 1024}, "ulimit -n is 1024"),
         ({"write_mib_per_s": 100.0}, "100, median 1e+03 MiB/s written"),
-        ({"rename_ms": 500.0}, "a rename takes 500 ms"),
-        ({"create_ms": 500.0}, "a create takes 500 ms"),
+        ({"rename_ms": 500.0}, "it takes 500 ms to rename a file"),
+        ({"create_ms": 500.0}, "it takes 500 ms to create a file"),
         ({"clock_s": 1e9 - 60}, "its clock is 60 s behind"),
         ({"far_gpu": "0000:3b:00.0"}, "rank 5 uses GPU 0000:3b:00.0 from another socket"),
         ({"tflops": 20.0}, "20, median 50 TFLOP/s"),
@@ -71,16 +71,16 @@ def test_sound_nodes_are_fit(tmp_path, capsys):
         ({"damaged": ["shard.00003.mds"]}, "reads shard shard.00003.mds differently"),
     ],
 )
-def test_what_is_wrong_with_one_node_is_said_and_the_node_is_named_to_exclude(tmp_path, capsys, changes, expected):
+def test_problems_of_a_node_are_printed_and_the_node_is_named_to_exclude(tmp_path, capsys, changes, expected):
     seen = nodes()
     seen[5] |= changes
     assert list(find_problems(seen, config(tmp_path))) == ["n2"]
-    with pytest.raises(UserError, match=r"1 of 4 nodes are not fit; leave them out: cluster.exclude=n2$"):
+    with pytest.raises(UserError, match=r"1 of 4 nodes are not fit; exclude them: cluster.exclude=n2$"):
         report(seen, config(tmp_path))
     assert f"n2: {expected}" in capsys.readouterr().out
 
 
-def test_one_machine_is_looked_at_for_real(shards, tmp_path, capsys):
+def test_one_real_machine_is_examined(shards, tmp_path, capsys):
     settings = config(tmp_path / "run", data=str(shards), write_mib=4, min_open_files=1, min_shm_gib=0.0)
     main(settings)
     seen = json.loads((tmp_path / "run" / "doctor.json").read_text())["seen"]
@@ -93,7 +93,7 @@ def test_one_machine_is_looked_at_for_real(shards, tmp_path, capsys):
     assert "differently from what was written" in capsys.readouterr().out
 
 
-def test_a_folder_that_can_not_be_written_is_named(tmp_path):
+def test_a_folder_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="can't write to run_dir=.*file/run: "):
         main(config(tmp_path / "file" / "run"))
@@ -109,14 +109,14 @@ def test_a_gpu_of_another_socket_is_found(tmp_path, monkeypatch, cpus, far):
 
 
 def look_for_others(folder):
-    """Write down what the doctor says where it waits for one second."""
+    """Write down the doctor's message when it waits for one second."""
     with pytest.raises(UserError) as refused:
         main(config(folder, timeout_s=1))
     (folder / "said").write_text(str(refused.value))
 
 
-def test_a_node_that_never_comes_is_named_before_the_long_time_that_ranks_wait_else(tmp_path):
-    """Rank 0 of two nodes waits in the rendezvous: it doesn't get beyond what it has noted."""
+def test_a_node_that_never_starts_is_named_long_before_the_usual_timeout(tmp_path):
+    """Rank 0 of two nodes waits in the rendezvous, which is also what its note says."""
     (tmp_path / ".doctor_1").mkdir()
     (tmp_path / ".doctor_1" / "rank_00003").write_text("of an earlier start")
     ranks = {"RANK": 0, "WORLD_SIZE": 4, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": processes.free_port()}
@@ -127,14 +127,14 @@ def test_a_node_that_never_comes_is_named_before_the_long_time_that_ranks_wait_e
         (tmp_path / "said")
         .read_text()
         .startswith(
-            "rank 0 waited for others for 1 s, or lost them; of 4 ranks: rank_00000 on n1 is waiting for the others to "
-            "come; ranks 1 of n1 never came; ranks 2, 3 of n2 never came; leave out"
+            "rank 0 waited timeout_s=1 s for the others, or lost them; of 4 ranks: rank_00000 on n1 is waiting for the "
+            "others to start; ranks 1 of n1 never started; ranks 2, 3 of n2 never started; exclude"
         )
     )
 
 
 def measure_two_nodes(folder):
-    """Measure the network between two imagined nodes of two ranks, and note which collectives that took."""
+    """Measure the network between two simulated nodes of two ranks, and record the collectives."""
     world = start_world(torch.device("cpu"), with_group=True)
     calls = []
     for name in ("all_reduce", "batch_isend_irecv"):
@@ -146,8 +146,8 @@ def measure_two_nodes(folder):
 
 
 @pytest.mark.slow
-def test_all_ranks_meet_before_the_first_of_each_node_talk_in_pairs(tmp_path):
-    """Otherwise NCCL, which makes its communicator at the first call and needs all ranks for that, waits for ever."""
+def test_all_ranks_communicate_before_the_first_ranks_of_nodes_do_in_pairs(tmp_path):
+    """Otherwise NCCL would wait forever, as its first call makes the communicator and needs all ranks for that."""
     processes.run_ranks(measure_two_nodes, tmp_path, world_size=4, log=tmp_path / "log")
     calls, speeds = zip(*(json.loads((tmp_path / str(rank)).read_text()) for rank in range(4)), strict=True)
     assert all(of_rank[0] == "all_reduce" for of_rank in calls)

@@ -23,21 +23,21 @@ from flowar.latents.vae import from_uint8
 from flowar.models.folders import load_model
 from tests.conftest import DATA
 
-DEMO_EXTRACTOR = "demo-classifier"  # what the demo's judge was called
+DEMO_EXTRACTOR = "demo-classifier"  # the old name of the demo's judge
 
-TOLERANCE = 2e-6  # of weights after ten steps on another kind of CPU than the one that made them
+TOLERANCE = 2e-6  # of weights after ten steps on another kind of CPU
 
 
 @pytest.fixture
 def made(tmp_path):
-    """A copy of what version 0.1 made."""
+    """A copy of the files of version 0.1."""
     with tarfile.open(DATA / "v0.1" / "made_by_0.1.tar.xz") as archive:
         archive.extractall(tmp_path, filter="data")
     return tmp_path
 
 
 def test_a_run_resumes_to_rounding(made):
-    """Not to the same bits: the model's arithmetic is in another order than in 0.1. The run has no dropout."""
+    """Not to the same bits, as the model's arithmetic has another order than in 0.1. The run has no dropout."""
     train.main(
         load_config(
             TrainConfig, made / "run" / "config.yaml", (f"run_dir={made / 'run'}", f"data.path={made / 'shards'}")
@@ -66,7 +66,7 @@ def drawing(made, folder, **changes):
     return SampleConfig(model=str(made / "model"), out_dir=str(made / folder), vae=vae, **(settings | changes))
 
 
-def test_samples_are_known_completed_and_enlarged(made, capsys):
+def test_samples_are_recognised_completed_and_enlarged(made, capsys):
     files = sorted((made / "samples" / "images").iterdir())
     before = {file.name: np.asarray(Image.open(file)).astype(int) for file in files}
     stamps = {file: file.stat().st_mtime_ns for file in files}
@@ -95,7 +95,7 @@ class JudgeOf01(nn.Module):
 
 
 class FeaturesOf01(FeatureExtractorBase):
-    """Its features: another network than those of torch-fidelity that features may be of."""
+    """Its features, by a network that is not one of torch-fidelity's."""
 
     def __init__(self, name, features_list, feature_extractor_weights_path, **_):
         super().__init__(name, features_list)
@@ -121,7 +121,7 @@ class FeaturesOf01(FeatureExtractorBase):
 def test_samples_and_kept_features_are_evaluated(made, folder):
     judge = JudgeOf01()
     with torch.no_grad():
-        for parameter in judge.parameters():  # the numbers that the features were made with
+        for parameter in judge.parameters():  # the values that computed the features
             numbers = torch.arange(parameter.numel())
             parameter.copy_((((numbers * 7919) % 1000 - 500) / 5000).view_as(parameter))
     save_file(judge.state_dict(), made / "judge.safetensors")

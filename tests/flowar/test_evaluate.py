@@ -33,7 +33,7 @@ NUM_TRAIN, NUM_HELD_OUT = 300, 200
 
 @pytest.fixture(scope="module")
 def digits(tmp_path_factory):
-    """Some of the demo's images, and an untrained classifier, which is a feature extractor as good as any here."""
+    """Some of the demo's images, and an untrained classifier, which is good enough as a feature extractor here."""
     root = tmp_path_factory.mktemp("digits")
     write_image_folders(root)
     for split, count in (("train", NUM_TRAIN), ("held_out", NUM_HELD_OUT)):
@@ -120,7 +120,7 @@ def store_of(folder, start):
 
 @pytest.mark.slow
 def test_inception_metrics_equal_torch_fidelitys_with_one_and_with_three_ranks(digits, inception, tmp_path):
-    """On few images: an Inception takes a third of a second for each here."""
+    """On few images, as an Inception takes a third of a second per image on a CPU."""
     for name, count in (("train", 20), ("held_out", 8)):
         (tmp_path / name).mkdir()
         for number, file in enumerate(sorted((digits / name).rglob("*.png"))[:: 15 if name == "train" else 25]):
@@ -161,7 +161,7 @@ def test_absent_weights_are_named_with_where_to_put_them(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", no_network)
     file = tmp_path / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
-    with pytest.raises(UserError, match=f"fetch https://github.com/toshas/.* to {file}, or give the file as"):
+    with pytest.raises(UserError, match=f"download https://github.com/toshas/.* to {file}, or set extractor.weights"):
         evaluate.Extractor(ExtractorConfig(), torch.device("cpu"))
 
 
@@ -185,10 +185,12 @@ dependencies = ["torch"]
 
 
 def test_fd_dinov2_comes_from_torch_hubs_folder_and_is_left_out_with_a_note_elsewhere(digits, tmp_path, monkeypatch):
-    """With a tiny network where torch hub would keep DINOv2: its weights can't be had here."""
+    """Uses a tiny network in the place of DINOv2 in torch hub's folder, as tests download no weights."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     small = {"samples": digits / "held_out" / "3", "reference": digits / "held_out" / "4"}
-    with pytest.raises(UserError, match="extractor.weights=x: dinov2-vit-l-14 is read from torch hub's folder"):
+    with pytest.raises(
+        UserError, match="extractor.weights=x can't be used: dinov2-vit-l-14 is read from torch hub's folder"
+    ):
         evaluate.Extractor(ExtractorConfig(name="dinov2-vit-l-14", weights="x"), torch.device("cpu"))
     notes = []
     config = EvaluateConfig(samples="a", reference="b")
@@ -205,11 +207,11 @@ def test_fd_dinov2_comes_from_torch_hubs_folder_and_is_left_out_with_a_note_else
     metric = record["metrics"]["fd_dinov2"]
     assert metric["value"] > 0 and metric["low"] < metric["value"] < metric["high"]
     np.savez(tmp_path / "inception.npz", mu=np.zeros(64), sigma=np.eye(64))
-    with pytest.raises(UserError, match="has Inception's statistics; for dinov2-vit-l-14 give images, or what"):
+    with pytest.raises(UserError, match="has Inception's statistics; for dinov2-vit-l-14 give images, or a reference"):
         measure(
             digits, tmp_path / "b", more=("dinov2",), samples=small["samples"], reference=tmp_path / "inception.npz"
         )
-    # Not asked for by name, what can't be had is a note.
+    # If it is not requested by name, missing weights are only a note.
     monkeypatch.setattr(protocols, "OWN", "")
     record = measure(
         digits, tmp_path / "c", protocol="adm", samples=small["samples"], reference=tmp_path / "inception.npz"
@@ -251,7 +253,7 @@ def test_saved_statistics_give_the_same_distance(digits, tmp_path):
     np.savez(tmp_path / "held_out.npz", mu=statistics["mu"], sigma=statistics["sigma"])
     record = measure(digits, tmp_path / "a", reference=tmp_path / "held_out.npz")
     assert values(record)["fid"] == pytest.approx(values(measure(digits, tmp_path / "b"))["fid"], rel=1e-4)
-    assert "precision" not in values(record) and "holds statistics alone" in " ".join(record["notes"])
+    assert "precision" not in values(record) and "holds only statistics" in " ".join(record["notes"])
 
     # ADM's files have both parts: statistics of all images, and some images.
     shifted = {"mu": statistics["mu"] + 1, "sigma": statistics["sigma"]}
@@ -283,7 +285,7 @@ def test_a_made_reference_serves_like_its_images(digits, tmp_path):
     other = tmp_path / "other.safetensors"
     network, about = load_judge(digits / "classifier.safetensors")
     save_judge(randomise(network), about, other)
-    with pytest.raises(UserError, match="holds features by weights .* of own, but those used here are"):
+    with pytest.raises(UserError, match="holds features by weights .* of own, but this machine has weights"):
         measure(
             digits,
             tmp_path / "c",
@@ -293,7 +295,7 @@ def test_a_made_reference_serves_like_its_images(digits, tmp_path):
 
 
 def test_images_of_the_evaluation_itself_are_not_measured(digits, tmp_path):
-    """By default it lies beside a plain folder, so that a second protocol finds the same images."""
+    """By default the evaluation is beside a plain folder, so that a second protocol finds the same images."""
     shutil.copytree(digits / "held_out", tmp_path / "images")
     settings = {"samples": str(tmp_path / "images"), "reference": str(digits / "train"), "extractor": judge(digits)}
     for protocol in ("adm", "torch-fidelity", "adm"):
@@ -333,7 +335,7 @@ def test_the_command_writes_numbers_with_intervals_and_a_page_without_links(digi
     assert sorted(by_class) == [str(label) for label in range(10)] and all(own["fid"] > 0 for own in by_class.values())
 
 
-def test_features_that_are_there_are_not_computed_again(digits, tmp_path, monkeypatch):
+def test_existing_features_are_not_computed_again(digits, tmp_path, monkeypatch):
     measure(digits, tmp_path)
     monkeypatch.setattr(evaluate.Extractor, "__call__", None)
     measure(digits, tmp_path, protocol="adm")
@@ -378,7 +380,7 @@ def test_packed_samples_give_the_same_distance(digits, drawn, tmp_path, kind):
 
 
 @pytest.mark.slow
-def test_the_paired_difference_is_surer_than_two_distances(digits, drawn, tmp_path):
+def test_a_paired_difference_has_a_narrower_interval_than_two_distances(digits, drawn, tmp_path):
     same = measure(digits, tmp_path / "same", samples=drawn / "a_images", against=str(drawn / "a_features"))
     assert values(same)["fid_difference"] == pytest.approx(0, abs=1e-6)
     record = measure(
@@ -389,14 +391,19 @@ def test_the_paired_difference_is_surer_than_two_distances(digits, drawn, tmp_pa
     assert metrics["fid_difference"]["value"] == pytest.approx(metrics["fid"]["value"] - values(other)["fid"])
     widths = [own["high"] - own["low"] for own in (metrics["fid_difference"], metrics["fid"], other["metrics"]["fid"])]
     assert 0 < widths[0] < (widths[1] ** 2 + widths[2] ** 2) ** 0.5
-    with pytest.raises(UserError, match=f"against=.* holds {NUM_HELD_OUT} images, samples=.* 60, or of other numbers"):
+    with pytest.raises(
+        UserError, match=rf"against=.* \({NUM_HELD_OUT} images\) and samples=.* \(60 images\) must hold the same"
+    ):
         measure(digits, tmp_path / "c", samples=drawn / "a_images", against=str(digits / "held_out"))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"extractor": ExtractorConfig(name="inseption")}, "extractor.name=inseption is unknown; there are: inception"),
+        (
+            {"extractor": ExtractorConfig(name="inseption")},
+            "extractor.name=inseption is unknown; choose one of inception",
+        ),
         ({"extractor": ExtractorConfig(weights="/none")}, "extractor.weights=/none does not exist"),
         ({"extractor": ExtractorConfig(name=OWN, images="/none")}, "extractor.images=/none does not exist"),
         ({"samples": "/none"}, "samples=/none does not exist"),
@@ -415,5 +422,5 @@ def test_too_few_images_and_foreign_files_are_refused(digits, tmp_path):
     with pytest.raises(UserError, match="holds 1 images, but at least 20 are needed"):
         measure(digits, tmp_path / "out", samples=tmp_path / "few")
     np.savez(tmp_path / "a.npz", other=np.zeros(3))
-    with pytest.raises(UserError, match=r"a.npz holds other; mu and sigma \(statistics\) or images in arr_0"):
+    with pytest.raises(UserError, match=r"a.npz holds other; give an .npz with mu and sigma, or with images in arr_0"):
         measure(digits, tmp_path / "out2", reference=tmp_path / "a.npz")

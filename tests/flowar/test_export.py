@@ -13,7 +13,7 @@ from tests.conftest import training
 
 @pytest.fixture(scope="module")
 def run_dir(shards, tmp_path_factory):
-    """A run that keeps averages, and follows the one of std 0.15 for comparison."""
+    """A run that keeps averages, and also tracks the one of std 0.15 for comparison."""
     run_dir = tmp_path_factory.mktemp("runs") / "run"
     ema = EMAConfig(decays=(0.9,), stds=(0.1, 0.15, 0.2), keep_every_steps=3)
     main(training(shards, run_dir, ema=ema, keep_checkpoints=1, save_every_steps=15))
@@ -30,7 +30,7 @@ def test_exported_weights_are_those_of_the_run(run_dir, tmp_path, weights):
         export.export(ExportConfig(model=str(find_latest(run_dir)), out_dir=str(tmp_path / "model")))
 
 
-def test_an_average_put_together_is_near_to_the_one_that_was_followed(run_dir, tmp_path):
+def test_a_combined_average_is_near_the_one_that_was_tracked(run_dir, tmp_path):
     for folder in (run_dir / "averages").iterdir():  # without the wanted one
         state = folder / "state.json"
         state.write_text(state.read_text().replace('"std_0.15",', ""))
@@ -46,7 +46,7 @@ def test_an_average_put_together_is_near_to_the_one_that_was_followed(run_dir, t
     assert distance(found, truth) < 0.2 * min(distance(other, truth) for other in others)
 
 
-def test_what_was_not_kept_is_one_clear_error(run_dir, tmp_path):
+def test_a_step_that_was_not_kept_is_one_clear_error(run_dir, tmp_path):
     out = str(tmp_path / "model")
     with pytest.raises(UserError, match="kept no averages; train with ema.stds"):
         export.average(AverageConfig(run_dir=str(tmp_path), out_dir=out, std=0.1))

@@ -27,12 +27,12 @@ def multiply_adds(config):
     return ar + flow
 
 
-def test_training_flops_are_three_forward_passes_but_for_the_inputs():
+def test_training_flops_are_three_forward_passes_except_for_the_inputs():
     config = tiny_config()
     found, forward = count_training_flops(config), 2 * multiply_adds(config)
     tokens, width = sum(s * s for s in config.scales), config.ar_width
     no_gradient = (2 * tokens - 1) * config.token_width * width + len(config.scales) * 256 * width  # of the inputs
-    norms = (2 * config.ar_depth + 3) * tokens * width  # whose scale is the same for all tokens: a product in backward
+    norms = (2 * config.ar_depth + 3) * tokens * width  # their scale is the same for all tokens, a product in backward
     assert found == 3 * forward - 2 * no_gradient + 2 * norms
 
 

@@ -1,4 +1,4 @@
-"""`flowar plan`: what it prints, and that its memory and collectives are those of the engines."""
+"""`flowar plan`: what it prints, and whether its memory and collectives agree with the engines."""
 
 import dataclasses
 
@@ -39,12 +39,12 @@ def tiny_plan(**changes):
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    """Have compiled steps planned like eager ones, which are traced in a tenth of the time."""
+    """Plan compiled steps like eager ones, which takes a tenth of the time to trace."""
     monkeypatch.setattr(steps, "trace_step", lambda *settings: trace_step(*settings[:-1], False))
 
 
 def measure_rank(config, answers):
-    """What one real rank of FSDP2 holds after a step, in bytes."""
+    """The bytes that one real rank of FSDP2 holds after a step."""
     from flowar.base.distributed import start_world, stop_world
     from flowar.models.build import create_model
     from flowar.training.averages import EMA
@@ -78,7 +78,7 @@ def test_planned_bytes_are_those_of_a_real_run(tmp_path):
     assert found[0] == (planned.weights, planned.gradients, planned.optimizer, planned.averages)
 
 
-def test_the_largest_model_on_64_ranks_is_shared_out_evenly():
+def test_the_largest_model_on_64_ranks_is_sharded_evenly():
     sizes = sizes_of(variant_config("flowar-h"))
     memory = memory_of(Layout(ParallelConfig(engine="fsdp"), 64, 8), sizes, 1, 1)
     for found, copies in ((memory.weights, 1), (memory.gradients, 1), (memory.optimizer, 2), (memory.averages, 1)):
@@ -116,7 +116,7 @@ def test_planned_collectives_are_those_of_fsdp(settings, parts):
         calls, size = (sum(found[key][place] for key in found if key.startswith(word)) for place in (0, 1))
         ours = [each.size for each in planned if each.kind == kind]
         assert len(ours) == calls
-        assert sum(ours) == pytest.approx(size, rel=0.1)  # shards of so narrow tensors are padded
+        assert sum(ours) == pytest.approx(size, rel=0.1)  # shards of such narrow tensors are padded
 
 
 def test_planned_memory_and_speed_are_those_of_one_h100_within_15_percent():
@@ -129,7 +129,7 @@ def test_planned_memory_and_speed_are_those_of_one_h100_within_15_percent():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(name, marks=MORE) for name in ("flowar-s", "flowar-l", "flowar-h")])
-def test_imagined_kernels_move_what_inductors_do(name):
+def test_predicted_kernels_move_as_many_bytes_as_inductors(name):
     """Within 15%: benchmarks/compiled.txt counts attention in the rest of the step as products and softmax."""
     line = next(row for row in COMPILED_FILE.read_text().splitlines() if row.startswith(f"{name}  compiled step bytes"))
     part = trace_step(variant_config(name), "fp32", 0, True).at(8)
@@ -164,10 +164,10 @@ def test_compiled_blocks_take_fewer_kernels_less_traffic_and_the_same_arithmetic
     assert sum(each.flops for each in two) == pytest.approx(sum(each.flops for each in one), rel=0.02)
 
 
-def test_a_node_s_network_cards_share_the_bytes_and_latency_grows_with_the_ranks():
+def test_the_network_cards_of_a_node_share_the_bytes_and_latency_grows_with_the_ranks():
     sizes = 64 * 2**20, 2**30
     seconds = {n: [collective_seconds("all_gather", size, n, 8, H100, 8) for size in sizes] for n in (8, 64, 512)}
-    assert seconds[64][1] < 1.2 * seconds[8][1]  # eight cards of 45 GB/s carry what NVLink does
+    assert seconds[64][1] < 1.2 * seconds[8][1]  # eight cards of 45 GB/s carry as much as NVLink
     assert seconds[512][0] > 3 * seconds[64][0]  # latency
     alone = collective_seconds("all_gather", sizes[1], 8, 1, H100, 1)
     assert alone > 6 * seconds[64][1]  # one GPU a node, one card
@@ -193,7 +193,7 @@ def test_failures_and_saves_cost_what_young_and_daly_say():
     assert often.goodput < found.goodput - 4 * 300 / 86400 * 0.9
 
 
-def test_a_search_gives_the_quickest_first_and_says_what_has_no_room(uncompiled):
+def test_a_search_lists_the_fastest_first_and_says_what_does_not_fit(uncompiled):
     config = tiny_plan(nodes=2)
     setting = PlannedStep.of(config, 4, 2)
     found, refused = search(setting, H100, 2)
@@ -203,26 +203,24 @@ def test_a_search_gives_the_quickest_first_and_says_what_has_no_room(uncompiled)
     assert time_step(found[0].setting, H100).total == found[0].step.total
     assert "micro_batch_size=" in way_of(found[0].setting)
     nothing, refused = search(setting, dataclasses.replace(H100, memory=1000), 2)
-    assert not nothing and len(refused) == 12 and "micro_batch_size=1 takes 0 GiB" in refused[0]
+    assert not nothing and len(refused) == 12 and "micro_batch_size=1 needs 0 GiB" in refused[0]
     assert largest_micro(setting, dataclasses.replace(H100, memory=1000)) == 0
 
 
-@pytest.mark.parametrize("is_tried_all_the_same", [False, True])
-def test_training_refuses_before_anything_is_there_what_has_no_room(
-    shards, tmp_path, monkeypatch, is_tried_all_the_same
-):
+@pytest.mark.parametrize("is_tried_anyway", [False, True])
+def test_training_refuses_at_once_what_does_not_fit(shards, tmp_path, monkeypatch, is_tried_anyway):
     config = training(shards, tmp_path / "run", epochs=1, micro_batch_size=8)
-    config = dataclasses.replace(config, parallel=ParallelConfig(check_memory=not is_tried_all_the_same))
+    config = dataclasses.replace(config, parallel=ParallelConfig(check_memory=not is_tried_anyway))
     need = PlannedStep.of(config, 1, 1).memory.total
     monkeypatch.setattr(room, "device_memory", lambda device: need - 1)
-    if is_tried_all_the_same:
+    if is_tried_anyway:
         train.main(config)
     else:
-        with pytest.raises(UserError, match="micro_batch_size=8 takes .* GiB on each GPU.*set micro_batch_size=.*or "):
+        with pytest.raises(UserError, match="micro_batch_size=8 needs .* GiB on each GPU.*set micro_batch_size=.*or "):
             train.main(config)
         with pytest.raises(UserError, match="parallel.checkpoint_every_blocks=1; or parallel.check_memory=false"):
             train.main(config, dry_run=True)
-    assert (tmp_path / "run").exists() == is_tried_all_the_same
+    assert (tmp_path / "run").exists() == is_tried_anyway
     monkeypatch.setattr(room, "device_memory", lambda device: need)
     room.check_room(config, World(0, 1, torch.device("cpu"), None))
     assert device_memory(torch.device("cpu")) is None
@@ -239,7 +237,7 @@ def test_the_shipped_recipes_are_for_64_gpus_and_fit(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param("h", marks=MORE)])
-def test_the_recipe_of_h_keeps_its_speed_from_64_to_512_gpus_with_as_many_samples_on_each(name):
+def test_the_recipe_of_h_scales_weakly_from_64_to_512_gpus(name):
     few, many = (planning.spread(name, gpus, weak=True) for gpus in (64, 512))
     seconds = [time_step(setting, planning.H100).total for setting in (few, many)]
     assert few.micro == many.micro == 32 and seconds[0] / seconds[1] > 0.9
@@ -255,10 +253,10 @@ def test_the_table_can_be_read_at_80_columns(capsys, monkeypatch, memory_gib):
     cells = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in table if line[0] == "│"}
     assert tuple(cells) == plan.ROWS and all(len(row) == len(plan.ENGINES) for row in cells.values())
     assert all(cell.strip() and "…" not in cell for row in cells.values() for cell in row)
-    assert ("no room" in cells["micro batch"][0]) == ("That has no room: set" in printed) == (memory_gib < 1)
+    assert ("too big" in cells["micro batch"][0]) == ("That does not fit: set" in printed) == (memory_gib < 1)
 
 
-def test_the_images_are_those_of_the_dataset_where_it_is_there(shards, tmp_path, capsys):
+def test_the_number_of_images_is_the_datasets_if_it_exists(shards, tmp_path, capsys):
     here, elsewhere = (PlannedDataConfig(path=str(path)) for path in (shards, tmp_path / "none"))
     assert plan.count_images(tiny_plan(num_images=None, data=here)) == (24, f"data.path={shards}")
     assert plan.count_images(tiny_plan(num_images=7, data=here)) == (7, "num_images")
@@ -269,16 +267,16 @@ def test_the_images_are_those_of_the_dataset_where_it_is_there(shards, tmp_path,
     assert "Trained on 24 images (data.path=" in (printed := capsys.readouterr().out) and "\n30 steps of" in printed
 
 
-def test_the_plan_names_every_engine_what_is_imagined_and_where_more_gpus_do_not_pay(capsys, uncompiled):
+def test_the_plan_has_every_engine_says_it_is_simulated_and_when_more_gpus_do_not_pay_off(capsys, uncompiled):
     plan.main(tiny_plan(nodes=2, search=True))
     found = capsys.readouterr().out
-    assert all(engine in found for engine in plan.ENGINES) and "The quickest of what fits" in found
-    assert "Simulated, precision=bf16" in found and "twice the GPUs don't pay, take nodes=1" in found
+    assert all(engine in found for engine in plan.ENGINES) and "The fastest ways that fit" in found
+    assert "Simulated, precision=bf16" in found and "twice the GPUs don't pay off, use nodes=1" in found
     plan.main(tiny_plan(gpus_per_node=1))
     assert "single" in capsys.readouterr().out
 
 
-def test_what_can_not_be_planned_is_one_clear_error():
+def test_what_cannot_be_planned_is_one_clear_error():
     with pytest.raises(UserError, match="gpu=Abacus is not in the table: H200.*peak_tflops=71.*memory_gib=24"):
         plan.main(tiny_plan(gpu="Abacus"))
     plan.main(tiny_plan(gpu="Abacus", peak_tflops=71, memory_gib=24, memory_gb_per_s=768))

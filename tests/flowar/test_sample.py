@@ -37,7 +37,7 @@ def make(**changes):
 
 
 def count_flow_samples(model, **settings):
-    """Return how many samples each call of the AR and of the flow Transformer had."""
+    """Return the number of samples in each call of the AR and of the flow Transformer."""
     counts = {"ar": [], "flow": []}
     hooks = [
         part.register_forward_hook(lambda _module, arguments, _output, own=counts[name]: own.append(len(arguments[0])))
@@ -51,7 +51,7 @@ def count_flow_samples(model, **settings):
 
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 @pytest.mark.parametrize("block", ["attn_mlp", "attn_cross_mlp"])
-def test_a_batch_gives_what_its_members_give_alone(guidance, block):
+def test_a_batch_gives_the_same_as_its_members_alone(guidance, block):
     model = make(flow_block=block)
     labels, noise = torch.tensor([0, 4, 2]), torch.randn(3, 21, 3)
     settings = {"time_grid": released_time_grid(6), "guidance": guidance, "guidance_interval": (0.2, 0.9)}
@@ -61,7 +61,7 @@ def test_a_batch_gives_what_its_members_give_alone(guidance, block):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_draw_the_same_without_a_break_in_graphs_that_later_batches_share(monkeypatch):
+def test_compiled_blocks_draw_the_same_in_unbroken_graphs_that_later_batches_reuse(monkeypatch):
     model, labels, noise = make(flow_block="attn_cross_mlp", flow_depth=1), torch.tensor([0, 4]), torch.randn(2, 21, 3)
     settings = {"time_grid": uniform_time_grid(2), "guidance": 2.0, "guidance_interval": (0.2, 0.9), "noise": noise}
     eager = sample_latents(model, labels, **settings)
@@ -113,7 +113,7 @@ def test_ends_of_the_guidance_interval_belong_to_it():
     assert sum(Guidance(3.0, (0.0, 1.0)).acts_at(time) for time in starts) == 10
 
 
-def test_steps_may_fall_from_scale_to_scale():
+def test_steps_can_decrease_from_scale_to_scale():
     assert annealed_steps(50, 10, 5) == (50, 40, 30, 20, 10)
     assert annealed_steps(25, 15, 5) == (25, 22, 20, 17, 15)  # whole steps below, as DiSA's authors
     assert annealed_steps(2, 9, 4) == (2, 4, 6, 9)
@@ -226,7 +226,7 @@ def test_every_image_is_hashed_as_xxh64sum_writes_it(demo_shaped, tmp_path):
         assert xxhash.xxh64((tmp_path / name).read_bytes()).hexdigest() == found
 
 
-def test_previews_show_what_would_be_drawn_and_draw_nothing_else(demo_shaped, tmp_path):
+def test_previews_show_what_would_be_drawn_and_write_no_samples(demo_shaped, tmp_path):
     config = sampling(demo_shaped, tmp_path, classes=(7, 2), num_images=4, batch_size=4)
     main(dataclasses.replace(config, preview=True))
     assert sorted(file.name for file in (tmp_path / "preview").iterdir()) == [
@@ -264,7 +264,7 @@ def test_samples_with_rounded_steps_of_version_0_1_are_not_continued(demo_shaped
         main(config)
 
 
-def test_the_settings_of_a_preset_and_not_its_name_tell_samples_apart(demo_shaped, tmp_path):
+def test_samples_are_identified_by_the_settings_of_a_preset_not_by_its_name(demo_shaped, tmp_path):
     def draw(*words):
         fixed = (f"model={demo_shaped}", f"out_dir={tmp_path}", "vae.name=demo", "num_images=2")
         main(load_config(SampleConfig, None, (*fixed, *words)))
@@ -290,11 +290,11 @@ def test_another_vae_than_the_models_is_refused(demo_shaped, shards, tmp_path):
 def test_classes_can_be_chosen_and_are_checked(demo_shaped, tmp_path):
     main(sampling(demo_shaped, tmp_path / "a", classes=(7, 2), num_images=3))
     assert [name[-8:-4] for name in read(tmp_path / "a")] == ["0007", "0002", "0007"]
-    with pytest.raises(UserError, match="classes holds 10; classes lie in 0 to 9"):
+    with pytest.raises(UserError, match="classes holds 10; give class numbers of the model, 0 to 9"):
         main(sampling(demo_shaped, tmp_path / "b", classes=(10,)))
 
 
-def test_classes_come_from_a_file_or_there_is_none(demo_shaped, tmp_path):
+def test_classes_come_from_a_file_or_are_switched_off(demo_shaped, tmp_path):
     file = tmp_path / "labels.txt"
     file.write_text("3\n3\n8\n")
     main(sampling(demo_shaped, tmp_path / "a", label_file=str(file), num_images=4))
@@ -310,7 +310,7 @@ def test_classes_come_from_a_file_or_there_is_none(demo_shaped, tmp_path):
         sampling(demo_shaped, tmp_path / "c", unconditional=True, guidance=1.0, classes=(1,))
 
 
-def test_classes_are_drawn_and_stay_when_the_set_grows(demo_shaped, tmp_path):
+def test_random_classes_stay_when_the_set_grows(demo_shaped, tmp_path):
     config = sampling(demo_shaped, tmp_path, random_labels=True, classes=(7, 2), num_images=6)
     main(config)
     first = [name[-8:-4] for name in read(tmp_path)]
@@ -336,7 +336,7 @@ def test_the_preview_shows_the_first_images_of_a_class():
     assert first_numbers((7, 2, 2, 3), 2, 3) == [1, 2, 5]
 
 
-def test_images_are_packed_when_all_are_there(demo_shaped, tmp_path):
+def test_images_are_packed_once_all_exist(demo_shaped, tmp_path):
     main(sampling(demo_shaped, tmp_path))
     main(sampling(demo_shaped, tmp_path, also=("npz", "tar")))
     with np.load(tmp_path / "samples.npz") as content:
@@ -365,7 +365,7 @@ def test_one_process_four_ranks_and_killed_workers_draw_the_same_images(demo_sha
         differences = np.stack([np.abs(found[file] - needed[file]) for file in needed])
         assert differences.max() <= 1 and (differences == 0).mean() >= 0.999
         images = open_images(tmp_path / name, "samples")
-        assert len(images.read_many(range(NUM_DRAWN))) == NUM_DRAWN  # each has its hash, whoever drew it and died
+        assert len(images.read_many(range(NUM_DRAWN))) == NUM_DRAWN  # each has its hash, whichever process drew it
 
 
 def test_broken_weights_give_an_error_and_no_black_images(demo_shaped, tmp_path):
@@ -373,6 +373,6 @@ def test_broken_weights_give_an_error_and_no_black_images(demo_shaped, tmp_path)
     with torch.no_grad():
         model.flow.output_projection.bias.fill_(float("nan"))
     save_model(model.config, model.state_dict(), tmp_path / "model")
-    with pytest.raises(UserError, match=r"images 0 to 4 are not finite; the weights of .* are broken"):
+    with pytest.raises(UserError, match=r"images 0 to 4 are not finite: the weights of .* are broken"):
         main(sampling(tmp_path / "model", tmp_path / "out"))
     assert not list((tmp_path / "out" / "images").iterdir())

@@ -1,4 +1,4 @@
-"""Another family of models goes through the unchanged verbs: the surface of models/family.py is all they ask for."""
+"""Another family of models works with the unchanged verbs, as they only use the surface of models/family.py."""
 
 import dataclasses
 import json
@@ -92,7 +92,7 @@ def test_it_is_exported_drawn_and_measured(finished, image_folder, tmp_path, cap
     assert record["metrics"]["fid"]["value"] == pytest.approx(0, abs=1e-6)
 
 
-def test_a_bad_step_of_it_is_kept_and_replayed(shards, tmp_path, capsys):
+def test_its_bad_steps_are_kept_and_replayed(shards, tmp_path, capsys):
     path = poison(shards, tmp_path / "bad", [images_of_step(5)[0]])
     train.main(linear_training(shards, tmp_path / "run", data=DataConfig(path=str(path), num_workers=0)))
     bundle = min((tmp_path / "run" / "anomalies").iterdir())

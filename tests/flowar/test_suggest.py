@@ -20,7 +20,7 @@ def config(shards):
     return SuggestConfig(data=DataConfig(path=str(shards)), device="cpu")
 
 
-def test_what_it_writes_trains_on_the_dataset_as_it_stands(config, shards, tmp_path, monkeypatch, capsys):
+def test_its_file_trains_on_the_dataset_unchanged(config, shards, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(suggest, "measure_step", lambda *_: 0.5)  # the length must not depend on this machine
     file = tmp_path / "own.yaml"
     suggest.main(dataclasses.replace(config, file=str(file), run_dir=str(tmp_path / "run")))
@@ -30,7 +30,7 @@ def test_what_it_writes_trains_on_the_dataset_as_it_stands(config, shards, tmp_p
     assert training.count_steps(24) in (1200, 1201)  # 400 epochs of 24 images would be more than 15 minutes
     assert all("#" in line for line in file.read_text().splitlines() if ":" in line and not line.endswith(":"))
     assert f"flowar train {file}" in capsys.readouterr().out
-    with pytest.raises(UserError, match="is there already; give a new one"):
+    with pytest.raises(UserError, match="already exists; give a new name"):
         suggest.main(dataclasses.replace(config, file=str(file)))
 
 

@@ -60,7 +60,7 @@ def alone(root, tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_half_of_the_settings_go_on_and_the_best_becomes_a_recipe(root, alone):
+def test_half_of_the_settings_reach_the_next_round_and_the_best_becomes_a_recipe(root, alone):
     out_dir, printed = alone
     config = sweeping(root, out_dir)
     results = json.loads((out_dir / "sweep.json").read_text())
@@ -79,7 +79,7 @@ def test_half_of_the_settings_go_on_and_the_best_becomes_a_recipe(root, alone):
     for name in ("guidance", "guidance_interval", "num_steps", "seed", "vae"):
         assert getattr(recipe, name) == getattr(drawn, name)
 
-    # What was drawn in the first round belongs to the second; running again does nothing anew.
+    # The second round reuses the images of the first; running again changes nothing.
     assert len(read_features(out_dir / "settings" / best["name"] / "features-own", 80)) == 80
     stamp = (out_dir / "settings" / best["name"] / "score_80.json").stat().st_mtime_ns
     sweep.main(config)
@@ -151,7 +151,7 @@ def test_a_sweep_with_rounded_steps_of_version_0_1_is_not_continued(root, tmp_pa
 
 
 @pytest.mark.slow
-def test_three_workers_that_die_late_ones_and_their_heirs_find_what_one_finds(root, alone, tmp_path):
+def test_workers_that_die_join_late_or_restart_find_the_same_as_one_process(root, alone, tmp_path):
     config, log = sweeping(root, tmp_path), tmp_path / "log"
     run_with_deaths(sweep.main, config, num_workers=3, deaths=draw_deaths(5, 40, tmp_path / "settings"), log=log)
     found, needed = (json.loads((out_dir / "sweep.json").read_text()) for out_dir in (tmp_path, alone[0]))

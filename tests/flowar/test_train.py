@@ -105,7 +105,7 @@ def test_readers_previews_and_wandb_do_not_change_the_weights(shards, finished, 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", TRAININGS)
 def test_sigkill_at_random_moments_ends_in_the_same_weights_bit_for_bit(shards, undisturbed, tmp_path, family):
-    """Of about 1,000 uses of files, 32 a step: nearly all of them in a save or in what it replaces."""
+    """Kills at some of about 1,000 uses of files, 32 per step; nearly all belong to a save or to deleting old ones."""
     run_dir = tmp_path / "run"
     deaths = draw_deaths(NUM_KILLS, 800 // NUM_KILLS, run_dir)
     config = TRAININGS[family](shards, run_dir, save_every_steps=1)
@@ -193,7 +193,7 @@ def random_batch(size):
     return Batch(torch.randn(size, 6, 4, 4), torch.zeros(size, dtype=torch.int64), torch.arange(size))
 
 
-def test_labels_are_dropped_at_the_asked_rate_and_draws_follow_from_the_place_in_the_batch(tmp_path):
+def test_labels_are_dropped_at_the_set_rate_and_draws_follow_from_the_place_in_the_batch(tmp_path):
     config = plain_config(tmp_path)
     batch = Batch(torch.zeros(4000, 6, 4, 4), torch.zeros(4000, dtype=torch.int64), torch.arange(4000))
     settings = StepSettings.of(config, 1, 1.0)
@@ -248,12 +248,12 @@ def test_parts_and_recomputation_do_not_change_the_gradients(tmp_path, changes):
         torch.testing.assert_close(parts.parameters[name].grad, parameter.grad, rtol=1e-4, atol=1e-6)
 
 
-def test_another_vae_is_refused_by_name_where_none_is_loaded(shards, tmp_path):
+def test_another_vae_is_refused_by_name_if_none_is_loaded(shards, tmp_path):
     with pytest.raises(UserError, match=r"was made with VAE demo, but vae.name=mar; set vae.name=demo"):
         main(training(shards, tmp_path / "run", vae=VAEConfig(name="mar")))
 
 
-def test_an_unstable_run_may_go_on_with_another_learning_rate(shards, finished, capsys):
+def test_an_unstable_run_can_resume_with_another_learning_rate(shards, finished, capsys):
     main(training(shards, finished, optim=OptimConfig(lr=1e-4, warmup_epochs=1)), dry_run=True)
     assert "optim.lr was 0.001, now 0.0001" in capsys.readouterr().out
 

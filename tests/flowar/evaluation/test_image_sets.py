@@ -14,7 +14,7 @@ NUM = 12
 
 @pytest.fixture
 def drawn(tmp_path):
-    """What `flowar sample` would write: images whose pixels tell their number, of three classes in turn."""
+    """What `flowar sample` would write: images whose pixels encode their number, of three classes in turn."""
     root = tmp_path / "drawn"
     (root / "images").mkdir(parents=True)
     lines = []
@@ -55,7 +55,7 @@ def test_classes_of_a_folder_are_its_sub_folders_in_order(tmp_path):
     assert images.labels == [0, 1] and images.numbers == [0, 1]
 
 
-def test_a_compressed_npz_reads_as_well(tmp_path):
+def test_a_compressed_npz_can_be_read_too(tmp_path):
     array = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
     np.savez_compressed(tmp_path / "a.npz", array)
     np.savez(tmp_path / "b.npz", array)
@@ -76,7 +76,7 @@ def test_an_image_that_changed_after_drawing_is_found_by_its_hash(drawn):
         open_images(drawn, "samples").read_many(range(NUM))
 
 
-def test_missing_half_drawn_and_foreign_things_are_one_clear_error(drawn, tmp_path, shards):
+def test_missing_half_drawn_and_foreign_files_are_one_clear_error(drawn, tmp_path, shards):
     with pytest.raises(UserError, match="samples=/none does not exist; give a folder of images, what"):
         open_images("/none", "samples")
     (tmp_path / "empty").mkdir()
@@ -86,12 +86,12 @@ def test_missing_half_drawn_and_foreign_things_are_one_clear_error(drawn, tmp_pa
     with pytest.raises(UserError, match="is not an .npz with images in arr_0: it holds other"):
         open_images(tmp_path / "a.npz", "samples")
     np.savez(tmp_path / "b.npz", np.zeros((2, 3, 4, 4)))
-    with pytest.raises(UserError, match=r"arr_0 is float64 \(2, 3, 4, 4\); uint8 images"):
+    with pytest.raises(UserError, match=r"arr_0 of float64 \(2, 3, 4, 4\); give one with uint8"):
         open_images(tmp_path / "b.npz", "samples")
-    with pytest.raises(UserError, match="is MDS without a column image"):
+    with pytest.raises(UserError, match="is an MDS dataset without a column image"):
         open_images(shards, "samples")
     (drawn / "images" / "000003_class0000.png").unlink()
-    with pytest.raises(UserError, match="holds 11 images, 12 of them hashed, but 12 were asked for; run the same"):
+    with pytest.raises(UserError, match="holds 11 images, 12 of them hashed, but 12 were requested; run the same"):
         open_images(drawn, "samples")
 
 
@@ -104,7 +104,7 @@ def test_mixed_sizes_and_broken_files_are_named(drawn):
         open_images(drawn / "images", "samples").read_many(range(NUM + 1))
 
 
-def test_a_class_is_read_from_a_file_name_whatever_it_is_called():
+def test_the_class_number_is_read_from_a_file_name_with_any_class_name():
     from flowar.sampling.folder import SAMPLE_NAME, class_of, file_safe
 
     for name in ("7", "a_b-3", "class0099", "x_class0004.png", "T-shirt/top", "été", "..", "a" * 300):

@@ -69,14 +69,14 @@ def test_a_judge_is_trained_once_and_a_damaged_one_refused(clothes, tmp_path, mo
         prepare_judge(
             dataclasses.replace(settings, images=str(tmp_path / "others")), file, clothes, None, CPU, 60
         )  # fmt: skip
-    with pytest.raises(UserError, match="has no classes that could train a judge; give a folder with one sub-folder"):
+    with pytest.raises(UserError, match="has no classes that could train a judge; set extractor.images to a folder"):
         prepare_judge(settings, tmp_path / "other", tmp_path / "others", None, CPU, 60)
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(UserError, match="is damaged .*; remove it and run the same command again"):
         prepare_judge(settings, file, clothes, None, CPU, 60)
 
 
-def test_a_judge_lies_beside_images_and_in_a_made_reference(tmp_path):
+def test_a_judge_is_kept_beside_images_and_inside_a_made_reference(tmp_path):
     (tmp_path / "val").mkdir()
     own = ExtractorConfig(name=OWN)
     assert choose_judge_file(own, tmp_path / "val", tmp_path / "out") == tmp_path / "val.judge.safetensors"
@@ -95,7 +95,7 @@ def test_a_tenth_of_each_class_is_held_out_and_too_many_images_are_thinned_out()
     assert sum(map(len, split_classes(labels, 0, most=75))) == 75
 
 
-def test_images_become_squares_and_are_mirrored_only_if_asked():
+def test_images_become_squares_and_are_mirrored_only_if_set():
     wide = torch.zeros(1, 3, 32, 64, dtype=torch.uint8)
     wide[..., 16:48] = 200
     assert torch.equal(to_side(wide, 32), wide[..., 16:48])
@@ -106,7 +106,7 @@ def test_images_become_squares_and_are_mirrored_only_if_asked():
     assert sides[0] > -0.6 and sides[1] < sides[0] - 0.1
 
 
-def test_classes_are_matched_by_name_and_a_strange_one_is_named():
+def test_classes_are_matched_by_name_and_an_unknown_one_is_named():
     judge = about("bag", "boot", "7")
     assert to_judge_classes(("7", "bag"), judge, "samples", strict=True) == {0: 2, 1: 0}
     assert to_judge_classes((), judge, "samples", strict=True) == {0: 0, 1: 1, 2: 2}
@@ -119,7 +119,7 @@ def test_classes_are_matched_by_name_and_a_strange_one_is_named():
 
 @pytest.mark.slow
 def test_samples_are_judged_beside_real_images_through_the_vae(shards, image_folder, tmp_path, capsys):
-    """The judge is trained on what the run was trained on; names in any form name the same samples."""
+    """The judge is trained on the run's training images; class names in any form select the same samples."""
     run = tmp_path / "run"
     train(training(shards, run, epochs=1))
     for name in ("dark", "light"):  # a reference in the samples' size
@@ -135,7 +135,7 @@ def test_samples_are_judged_beside_real_images_through_the_vae(shards, image_fol
     assert "0 still to draw" in capsys.readouterr().out
     files = sorted(file.name for file in (tmp_path / "samples" / "images").iterdir())
     assert files[:2] == ["000000_class0001_light.png", "000001_class0000_dark.png"]
-    with pytest.raises(UserError, match="classes=lihgt is no class of the model; did you mean light"):
+    with pytest.raises(UserError, match="classes=lihgt is not a class of the model; did you mean light"):
         sample(dataclasses.replace(drawing, classes=("lihgt",)))
     evaluate.main(
         EvaluateConfig(
@@ -160,7 +160,7 @@ def test_samples_are_judged_beside_real_images_through_the_vae(shards, image_fol
     evaluate.main(EvaluateConfig(samples=drawing.out_dir, out_dir=str(tmp_path / "b"), extractor=own))
     assert f"reference={image_folder}, the images that the model was trained on" in capsys.readouterr().out
     assert json.loads((tmp_path / "b" / "metrics.json").read_text())["reference"] == str(image_folder)
-    with pytest.raises(UserError, match="reference is required, as the samples' record names no dataset"):
+    with pytest.raises(UserError, match="reference is required: the samples' record names no dataset"):
         evaluate.main(EvaluateConfig(samples=str(tmp_path / "real"), out_dir=str(tmp_path / "c"), extractor=own))
 
 
@@ -173,7 +173,7 @@ def test_a_missing_or_damaged_fashion_mnist_is_one_clear_error(tmp_path):
         load_fashion(str(tmp_path))
 
 
-def test_fashion_mnist_is_brought_to_32_pixels(tmp_path):
+def test_fashion_mnist_is_padded_to_32_pixels(tmp_path):
     for split, count in (("train", 3), ("t10k", 2)):
         sizes = b"".join(number.to_bytes(4, "big") for number in (count, 28, 28))
         (tmp_path / f"{split}-images-idx3-ubyte").write_bytes(bytes((0, 0, 8, 3)) + sizes + bytes([9]) * count * 784)

@@ -126,7 +126,7 @@ def test_leaving_out_groups_gives_the_standard_error_of_a_mean():
     assert error == pytest.approx(values.std().item() / 2000**0.5, rel=0.1)
 
 
-def test_groups_of_balanced_samples_are_balanced_so_that_differences_of_classes_are_no_error():
+def test_groups_of_balanced_samples_are_balanced_so_classes_add_no_error():
     labels = torch.arange(500) % 10
     group = groups(labels, 50)
     assert all(sorted(labels[group == number].tolist()) == list(range(10)) for number in range(50))
@@ -147,14 +147,14 @@ def test_statistics_without_a_group_equal_those_of_the_others():
     assert number == 19
 
 
-def test_intervals_of_shares_hold_at_the_ends_too():
+def test_intervals_of_shares_are_valid_at_the_ends_too():
     assert wilson_interval(0.5, 100) == pytest.approx((0.4038, 0.5962), abs=1e-4)  # a textbook's
     low, high = wilson_interval(1.0, 100)
     assert 0.95 < low < 0.97 and high == pytest.approx(1)
 
 
 def test_intervals_of_fid_cover_its_mean_over_seeds_and_are_not_much_too_wide():
-    """Of many sets of Gaussian samples, the 95% interval of each has to contain the mean FID in about 95%."""
+    """For many sets of Gaussian samples, about 95% of the 95% intervals must contain the mean FID."""
     reference = Frechet(statistics(features(5000, seed=100)))
     values, errors = [], []
     for seed in range(40):

@@ -7,7 +7,7 @@ from flowar.evaluation.store import read_ahead
 from tests.processes import PATIENCE_S
 
 
-def test_the_next_batch_is_read_while_one_is_worked_on():
+def test_the_next_batch_is_read_during_work_on_this_one():
     begun = {batch: threading.Event() for batch in (range(3), range(3, 5), range(5, 6))}
 
     def read(batch):

@@ -75,7 +75,7 @@ def test_heads_come_from_the_rotary_frequencies_or_are_asked_for(released):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"not a checkpoint", "is not a readable PyTorch checkpoint"), (None, "there is no file")],
+    [(b"not a checkpoint", "is not a readable PyTorch checkpoint"), (None, "does not exist; download")],
 )
 def test_unreadable_checkpoints_are_one_clear_error(tmp_path, content, message):
     if content is not None:

@@ -1,4 +1,4 @@
-"""Which VAE decodes: the one that was given, else the one that the training run or the model names."""
+"""Which VAE decodes: the given one, otherwise the one that the training run or the model names."""
 
 import json
 import shutil
@@ -34,7 +34,7 @@ def drawing(model, out_dir, **changes):
     return SampleConfig(model=str(model), out_dir=str(out_dir), **(settings | changes))
 
 
-def test_a_runs_own_vae_is_taken_and_said(run, tmp_path, capsys):
+def test_a_runs_own_vae_is_used_and_printed(run, tmp_path, capsys):
     sample.main(drawing(run, tmp_path / "out"))
     assert f"vae.name=demo, as {run / 'config.yaml'} says" in capsys.readouterr().out
     assert len(list((tmp_path / "out" / "images").iterdir())) == 20
@@ -59,7 +59,7 @@ def test_an_exported_models_passport_names_the_vae(run, tmp_path, capsys):
         (("vae.name=sd-vae-ft-ema",), ("sd-vae-ft-ema", None)),
     ],
 )
-def test_what_is_given_counts_and_the_run_completes_it(run, tmp_path, given, taken):
+def test_a_given_vae_wins_and_the_run_fills_in_what_is_missing(run, tmp_path, given, taken):
     copied = shutil.copytree(run, tmp_path / "run")
     text = written_by_0_1(copied / "config.yaml")
     named = text.replace("name: demo\n  weights: null", "name: mar\n  weights: /data/kl16.ckpt")
@@ -70,7 +70,7 @@ def test_what_is_given_counts_and_the_run_completes_it(run, tmp_path, given, tak
 
 
 @pytest.mark.slow
-def test_sweep_and_evaluate_take_it_too(run, image_folder, tmp_path, capsys):
+def test_sweep_and_evaluate_use_it_too(run, image_folder, tmp_path, capsys):
     save_untrained_judge(tmp_path / "judge.safetensors", ("dark", "light"))
     judge = ExtractorConfig(name=OWN, weights=str(tmp_path / "judge.safetensors"))
     common = {"reference": str(reference(image_folder, tmp_path)), "extractor": judge, "interval_groups": 0}
@@ -95,8 +95,8 @@ def reference(image_folder, tmp_path):
     return tmp_path / "real"
 
 
-def test_samples_stay_those_of_the_step_that_they_were_begun_with(run, shards, tmp_path, capsys):
-    """A task is started again when the run has a newer checkpoint, and has deleted the one that the task began with."""
+def test_samples_keep_to_the_step_that_they_were_started_with(run, shards, tmp_path, capsys):
+    """A task restarts when the run has a newer checkpoint, and has deleted the one that the task started with."""
     living, out = tmp_path / "run", tmp_path / "out"
     shutil.copytree(run, living)
     begun = drawing(living, out, num_images=20)
@@ -108,11 +108,12 @@ def test_samples_stay_those_of_the_step_that_they_were_begun_with(run, shards, t
     (newer / "state.json").write_text(json.dumps(state | {"step": source.step + 1}))
     shutil.rmtree(source.folder)
     sample.main(begun)
-    assert f"drawing with step {source.step}, as the samples in {out} were begun; for step" in capsys.readouterr().out
+    said = f"drawing with step {source.step}, which the samples in {out} were started with; for step"
+    assert said in capsys.readouterr().out
     sample.main(drawing(run, tmp_path / "same", num_images=20))
     assert read_hashes(out / "images.xxh64") == read_hashes(tmp_path / "same" / "images.xxh64")
-    assert (out / "model").exists() and not (tmp_path / "same" / "model").exists()  # the only copy that is left, or not
+    assert (out / "model").exists() and not (tmp_path / "same" / "model").exists()  # kept only if it is the last copy
     sample.main(drawing(living, out, num_images=30))  # more of the same
     shutil.rmtree(out / "model")
-    with pytest.raises(UserError, match=f"holds images of step {source.step}, and {source.folder} is not there any"):
+    with pytest.raises(UserError, match=f"holds images of step {source.step}, but {source.folder} no longer exists"):
         sample.main(drawing(living, out, num_images=40))

@@ -18,7 +18,7 @@ NUM = 25
 
 @pytest.fixture
 def drawn(tmp_path):
-    """Images whose pixels tell their number, of five classes in turn."""
+    """Images whose pixels encode their number, of five classes in turn."""
     (tmp_path / "images").mkdir()
     files = [tmp_path / "images" / f"{number:06d}_class{number % 5:04d}.png" for number in range(NUM)]
     for number, file in enumerate(files):
@@ -26,7 +26,7 @@ def drawn(tmp_path):
     return files, [number % 5 for number in range(NUM)], tmp_path
 
 
-def test_the_npz_is_as_adms_evaluator_expects_and_not_in_the_order_of_classes(drawn):
+def test_the_npz_is_as_adms_evaluator_expects_and_not_sorted_by_class(drawn):
     files, labels, out_dir = drawn
     with np.load(pack_images("npz", files, labels, out_dir)) as content:
         images, classes = content["arr_0"], content["arr_1"]
@@ -66,7 +66,7 @@ def test_the_folder_of_png_files_opens_with_torchvision(drawn):
 
 
 @pytest.mark.parametrize("kind", ["npz", "tar", "mds"])
-def test_what_was_packed_is_hashed_and_not_packed_again(drawn, kind, monkeypatch):
+def test_packed_files_are_hashed_and_not_packed_again(drawn, kind, monkeypatch):
     files, labels, out_dir = drawn
     target = pack_images(kind, files, labels, out_dir)
     hashes = json.loads((out_dir / "packed.json").read_text())[kind]["xxh64"]

@@ -16,7 +16,7 @@ def test_averages_with_a_constant_decay_follow_the_closed_form():
     torch.testing.assert_close(ema.averages["decay_0.5"]["w"], start + 1 - 0.5**5)
 
 
-def test_averages_of_low_precision_weights_are_float32_and_no_views():
+def test_averages_of_low_precision_weights_are_float32_copies():
     weights = {"w": torch.ones(3, dtype=torch.bfloat16)}
     ema = EMA(EMAConfig(decays=(0.9999,)), weights)
     weights["w"].add_(1)
@@ -27,8 +27,8 @@ def test_averages_of_low_precision_weights_are_float32_and_no_views():
 
 
 @pytest.mark.parametrize("std", [0.05, 0.1, 0.2])
-def test_power_function_averages_have_the_asked_relative_std(std):
-    """The weight of each step in the average, over the share of the run that was done then."""
+def test_power_function_averages_have_the_requested_relative_std(std):
+    """The weight of each step in the average, over the finished share of the run."""
     steps = 4000
     ema = EMA(EMAConfig(decays=(), stds=(std,)), {"w": torch.zeros(steps, dtype=torch.float64)})
     for step in range(1, steps + 1):
@@ -45,7 +45,7 @@ def test_power_function_averages_have_the_asked_relative_std(std):
 
 
 def test_stored_averages_add_up_to_one_of_another_length():
-    """Weights that wander: the combination is near to the average that would have been followed."""
+    """For weights on a random walk, the combination is near the average that would have been tracked."""
     steps, wanted = 3000, 0.08
     random = np.random.default_rng(0)
     path = torch.from_numpy(np.cumsum(random.standard_normal((steps, 50)), axis=0)).float()

@@ -36,7 +36,7 @@ ALONE = World(0, 1, torch.device("cpu"), None)
 
 
 def make_parts(seed=0, steps=1, **changes):
-    """An engine and averages that have some steps behind them."""
+    """An engine and averages after some steps."""
     config = TrainConfig(
         run_dir="none",
         data=DataConfig(path="none"),
@@ -99,7 +99,7 @@ def test_saving_does_not_wait_and_keeps_the_values_of_its_moment(run_dir, shards
     assert torch.equal(load_model(run_dir, "raw").ar.input_norm.weight, needed)
 
 
-def test_giving_a_checkpoint_its_name_and_deleting_old_ones_keep_nobody_waiting(run_dir, shards, monkeypatch):
+def test_publishing_a_checkpoint_and_deleting_old_ones_do_not_stall_training(run_dir, shards, monkeypatch):
     engine, ema = make_parts()
     save(run_dir, 1, (engine, ema), shards)
     contents = CheckpointContents(engine.model.config, read_passport(shards))
@@ -193,7 +193,7 @@ def save_where_files_stay_small(run_dir, step, shards, most_bytes):
 
 
 @pytest.mark.slow
-def test_a_full_disk_stops_with_a_message_and_leaves_the_older_checkpoint_whole(run_dir, shards):
+def test_a_full_disk_stops_with_a_message_and_leaves_the_older_checkpoint_intact(run_dir, shards):
     """A real write error: the second process may write files of 20 kB at most."""
     for step, most_bytes, code in ((5, 0, 0), (6, 20_000, 1)):
         log = run_dir / f"log{step}"

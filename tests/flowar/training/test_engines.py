@@ -89,7 +89,7 @@ def test_all_engines_train_the_same_model(undisturbed, family, engine):
     assert len(read_metrics(run_dir)) == 2 * EPOCHS
     assert_same_run(run_dir, undisturbed("single", family))
     pieces = FileSystemReader(find_latest(run_dir)).read_metadata().state_dict_metadata.values()
-    assert all(len(tensor.chunks) == 1 for tensor in pieces)  # not one for each rank: planning would stall hundreds
+    assert all(len(tensor.chunks) == 1 for tensor in pieces)  # one chunk, not one per rank, which would be slow to plan
     if engine.startswith("zero"):
         theirs = get_fp32_state_dict_from_zero_checkpoint(str(find_latest(run_dir) / "deepspeed"))
         ours = load_model(run_dir, "raw").state_dict()
@@ -134,8 +134,8 @@ def test_weights_sent_as_bfloat16_are_those_that_autocast_computes_with(shards, 
         pytest.param("flowar", ("zero3", "single", "fsdp"), marks=MORE),
     ],
 )
-def test_a_run_goes_on_with_another_engine_and_another_number_of_ranks(shards, undisturbed, tmp_path, family, chain):
-    """Stopped by a signal in the middle of an epoch, twice; batches of 12 on 4, 2 and 3 ranks, or on one."""
+def test_a_run_resumes_with_another_engine_and_another_number_of_ranks(shards, undisturbed, tmp_path, family, chain):
+    """The run is stopped twice by a signal in the middle of an epoch; batches of 12 on 4, 2 and 3 ranks, or on one."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
     for place, engine in enumerate(chain):
         config = settings(shards, run_dir, engine, family, save_every_steps=1000, micro_batch_size=None)
@@ -167,7 +167,7 @@ def test_sigkill_at_random_moments_ends_in_the_same_bits(shards, undisturbed, tm
     """Every step is saved; every other kill is in a save. FLOWAR_TEST_KILLS=20 for more."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
     config = settings(shards, run_dir, engine, family, save_every_steps=1)
-    uses_of_a_save = 24  # and more
+    uses_of_a_save = 24  # at least
     anywhere = draw_deaths(NUM_KILLS, 2 * EPOCHS * uses_of_a_save // NUM_KILLS, run_dir)
     saving = draw_deaths(NUM_KILLS, uses_of_a_save - 3, run_dir / "checkpoints" / ".step_", least=5, seed=1)
     for number in range(NUM_KILLS):
@@ -189,7 +189,7 @@ def is_saving(run_dir):
     return any((run_dir / "checkpoints").glob(".step_*"))
 
 
-def test_weights_are_shared_out_evenly():
+def test_weights_are_sharded_evenly():
     sizes = {"a": 10, "b": 6, "c": 5, "d": 4, "e": 1}
     owners = share_out(sizes, 2)
     loads = [sum(sizes[name] for name, owner in owners.items() if owner == rank) for rank in range(2)]

@@ -49,7 +49,7 @@ def images_of_step(step, batch_size=8):
     return [row // 2 for row in rows]
 
 
-def test_what_is_not_finite_or_jumps_is_a_problem_and_what_is_usual_is_none():
+def test_infinite_or_jumping_losses_are_problems_and_usual_losses_are_not():
     judge = Guard(GuardConfig(spike_factor=3), Progress())
     assert all(judge.judge(1.0 + 0.01 * step, 1.0) is None for step in range(30))
     assert "not both finite" in judge.judge(math.nan, 1.0) and "not both finite" in judge.judge(1.0, math.inf)
@@ -125,7 +125,7 @@ def test_the_run_rolls_back_past_bad_batches_and_then_stops(shards, tmp_path):
         main(training(shards, tmp_path / "other", guard=once, **changes))
 
 
-def test_without_a_checkpoint_there_is_nothing_to_go_back_to(shards, tmp_path):
+def test_without_a_checkpoint_a_run_cannot_roll_back(shards, tmp_path):
     path = poison(shards, tmp_path / "bad", range(24))
     config = training(shards, tmp_path / "run", data=DataConfig(path=str(path), num_workers=0))
     with pytest.raises(UserError, match=r"3 steps in a row went wrong, the last is 3: .*no checkpoint yet"):
@@ -134,7 +134,7 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(shards, tmp_path):
 
 @pytest.fixture(scope="module")
 def troubled(shards, tmp_path_factory):
-    """A run on one process with a sample that isn't finite and one whose loss jumps: its folder, what it was told."""
+    """A run on one process with a sample that isn't finite and one whose loss jumps: its folder and settings."""
     root = tmp_path_factory.mktemp("troubled")
     path = poison(shards, root / "nan", [images_of_step(2)[3]])
     path = poison(path, root / "bad", [images_of_step(28)[0]], factor=50)
@@ -153,8 +153,8 @@ def troubled(shards, tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", [pytest.param("fsdp", marks=MORE), pytest.param("zero2", marks=MORE), "zero3"])
-def test_all_ranks_skip_what_one_of_them_met_with(shards, troubled, tmp_path, engine):
-    """A sample that isn't finite in every epoch, and from about the 30th step on one whose loss jumps."""
+def test_all_ranks_skip_a_step_that_went_wrong_on_one(shards, troubled, tmp_path, engine):
+    """One sample isn't finite in every epoch, and from about the 30th step on the loss of another one jumps."""
     alone, changes = troubled
     together = tmp_path / "run"
     run_ranks(settings(shards, together, engine, **changes), 2, tmp_path / "log")
@@ -171,7 +171,7 @@ def test_all_ranks_skip_what_one_of_them_met_with(shards, troubled, tmp_path, en
 
 
 def train_until_one_fails(words):
-    """`flowar train`, where rank 1 meets an error at step 3, and process groups never end, as NCCL's may not."""
+    """`flowar train`, but rank 1 fails at step 3, and process groups never end, which can happen with NCCL."""
     fine = train.accumulate
 
     def accumulate(engine, inputs, settings):
@@ -192,13 +192,13 @@ def test_a_rank_that_fails_says_why_and_ends_although_process_groups_do_not(shar
     ranks = processes.start_ranks(train_until_one_fails, words, world_size=2, log=tmp_path / "log")
     processes.join(ranks, tmp_path / "log", code=1)
     text = (tmp_path / "log").read_text()
-    assert "flowar train: shard 7 is damaged" in text and "rank 0 lost contact with the other ranks" in text
+    assert "flowar train: shard 7 is damaged" in text and "rank 0 lost the other ranks" in text
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("harm", [signal.SIGSTOP, signal.SIGKILL], ids=["stalls", "dies"])
 def test_a_rank_that_stalls_or_dies_ends_the_others_with_a_message(shards, tmp_path, harm):
-    """In a run of 20,000 steps. Without parallel.timeout_s they would wait for longer than this test does."""
+    """In a run of 20,000 steps. Without parallel.timeout_s the others would wait longer than this test does."""
     assert SETUP_TIMEOUT.total_seconds() > PATIENCE_S
     parallel = ParallelConfig(engine="fsdp", timeout_s=10)
     config = settings(shards, tmp_path / "run", "fsdp", epochs=10_000, parallel=parallel, save_every_steps=2)
@@ -210,4 +210,4 @@ def test_a_rank_that_stalls_or_dies_ends_the_others_with_a_message(shards, tmp_p
     stop(ranks)
     assert code not in (0, None)
     text = (tmp_path / "log").read_text()
-    assert "rank 0 lost contact with the other ranks" in text and "resumes from" in text
+    assert "rank 0 lost the other ranks" in text and "resumes from" in text

@@ -1,4 +1,4 @@
-"""What the host does in a step, counted: reads of the device, compiled graphs, collectives."""
+"""Counts of the host's work in a step: reads of the device, compiled graphs, collectives."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ GROUPS = 4 + 3 + 1  # blocks, and what is around them
 
 
 class Reads(TorchDispatchMode):
-    """Counts numbers that Python asks a tensor for: item(), int(), float(), if."""
+    """Counts numbers that Python reads from a tensor: item(), int(), float(), if."""
 
     count = 0
 
@@ -52,7 +52,7 @@ def test_a_step_reads_the_device_once(engine, monkeypatch):
 
 
 def compiled_graphs(parallel, monkeypatch):
-    """Train two steps of two parts; return how many graphs Dynamo made, and how many breaks it met."""
+    """Train two steps of two parts; return the numbers of graphs and graph breaks in Dynamo."""
     graphs = []
 
     def note(graph, inputs):
@@ -71,7 +71,7 @@ def compiled_graphs(parallel, monkeypatch):
     if parallel.engine == "fsdp":
         with imagined_ranks(4) as world:
             train(world)
-    else:  # DDP's hooks want what imagined ranks don't give
+    else:  # DDP's hooks need more than simulated ranks give
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         try:
             train(World(0, 1, CPU, None))

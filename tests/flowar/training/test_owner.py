@@ -10,7 +10,7 @@ from flowar.training.owner import OWNER_FILE, take_over
 
 
 def owned_by(run_dir, **changes):
-    """Note another owner in the folder."""
+    """Record another owner in the folder."""
     take_over(run_dir)
     write_record(run_dir / OWNER_FILE, read_record(run_dir / OWNER_FILE, "") | changes)
 
@@ -30,18 +30,18 @@ def described(process):
 
 def test_a_run_in_use_on_this_machine_is_refused(tmp_path, living):
     owned_by(tmp_path, **described(living))
-    with pytest.raises(UserError, match=f"in use by process {living.pid} on this machine; end that one first"):
+    with pytest.raises(UserError, match=f"in use by process {living.pid} on this machine; stop it first"):
         take_over(tmp_path)
 
 
-def test_a_dead_process_is_taken_over_from(tmp_path):
+def test_a_run_of_a_dead_process_can_be_taken_over(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     owned_by(tmp_path, pid=dead.pid, started="0.000")
     take_over(tmp_path).check()
 
 
-def test_a_job_that_was_started_again_takes_over_from_its_living_self(tmp_path, living, monkeypatch):
+def test_a_restarted_job_takes_over_from_its_earlier_process(tmp_path, living, monkeypatch):
     owned_by(tmp_path, **described(living), job="17")
     monkeypatch.setenv("FLOWAR_JOB", "18")
     with pytest.raises(UserError, match="in use"):
@@ -50,9 +50,9 @@ def test_a_job_that_was_started_again_takes_over_from_its_living_self(tmp_path, 
     take_over(tmp_path).check()
 
 
-def test_who_was_taken_over_from_learns_it(tmp_path):
+def test_a_process_finds_out_that_another_has_taken_over(tmp_path):
     before = take_over(tmp_path)
     owned_by(tmp_path, host="n2", pid=4, machine="n2", job="18")
-    with pytest.raises(UserError, match=r"was taken over by process 4 on n2 \(job 18\); this one stops"):
+    with pytest.raises(UserError, match=r"was taken over by process 4 on n2 \(job 18\); this process stops"):
         before.check()
     assert take_over(tmp_path).token != before.token and os.environ.get("FLOWAR_JOB") is None

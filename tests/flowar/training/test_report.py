@@ -28,7 +28,7 @@ def test_records_past_the_checkpoint_are_dropped_on_resuming(tmp_path):
     assert [entry["step"] for entry in read_metrics(tmp_path)] == [10, 20, 30]
 
 
-def test_a_line_that_was_cut_off_is_dropped(tmp_path):
+def test_a_truncated_line_is_dropped(tmp_path):
     with report(tmp_path, 0) as first:
         first.log(record(10))
     with (tmp_path / "metrics.jsonl").open("a") as file:
@@ -47,7 +47,7 @@ def test_wandb_offline_keeps_its_run_id_over_restarts(tmp_path):
     runs = list((tmp_path / "wandb").glob("offline-run-*"))
     assert len(runs) == 2
     run_id = (tmp_path / "wandb_id.txt").read_text().strip()
-    assert all(run_id in folder.name for folder in runs)  # wandb adds a number if both began in one second
+    assert all(run_id in folder.name for folder in runs)  # wandb adds a number if both started in the same second
 
 
 BLOCK, RECORD_HEADER, FILE_HEADER = 32768, 7, 7  # of LevelDB's log format, which wandb's offline files have
@@ -82,11 +82,11 @@ def test_evaluations_reach_wandb_at_the_step_of_their_checkpoint(tmp_path):
     (tmp_path / "config.yaml").write_text(describe_config(config))
     with report(tmp_path, 0, mode="offline") as training:
         training.log(record(10))
-        for step in (5, 10):  # by another process, which only notes it
+        for step in (5, 10):  # by another process, which only records it
             record_evaluation(tmp_path, {"step": step, "num_samples": 10_000, "fid": 7.5})
         training.log(record(20))
         training.log(record(30))
-    record_evaluation(tmp_path, {"step": 20, "num_samples": 10_000, "fid": 6.5})  # nobody trains any more
+    record_evaluation(tmp_path, {"step": 20, "num_samples": 10_000, "fid": 6.5})  # training has ended
     record_evaluation(tmp_path, {"step": 20, "num_samples": 10_000, "fid": 6.5})  # the same again is the same
     assert [own["fid"] for own in read_evaluations(tmp_path)] == [7.5, 7.5, 6.5]
     sent = [own for own in offline_records(tmp_path) if "evaluation/fid_10k" in own]
@@ -103,13 +103,13 @@ def test_a_damaged_line_of_the_metrics_is_named(tmp_path, line):
 
 
 class WandbRun:
-    """Is told which metrics have steps of their own."""
+    """Records which metrics have their own steps."""
 
     def define_metric(self, name, step_metric):
         assert (name, step_metric) == ("evaluation/*", "evaluation/step")
 
 
-def test_a_damaged_evaluation_is_named_and_stops_no_training(tmp_path, capsys):
+def test_a_damaged_evaluation_is_named_and_does_not_stop_training(tmp_path, capsys):
     (tmp_path / "config.yaml").write_text(describe_config(TrainConfig(run_dir="r", data=DataConfig(path="d"))))
     for step in (10, 20):
         record_evaluation(tmp_path, {"step": step, "num_samples": 100, "fid": 7.5})

@@ -1,4 +1,4 @@
-"""A run that starts from weights: what it takes over, what it refuses, frozen and slower parts with every engine."""
+"""A run that starts from weights: what it copies, what it refuses, frozen and slower parts with every engine."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ def kept_source(shards, tmp_path_factory):
 
 @pytest.fixture
 def source(kept_source, tmp_path):
-    """A copy of it."""
+    """A copy of the model folder."""
     return shutil.copytree(kept_source, tmp_path / "source")
 
 
@@ -62,7 +62,7 @@ def starting(shards, run_dir, source, **changes):
 
 @pytest.mark.parametrize("name", ["flowar_attn_mlp", "flowar_cross_attn"])
 def test_converted_weights_keep_every_vector_before_the_first_step(name, shards, tmp_path):
-    """A run's fresh model, when it begins with converted weights, has these, the authors' loss and samples."""
+    """A run's fresh model that starts with converted weights has these weights, and the authors' loss and samples."""
     vectors = load_vectors(name)
     source = convert_released(released_state(vectors))
     save_model(source.config, source.state_dict(), tmp_path / "model")
@@ -108,7 +108,9 @@ def test_a_run_has_the_inits_weights_at_step_0_and_resumes_without_it(shards, so
         main(dataclasses.replace(config, epochs=3, init=InitConfig()))
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_with_the_same_weights_or_not_at_all(shards, source, tmp_path):
+def test_a_run_killed_before_its_first_checkpoint_restarts_with_the_same_weights_or_not_at_all(
+    shards, source, tmp_path
+):
     run_dir = tmp_path / "run"
     config = starting(shards, run_dir, source)
     main(config)
@@ -116,7 +118,7 @@ def test_a_run_killed_before_its_first_checkpoint_begins_with_the_same_weights_o
     main(config)
     shutil.rmtree(run_dir / "checkpoints")
     save_model(config.model, randomise(create_model(config.model), seed=5).state_dict(), source)
-    with pytest.raises(UserError, match="began with other weights of init.model"):
+    with pytest.raises(UserError, match="started from other weights than init.model"):
         main(config)
 
 
@@ -215,7 +217,7 @@ def test_what_cannot_start_from_an_init_is_refused_with_what_to_change(shards, s
     ):
         main(config)
     flowar = starting(shards, tmp_path / "run", source)
-    with pytest.raises(UserError, match="init.weights=raw is a choice among the weights of a run"):
+    with pytest.raises(UserError, match="init.weights=raw chooses among the weights of a run"):
         main(dataclasses.replace(flowar, init=InitConfig(model=str(source), weights="raw")))
     content = bytearray((source / "model.safetensors").read_bytes())
     content[-5] ^= 1
@@ -235,7 +237,7 @@ def test_what_cannot_start_from_an_init_is_refused_with_what_to_change(shards, s
         (("*",), r"optim.frozen=\['\*'\] leaves nothing to train"),
     ],
 )
-def test_patterns_that_freeze_nothing_or_all_are_refused_at_once(shards, tmp_path, frozen, message):
+def test_patterns_that_freeze_nothing_or_everything_are_refused_at_once(shards, tmp_path, frozen, message):
     with pytest.raises(UserError, match=message):
         main(training(shards, tmp_path / "run", optim=OptimConfig(lr=1e-3, frozen=frozen)), dry_run=True)
     assert not (tmp_path / "run").exists()
@@ -260,7 +262,7 @@ def alone(shards, kept_source, tmp_path_factory):
     return run_dir
 
 
-def test_frozen_parts_stay_and_have_no_state_and_old_parts_learn_slowly(kept_source, alone):
+def test_frozen_parts_do_not_change_and_have_no_state_and_old_parts_learn_slowly(kept_source, alone):
     before, after = load_model(kept_source).state_dict(), load_model(alone, "raw").state_dict()
     average = load_model(alone).state_dict()
     keys = CheckedReader(find_latest(alone)).read_metadata().state_dict_metadata
@@ -273,7 +275,7 @@ def test_frozen_parts_stay_and_have_no_state_and_old_parts_learn_slowly(kept_sou
         if is_frozen:
             assert torch.equal(average[name], after[name])
     table, old = after["ar.class_embedding.weight"], before["ar.class_embedding.weight"]
-    assert (table[0] - old[1]).abs().max() > 1e-3  # with a fresh row in it, it learns as a fresh one
+    assert (table[0] - old[1]).abs().max() > 1e-3  # a table with a fresh row learns like a fresh one
 
 
 @pytest.mark.slow
@@ -288,7 +290,7 @@ def test_frozen_parts_stay_and_have_no_state_and_old_parts_learn_slowly(kept_sou
     ],
 )
 def test_all_engines_freeze_and_slow_the_same_parts_and_resume(shards, kept_source, alone, tmp_path, engine):
-    """Begun and resumed with one engine on two processes; then its checkpoint is read by one alone."""
+    """Started and resumed with one engine on two processes; then one process reads its checkpoint."""
     run_dir, longer, log = tmp_path / engine, tmp_path / "longer", tmp_path / "log"
     run_ranks(tuning(shards, run_dir, kept_source, engine, epochs=1), 2, log)
     run_ranks(tuning(shards, run_dir, kept_source, engine), 2, log)

@@ -117,7 +117,7 @@ def test_sampling_in_any_number_of_steps_needs_as_much_memory():
     assert peaks[0] == peaks[1] > 0
 
 
-def test_compiled_blocks_draw_the_same_without_a_break_in_graphs_that_later_batches_share(monkeypatch):
+def test_compiled_blocks_draw_the_same_in_unbroken_graphs_that_later_batches_reuse(monkeypatch):
     model, labels = randomise(create_model(ARFlowConfig(**TINY))), torch.tensor([0, 1])
     noise = torch.randn(2, *model.config.latent_shape)
     settings = {"time_grid": uniform_time_grid(3), "guidance": 2.0, "solver": "euler", "noise": noise}
