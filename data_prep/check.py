@@ -86,7 +86,7 @@ def check_dataset(config: CheckConfig, dry_run: bool) -> None:
 
 
 def report_problems(path: str, problems: list[str], cure: str) -> None:
-    """Print each problem, or that there are none.
+    """Print each problem, or that the folder is whole.
 
     Raises:
         UserError: if there are some.

@@ -96,7 +96,7 @@ class ChunkWriter:
             worst = np.abs(moments[bad[0]]).max()
             raise UserError(
                 f"the moments of image {names[bad[0] // views]} reach {worst:.4g}, which {self.dtype} can't hold; use "
-                "moments_dtype=float32, or mend the VAE's weights if it is nan"
+                "moments_dtype=float32, or fix the VAE's weights if it is nan"
             )
         self.statistics += MomentSums.of(stored, moments)
         self.class_counts.update(labels)

@@ -1,7 +1,7 @@
 """`flowar prepare`: images -> VAE moments -> MDS shards, by any number of workers. No training-time scaling.
 
 The images are cut into chunks of a fixed order. Each worker claims a chunk, writes it, claims the next; the last one
-puts the index together. Whatever is killed, the same command goes on, and the bytes are the same.
+puts the index together. After any kill the same command resumes, and the bytes are the same.
 Read next: chunks.py for the files, sources.py and crops.py for the images, schema.py for what is written.
 """
 
@@ -243,14 +243,14 @@ def measure_psnr(job: EncodingJob, plan: Plan) -> float:
 
 
 class Decoded(NamedTuple):
-    """One image of a chunk, or why there is none."""
+    """One image of a chunk, or the reason why it is missing."""
 
     chunk: int
     number: int
     views: Tensor | None  # (V, 3, size, size) uint8
     stamp: Stamp | None = None  # of the file that it was read from
-    damage: str = ""  # the file is there, but is no image
-    trouble: str = ""  # the run has to stop: the image can't be got at, and that is no fault of the image
+    damage: str = ""  # the file is there, but is not an image
+    trouble: str = ""  # the run has to stop: the image cannot be reached, which is not its own fault
 
 
 class DecodedImages(Dataset[Decoded]):
@@ -336,7 +336,7 @@ def encode_free_chunks(job: EncodingJob, plan: Plan, leases: Leases, progress: P
     except OSError:
         if writer is None or leases.is_mine(claim_name(writer.chunk)):
             raise
-        # Else this process slept for a lease, and another took it for dead: that one goes on with the chunk.
+        # Else this process was suspended for a lease, and another one took over the chunk.
     finally:
         if writer is not None:
             writer.discard()

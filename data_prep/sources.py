@@ -70,7 +70,7 @@ class Source:
 
         Raises:
             ChangedSourceError: if the file isn't the one that was listed.
-            UserError: if it is no regular file, or not readable as what it was.
+            UserError: if it is not a regular file, or cannot be read as what it was.
             OSError: if it can't be got at.
         """
         if self.kind == "folder":
@@ -147,7 +147,7 @@ def read_regular_file(file: Path, offset: int = 0, size: int | None = None) -> t
     """Return bytes of a file, all from `offset` on if no size is given, and its stamp; never waits for a named pipe.
 
     Raises:
-        UserError: if it is no regular file.
+        UserError: if it is not a regular file.
         OSError: if it can't be read.
     """
     descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK)

@@ -106,7 +106,7 @@ class FlowARPipeline(DiffusionPipeline):  # type: ignore[misc]
                 `vae`, from `load_vae`.
 
         Raises:
-            UserError: if there is no model, or the VAE is missing or another one than in training.
+            UserError: if there is no model, or the VAE is missing or differs from the one in training.
         """
         folder = Path(pretrained_model_name_or_path)
         if (folder / PIPELINE_FILE).is_file():

@@ -86,7 +86,7 @@ class Setting:
 
 
 def main(config: SweepConfig, dry_run: bool = False) -> None:
-    """Sweep, sharing the work with all processes that run this command; print a table, write results and a recipe."""
+    """Sweep, sharing the work with all processes that run this command; print and write results, page, recipe."""
     device = pick_device(config.device)
     out_dir = Path(config.out_dir)
     model = find_model_folder(config.model)
@@ -330,7 +330,7 @@ def score(setting: Setting, job: SamplingJob, features_folder: Path, distance: F
 
 
 def write_results(config: SweepConfig, settings: list[Setting], winner: Setting, rounds: list[tuple[int, int]]) -> None:
-    """Write pareto.png, the winner as a recipe for `flowar sample`, report.html, and last sweep.json: it is done."""
+    """Write pareto.png, the winner as a recipe for `flowar sample`, report.html, and last sweep.json: all done."""
     out_dir = Path(config.out_dir)
     rows: list[dict[str, Any]] = []
     for setting in settings:

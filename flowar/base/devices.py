@@ -16,7 +16,7 @@ def pick_device(name: str) -> torch.device:
     """Return the device called `name`; "auto" is this process's GPU if there are any, else the CPU.
 
     Raises:
-        UserError: if `name` is no device, CUDA is asked for and not there, or a GPU would have two processes.
+        UserError: if `name` is not a device, CUDA is requested but not available, or a GPU would have two processes.
     """
     if name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{local_rank()}"
@@ -29,7 +29,7 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"device={name} is no device; use auto, cpu, cuda or cuda:N") from error
+        raise UserError(f"device={name} is not a device; use auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"device={name} was asked for, but torch {torch.__version__} sees no GPU here; use device=cpu")
     if device.type == "cuda" and device.index is not None:

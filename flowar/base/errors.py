@@ -8,7 +8,7 @@ from typing import NoReturn
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 EXIT_INTERRUPTED = 128 + signal.SIGINT  # as a shell has it
-EXIT_AGAIN = 75  # EX_TEMPFAIL: stopped by one of these, nothing is lost; the same command goes on
+EXIT_AGAIN = 75  # EX_TEMPFAIL: stopped by one of these, nothing is lost; the same command resumes
 
 
 class UserError(ValueError):

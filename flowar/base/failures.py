@@ -1,6 +1,6 @@
 """Three kinds of failure: of the program or its user, of storage for a while, of one machine. Read next: errors.py.
 
-Only the first kind is final. After the others the same command, later or elsewhere, goes on.
+Only the first kind is final. After the others the same command resumes, later or on another node.
 """
 
 import errno

@@ -1,12 +1,12 @@
 """Claims on pieces of work, as files in a folder that all workers see: a work queue without a server.
 
-A claim on NAME is the file NAME.0; whoever takes it over from a dead holder, or after it was given up, creates NAME.1,
-and so on; NAME.done says that the work is done. Creating a file succeeds for one process only, on every file system
-that clusters share; the holder is who created the last one, and nothing is deleted. One listing of the folder shows
-what is free, held and done: waiting costs each process the same, however many wait.
+A claim on NAME is the file NAME.0. A process that takes it over from a dead holder, or after it was given up, creates
+NAME.1, and so on; NAME.done says that the work is done. On every file system that clusters share, only one process
+succeeds in creating a file. The holder is the process that created the last one, and nothing is deleted. One listing of
+the folder shows what is free, held and done, so that waiting costs each process the same, however many wait.
 
-A holder rewrites its file all the time: where the content has not changed for a lease (by the observer's own clock: the
-clocks of the machines need not agree) the holder is taken for dead. A process that was only suspended finds out from
+A holder rewrites its file all the time. If the content has not changed for a lease (by the observer's own clock: the
+clocks of the machines need not agree), the holder counts as dead. A process that was only suspended finds out from
 `is_mine`; until it checks, two processes may do the same piece.
 Read next: data_prep/encode.py.
 """
@@ -38,7 +38,7 @@ DONE = "done"  # suffix of a name whose work is done, in place of a generation
 CLAIMS_FOLDER = "claims"  # its usual name, in the folder of the work
 WAIT_S = 1  # between two looks at what others do
 LONGEST_WAIT_S = 2  # between two listings of claims, where nothing is free
-WATCHED = 8  # claims of others that are read between two waits: all are, in turn, by whoever waits
+WATCHED = 8  # claims of others that a waiting process reads between two waits, in turn
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Leases:
         raise AssertionError("unreachable")
 
     def _create(self, path: Path) -> None:
-        """Create a claim; the folder too, if somebody has tidied up (whoever claims looks again at what is left)."""
+        """Create a claim, and the folder if another process removed it (the caller looks again at what is left)."""
         for is_last in (False, True):
             try:
                 with path.open("x") as file:
@@ -283,7 +283,7 @@ def claimed_chunks(
     idle: Callable[[], bool] = lambda: False,
     wait: bool = True,
 ) -> Iterator[int]:
-    """Yield one chunk after the other that this process has just claimed, until none is missing, whoever did them.
+    """Yield the chunks that this process claims, one after the other, until none is missing; others do some of them.
 
     The caller says of each when it is done: `leases.finish(claim_name(chunk))`. In between others are told by that
     alone; what is really there is looked at before the first chunk and after the last one, and of a claimed chunk.
@@ -327,10 +327,10 @@ def claimed_chunks(
 def finish_together(
     leases: Leases, is_done: Callable[[], bool], finish: Callable[[], object], *, wait: bool = True
 ) -> bool:
-    """Have one of all processes finish; return when that is done, whoever did it and whoever died at it.
+    """Have one of all processes finish the work; return when it is done, even if some of them die.
 
     Args:
-        leases: the claims, which whoever finishes removes.
+        leases: the claims; the process that finishes removes them.
         is_done: -> whether there is nothing to finish any more.
         finish: does it.
         wait: for another one that does; else this returns when it is seen at work.

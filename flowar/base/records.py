@@ -55,7 +55,7 @@ def read_record(file: Path, cure: str, needs: Collection[str] = ()) -> dict[str,
 
     Raises:
         DamagedRecordError: if it is not what was written.
-        FileNotFoundError: if there is none.
+        FileNotFoundError: if it is missing.
     """
     try:
         values = parse_record(file.read_text())

@@ -102,7 +102,7 @@ def average_key(average: str, name: str) -> str:
 
 
 def is_checkpoint(folder: Path) -> bool:
-    """Return whether a folder looks like a complete checkpoint; whoever reads it checks whether it is whole."""
+    """Return whether a folder looks like a complete checkpoint; reading it checks whether it is whole."""
     if folder.name.startswith(".") or not (folder / METADATA_FILE).is_file():
         return False
     try:

@@ -43,7 +43,7 @@ def read_init_shape(model: str) -> ModelConfig:
     """Return the shape of the model at `init.model`.
 
     Raises:
-        UserError: if there is none, or it is damaged.
+        UserError: if it is missing or damaged.
     """
     folder = weights_folder(model)
     if not (folder / MODEL_CONFIG_FILE).is_file():

@@ -1,4 +1,4 @@
-"""The report of `flowar evaluate`: numbers next to published ones, samples, nearest real images, precision, recall."""
+"""The report of `flowar evaluate`: numbers next to published ones, samples, neighbours, precision and recall."""
 
 import json
 from html import escape

@@ -252,7 +252,7 @@ def read_batches(
         images_per_sample: images of a sequence.
         make: called with a batch and its step, where it was read: in a worker, a few steps ahead.
         made_bytes: that it adds to a sample.
-        pinned: leave it in pinned memory, from which a GPU copies while the host goes on.
+        pinned: leave it in pinned memory, from which a GPU copies while the host continues.
 
     Raises:
         UserError: if a row can't be read, with the name of the shard, or the workers give nothing for a minute.
@@ -314,7 +314,7 @@ def check_same_vae(passport: Passport, vae: VAE, path: str) -> None:
         if getattr(passport, name) != getattr(vae, name):
             raise UserError(
                 f"data.path={path} was made with {name}={getattr(passport, name)}, but vae.name={vae.name} has "
-                f"{getattr(vae, name)}; mend scaling_factor or shift_factor in the VAE's config.json"
+                f"{getattr(vae, name)}; correct scaling_factor or shift_factor in the VAE's config.json"
             )
 
 

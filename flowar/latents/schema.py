@@ -29,7 +29,7 @@ from flowar.config.load import free
 
 SCHEMA_VERSION = 3
 FIRST_READ_VERSION = (
-    2  # of flowar 0.1: its passport is no record, and a row's checksum doesn't say where the row belongs
+    2  # of flowar 0.1: its passport has no hash of its own, and a row's checksum doesn't say where the row belongs
 )
 LISTING_FILE = "listing.json.gz"
 INDEX_FILE = "index.json"
@@ -171,7 +171,8 @@ def read_passport(folder: str | Path) -> Passport:
         raise UserError(f"data.path={folder} does not exist; write it with `flowar prepare`")
     if not file.is_file():
         raise UserError(
-            f"data.path={folder} has no {PASSPORT_FILE}, so it is no finished dataset; write one with `flowar prepare`"
+            f"data.path={folder} has no {PASSPORT_FILE}, so it is not a finished dataset; write one with `flowar "
+            "prepare`"
         )
     try:
         content = read_record(file, PASSPORT_CURE)

@@ -144,7 +144,7 @@ class HashingWriter(FileSystemWriter):
         self.fs = self.files
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's pieces; the hashes go with the results to whoever writes the metadata."""
+        """Write this rank's pieces; the hashes go with the results to the rank that writes the metadata."""
         try:
             results = super().write_data(plan, planner).value()
         except RuntimeError as error:

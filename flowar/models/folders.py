@@ -47,7 +47,7 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")  # in one pro
 
 
 def load_state(state: dict[str, Tensor], folder: Path, group: ProcessGroup | None = None) -> None:
-    """Fill tensors from a checkpoint, whoever wrote it; with the ranks of `group`, or alone.
+    """Fill tensors from a checkpoint of any engine; with the ranks of `group`, or alone.
 
     Raises:
         DamagedCheckpointError: on all ranks, if what is read is not what was written.

@@ -1,4 +1,4 @@
-"""What a training run's folder says of its state: finished, trained by whom, how old its checkpoint. No torch.
+"""The state of a training run by its folder: finished or not, by which process, age of its checkpoint. No torch.
 
 Read next: watch.py and cluster/runs.py, which show it.
 """

@@ -1,6 +1,6 @@
 """FlowAR: an autoregressive Transformer over scales gives semantics, a flow matching one turns them into velocity.
 
-Here is no loss, no solver, no rank and no file. Read next: flow.py. Shapes: B batch, C latent channels, p patch side,
+There is no loss, solver, rank or file here. Read next: loss.py. Shapes: B batch, C latent channels, p patch side,
 D width of the AR Transformer, E width of the flow Transformer, N tokens at hand, L tokens of all K scales.
 """
 

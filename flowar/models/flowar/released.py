@@ -101,7 +101,7 @@ def _check_tensors(state_dict: dict[Any, Any]) -> None:
     for name, value in state_dict.items():
         lack = None
         if not isinstance(name, str):
-            lack = "is no name of a tensor"
+            lack = "is not the name of a tensor"
         elif not isinstance(value, Tensor):
             lack = f"is a {type(value).__name__}, but a tensor is needed"
         elif value.is_meta or value.layout is not torch.strided:

@@ -18,7 +18,7 @@ def test_every_setting_says_what_it_is_and_fits_a_narrow_terminal(verb):
 def test_a_setting_is_explained_with_its_default_its_choices_and_the_verbs_that_have_it():
     text = " ".join(explain_setting("solver").split())
     assert "solver=euler of the flow's ODE" in text and "one of euler, heun, midpoint" in text
-    assert "of sample" in text and "preview.solver=" in text
+    assert "in sample" in text and "preview.solver=" in text
     micro = " ".join(explain_setting("micro_batch_size").split())
     assert "null: its whole share of the batch" in micro and "[a whole number, or null]" in micro
     assert "run_dir=... (has to be given)" in explain_setting("run_dir")

@@ -216,7 +216,7 @@ for batch in batches:
 def test_an_unfinished_or_foreign_dataset_is_refused(shards, tmp_path):
     with pytest.raises(UserError, match="does not exist; write it with `flowar prepare`"):
         read_passport(tmp_path / "none")
-    with pytest.raises(UserError, match=r"has no dataset.json, so it is no finished dataset"):
+    with pytest.raises(UserError, match=r"has no dataset.json, so it is not a finished dataset"):
         read_passport(tmp_path)
     content = json.loads((shards / "dataset.json").read_text())
     write_record(tmp_path / "dataset.json", content | {"schema_version": 99})
