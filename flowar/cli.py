@@ -27,8 +27,8 @@ from flowar.config.watching import WatchConfig
 
 # Settings that are on or off and can also be written as an option
 FLAGS = {
-    "preview": "only pictures of what would be drawn; preview=true",
-    "once": "write the page once and end; once=true",
+    "preview": "draw a few pictures to look at; same as preview=true",
+    "once": "write the page once and exit; same as once=true",
 }
 MORE_HELP = "More: `flowar VERB --help`, and `flowar help SETTING`, for example `flowar help optim.lr`"
 
@@ -76,7 +76,7 @@ VERBS = {
         folder=("run_dir",),
     ),
     "watch": Verb(
-        "flowar.watch:main", WatchConfig, "one page that follows a training run: curves, samples, restarts",
+        "flowar.watch:main", WatchConfig, "write a page that follows a training run: curves, samples, restarts",
         "flowar watch runs/l  # and open runs/l/watch.html", ("run_dir",),
     ),
     "suggest": Verb(

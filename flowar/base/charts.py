@@ -9,6 +9,7 @@ from typing import NamedTuple
 CHART_WIDTH, CHART_HEIGHT = 420, 240  # of a chart, in its own units; about a pixel each where the page is narrow
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 34  # of the axes
 MOST_BUCKETS = 200  # of a line; each keeps its lowest and highest point, so that no spike is lost
+MOST_DOTS = 24  # a line of at most so many points has a dot for each, so that one alone is seen
 LOG_FROM = 30  # values that span a larger factor get a logarithmic axis
 NUM_COLOURS = 7  # --c0 to --c6 in the page's style
 
@@ -54,6 +55,8 @@ def line_chart(title: str, lines: Sequence[Line], x_name: str, marks: Mapping[fl
     for number, line in enumerate(lines):
         colour, strength = f"var(--c{number % NUM_COLOURS})", ' class="strong"' if line.is_strong else ""
         for piece in _pieces(line):
+            if len(line.y) <= MOST_DOTS:
+                drawn += [_dot(_across(x_axis, x), _up(y_axis, y), colour) for x, y in piece]
             points = " ".join(f"{_across(x_axis, x):.1f},{_up(y_axis, y):.1f}" for x, y in piece)
             drawn.append(f'<polyline{strength} style="stroke: {colour}" points="{points}"></polyline>')
     middle = (LEFT + CHART_WIDTH - RIGHT) / 2
@@ -62,6 +65,10 @@ def line_chart(title: str, lines: Sequence[Line], x_name: str, marks: Mapping[fl
     size = f'width="{CHART_WIDTH}" height="{CHART_HEIGHT}" viewBox="0 0 {CHART_WIDTH} {CHART_HEIGHT}"'
     svg = f'<svg class="chart" role="img" aria-label="{escape(title)}" {size}>{"".join(drawn)}</svg>'
     return f"<figure><figcaption>{caption}</figcaption>{svg}{_legend(title, lines)}</figure>"
+
+
+def _dot(x: float, y: float, colour: str) -> str:
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.4" style="fill: {colour}"></circle>'
 
 
 def _legend(title: str, lines: Sequence[Line]) -> str:

@@ -56,7 +56,7 @@ a { color: var(--accent); }
 figure { margin: 0; } figcaption { font-weight: 600; margin-bottom: .2em; }
 .chart { width: 100%; } .chart text { fill: var(--quiet); font-size: 11px; }
 .chart line { stroke: var(--line); } .chart .mark { stroke: var(--quiet); stroke-dasharray: 3 3; }
-.chart polyline { fill: none; stroke-width: 1.4; stroke-linejoin: round; }
+.chart polyline { fill: none; stroke-width: 1.4; stroke-linejoin: round; stroke-linecap: round; }
 .chart polyline.strong { stroke-width: 2.2; }
 .legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: .85em; color: var(--quiet); }
 .legend i { display: inline-block; width: 14px; height: 3px; margin-right: 5px; vertical-align: middle; }

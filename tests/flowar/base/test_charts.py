@@ -28,7 +28,9 @@ def test_a_line_starts_and_ends_where_its_values_do():
 
 
 def test_what_is_not_finite_leaves_a_gap_and_one_point_alone_is_seen():
-    lines = drawn(line_chart("a", [Line("b", [1, 2, 3, 4, 5], [1, 2, math.nan, math.inf, 5])], "step"))
+    figure = line_chart("a", [Line("b", [1, 2, 3, 4, 5], [1, 2, math.nan, math.inf, 5])], "step")
+    lines = drawn(figure)
+    assert figure.count("<circle") == 4  # the point alone is there twice
     assert [len(line) for line in lines] == [2, 2] and lines[1][0] == lines[1][1]
     assert "no values yet" in line_chart("a", [Line("b", [1], [math.nan])], "step")
     assert "no values yet" in line_chart("a", [], "step")
