@@ -22,6 +22,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cluster.job import ATTEMPTS_FILE, JOB_CONFIG_FILE, RECORD_FILE, Job
+from cluster.monitoring import StatusRow, as_json, as_prometheus
 from cluster.runs import RunCells, advise, read_run
 from flowar.base.errors import UserError
 from flowar.cli import VERBS
@@ -171,7 +172,16 @@ def status(words: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="flowar status", description=status.__doc__)
     parser.add_argument("run_dirs", nargs="*", type=Path, help="runs or datasets; default: all your live jobs")
     parser.add_argument("--watch", action="store_true", help=f"refresh every {REFRESH_S} s, until Ctrl-C")
+    forms = parser.add_mutually_exclusive_group()
+    forms.add_argument("--json", action="store_true", help="print numbers for other programs")
+    forms.add_argument("--prometheus", action="store_true", help="print Prometheus' text format, for dashboards")
     options = parser.parse_args(words)
+    if options.json:
+        print(as_json(*status_rows(options.run_dirs)))
+        return
+    if options.prometheus:
+        print(as_prometheus(status_rows(options.run_dirs)[0]), end="")
+        return
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
@@ -193,10 +203,23 @@ def status_table(run_dirs: list[Path]) -> Table:
         "run", "job", "verb", "state", "nodes", "step", "loss", "images/s", "left", "logged", "checkpoint", "restarts",
     )  # fmt: skip
     table = Table(*columns, box=None)
-    notes = []
+    rows, notes = status_rows(run_dirs)
+    for row in rows:
+        restarts = "" if row.restarts is None else str(row.restarts)
+        cells = (row.run, row.job, row.verb, row.state, row.nodes, *row.cells, restarts)
+        table.add_row(*map(escape, cells), style="red" if row.state == "FAILED" else None)
+    table.caption = escape("\n".join(notes)) or None
+    return table
+
+
+def status_rows(run_dirs: list[Path]) -> tuple[list[StatusRow], list[str]]:
+    """Return what is known of the jobs of runs, or of all live ones, and notes about them."""
+    rows: list[StatusRow] = []
+    notes: list[str] = []
     submitted = {folder: find_jobs(folder) for folder in run_dirs}
     for folder, jobs in submitted.items():
-        notes += _add_run(table, folder, has_jobs=bool(jobs))
+        found, said = _unscheduled(folder, has_jobs=bool(jobs))
+        rows, notes = rows + found, notes + said
     for job in itertools.chain(*submitted.values()) if run_dirs else live_jobs():
         queued = ask_queue(job)
         run = job.folder.parent.parent.name if job.folder.parent.name == JOBS else job.folder.parent.stem
@@ -204,33 +227,31 @@ def status_table(run_dirs: list[Path]) -> Table:
             nodes = ",".join(dict.fromkeys(queued[job_id].nodes for job_id in ids if job_id in queued))
             name = ids[0] if len(ids) == 1 else f"{ids[0]}..{ids[-1].split('_')[-1]}"
             restarts = max(0, sum(attempt_count(job, job_id) for job_id in ids) - len(ids))
-            cells = (run, name, job.verb, state, nodes, *_progress(job), str(restarts))
-            table.add_row(*map(escape, cells), style="red" if state == "FAILED" else None)
+            rows.append(StatusRow(run, name, job.verb, state, nodes, _progress(job), restarts, training_folder(job)))
         if not job.ids:
-            table.add_row(escape(run), "", job.verb, "NOT SUBMITTED")
+            rows.append(StatusRow(run, "", job.verb, "NOT SUBMITTED", "", RunCells(), None, None))
             notes.append(f"{job.folder}: its submission was interrupted; submit it again")
         for job_id in job.ids:
             if job.mark("failed", job_id).exists():
                 notes.append(f"{job_id}: {job.mark('failed', job_id).read_text(errors='replace').strip()}")
-    table.caption = escape("\n".join(notes)) or None
-    return table
+    return rows, notes
 
 
-def _add_run(table: Table, folder: Path, *, has_jobs: bool) -> list[str]:
-    """Add a row for a run that no scheduler started, if it is one; return notes about it."""
+def _unscheduled(folder: Path, *, has_jobs: bool) -> tuple[list[StatusRow], list[str]]:
+    """Return the row of a run that no scheduler started, if it is one, and notes about it."""
     if not is_run(folder):
         if not has_jobs:
             raise UserError(f"no job was submitted for {folder}; {_without_jobs(folder)}")
-        return []
+        return [], []
     if has_jobs and not (folder / OWNER_FILE).exists():  # a job that hasn't started yet
-        return []
+        return [], []
     trainer = find_trainer(folder)
     if has_jobs and (trainer.job or trainer.state != "RUNNING"):
-        return []
+        return [], []
     nodes = "this machine" if trainer.state != "UNKNOWN" else trainer.host
-    cells = (folder.name, f"process {trainer.pid}", "train", trainer.state, nodes, *read_run(folder))
-    table.add_row(*map(escape, cells))
-    return [advise(folder, trainer)]
+    name = f"process {trainer.pid}"
+    row = StatusRow(folder.name, name, "train", trainer.state, nodes, read_run(folder), None, folder)
+    return [row], [advise(folder, trainer)]
 
 
 def _grouped(job: Job, queued: dict[str, Queued]) -> Iterable[tuple[str, list[str]]]:

@@ -152,6 +152,7 @@ JOB_VERBS = {
     ),
     "status": ("cluster.status:status", "show jobs, states, nodes, step, loss, time left, restarts"),
     "logs": ("cluster.status:logs", "print what a task of a job printed"),
+    "completion": ("flowar.completion:completion", "print completion for bash, zsh or fish"),
     "cancel": ("cluster.status:cancel", "cancel a run's jobs for good"),
 }
 

@@ -23,7 +23,7 @@ from flowar.latents.schema import Passport, read_passport
 CARD_FILE = "README.md"
 PAPERS = {"flowar": ("FlowAR", "2412.15205"), "arflow": ("ARFlow", "2501.16085")}  # by family: name, arXiv number
 TAGS = ["image-generation", "class-conditional", "flow-matching", "autoregressive"]
-CLASSES_SHOWN = 10
+CLASSES_NAMED = 10
 EVALUATION_CURE = "remove it and evaluate those samples again"
 NOT_METRICS = ("step", "num_samples", "protocol", "samples", "reference", "intervals")
 
@@ -83,8 +83,8 @@ def public_settings(config: TrainConfig) -> str:
 
 def describe_data(passport: Passport) -> str:
     """Return what a dataset is, in Markdown."""
-    shown = ", ".join(as_code(name) for name in passport.class_names[:CLASSES_SHOWN])
-    more = len(passport.class_names) - CLASSES_SHOWN
+    shown = ", ".join(as_code(name) for name in passport.class_names[:CLASSES_NAMED])
+    more = len(passport.class_names) - CLASSES_NAMED
     rows = [
         ("images", f"{passport.num_images:,}"),
         ("classes", f"{len(passport.class_names):,}: {shown}{f' and {more:,} more' if more > 0 else ''}"),
@@ -100,7 +100,7 @@ def describe_data(passport: Passport) -> str:
 
 
 def describe_evaluations(run_dir: Path, step: int) -> str:
-    """Return the evaluations of a checkpoint as a table, or "" if there are none."""
+    """Return the evaluations of a checkpoint as a table; "" if it was never measured."""
     rows = []
     for file in sorted((run_dir / EVALUATIONS).glob(f"step_{step:08d}.*.json")):
         record = read_record(file, EVALUATION_CURE)
