@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from flowar.base.errors import UserError
-from flowar.base.run_folder import CHECKPOINTS, MODEL_CONFIG_FILE, is_checkpoint
+from flowar.base.run_folder import CHECKPOINTS, MODEL_CONFIG_FILE, checkpoint_step, is_checkpoint
 from flowar.base.tensors import load_plain_checkpoint
 from flowar.config.training import AverageConfig, ConvertConfig, ExportConfig
 from flowar.models.build import convert_released
@@ -14,6 +14,7 @@ from flowar.models.folders import (
     save_model_whole,
 )
 from flowar.training.averages import save_average
+from flowar.training.report import record_export
 
 
 def export(config: ExportConfig, dry_run: bool = False) -> None:
@@ -26,6 +27,8 @@ def export(config: ExportConfig, dry_run: bool = False) -> None:
     parameters = sum(p.numel() for p in export_model(source, config.weights, target).parameters())
     print(f"{source}, weights {config.weights}: {parameters / 1e6:.1f} M parameters")
     print(f"wrote {target / WEIGHTS_FILE} and {target / MODEL_CONFIG_FILE}")
+    if is_checkpoint(source):
+        record_export(source.parent.parent, target, checkpoint_step(source), config.weights)
 
 
 def average(config: AverageConfig, dry_run: bool = False) -> None:

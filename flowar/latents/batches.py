@@ -294,7 +294,8 @@ def check_fits(passport: Passport, model: ModelConfig, path: str) -> None:
         raise UserError(
             f"data.path={path} holds latents of {passport.latent_channels} channels and side {passport.latent_size} "
             f"(VAE {passport.vae_name}, {passport.image_size} px), but the model is made for {model.latent_channels} "
-            f"channels and side {model.latent_size}; set {model.size_settings}, or use other shards"
+            f"channels and side {model.latent_size}; set {model.size_settings} (`flowar suggest data.path={path}` does "
+            "that), or use other shards"
         )
     if len(passport.class_names) != model.num_classes:
         raise UserError(

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from flowar.base.errors import UserError
 from flowar.base.files import write_text
 from flowar.base.records import DamagedRecordError, parse_record, read_record, record_line, write_record
-from flowar.base.run_folder import CONFIG_FILE, EVALUATIONS, METRICS_FILE, step_name
+from flowar.base.run_folder import CONFIG_FILE, EVALUATIONS, METRICS_FILE, PREVIEWS, step_name
 from flowar.config.load import load_described
 from flowar.config.training import TrainConfig, WandbConfig
 
@@ -98,10 +98,25 @@ class TrainingReport:
         if self.wandb_run is not None:
             for evaluation in take_evaluations(self.wandb_run, self.file.parent):
                 self.wandb_run.log(evaluation)
+            self.finish_wandb(self.wandb_run)
             self.wandb_run.finish(exit_code=1 if exception[0] else 0)
             (self.file.parent / LIVE_FILE).unlink(missing_ok=True)
         if self.tensorboard is not None:
             self.tensorboard.close()
+
+    def finish_wandb(self, wandb_run: "Run") -> None:
+        """Send all previews as one table over the steps, and the last record as the run's summary."""
+        import wandb
+
+        table = wandb.Table(columns=["step", "weights", "images"])
+        for file in sorted((self.file.parent / PREVIEWS).glob("step_*.png")):
+            step, _, raw = file.stem.removeprefix("step_").partition("_")
+            table.add_data(int(step), raw or "averaged", wandb.Image(str(file)))
+        if table.data:
+            wandb_run.log({"previews": table})
+        records = read_metrics(self.file.parent)
+        if records:
+            wandb_run.summary.update({f"final/{key}": value for key, value in records[-1].items()})
 
     def advance(self, step: int) -> None:
         """Move the bar to `step`."""
@@ -185,6 +200,26 @@ def record_evaluation(run_dir: Path, record: dict[str, Any]) -> None:
         for values in take_evaluations(wandb_run, run_dir):
             wandb_run.log(values)
         wandb_run.finish()
+
+
+def record_export(run_dir: Path, folder: Path, step: int, weights: str) -> None:
+    """Add an exported model folder to the wandb run as an artifact, if there is one that no other process has open."""
+    if not (run_dir / CONFIG_FILE).is_file():
+        return
+    config = load_described(TrainConfig, run_dir / CONFIG_FILE)
+    live = run_dir / LIVE_FILE
+    if live.exists() and time.time() - live.stat().st_mtime < LIVE_S:
+        print(f"{folder} is not in wandb, because a training process has that run open; export it again later")
+        return
+    wandb_run = _start_wandb(run_dir, config.wandb, {})
+    if wandb_run is None:
+        return
+    import wandb
+
+    artifact = wandb.Artifact(f"model-{wandb_run.id}", type="model", metadata={"step": step, "weights": weights})
+    artifact.add_dir(str(folder))
+    wandb_run.log_artifact(artifact, aliases=[step_name(step), weights])
+    wandb_run.finish()
 
 
 def take_evaluations(wandb_run: "Run", run_dir: Path, most: int | None = None) -> list[dict[str, float]]:

@@ -1,13 +1,15 @@
 import dataclasses
 import json
+import time
 
 import pytest
+from PIL import Image
 
 from flowar.base.errors import UserError
 from flowar.config.data import DataConfig
 from flowar.config.load import describe_config
 from flowar.config.training import TrainConfig, WandbConfig
-from flowar.training.report import TrainingReport, read_metrics, record_evaluation, take_evaluations
+from flowar.training.report import TrainingReport, read_metrics, record_evaluation, record_export, take_evaluations
 from tests.conftest import read_evaluations
 
 
@@ -55,6 +57,15 @@ BLOCK, RECORD_HEADER, FILE_HEADER = 32768, 7, 7  # of LevelDB's log format, whic
 
 def offline_records(run_dir):
     """Return the values in wandb's offline files, as `wandb sync` would send them."""
+    found = []
+    for record in sent_offline(run_dir):
+        items = record.history.item
+        found.append({"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items})
+    return found
+
+
+def sent_offline(run_dir):
+    """Return the records in wandb's offline files."""
     from wandb.proto import wandb_internal_pb2
 
     found = []
@@ -68,9 +79,7 @@ def offline_records(run_dir):
             message += content[place + RECORD_HEADER : place + RECORD_HEADER + length]
             place += RECORD_HEADER + length
             if kind in (1, 4):
-                record = wandb_internal_pb2.Record.FromString(message)
-                items = record.history.item
-                found.append({"/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in items})
+                found.append(wandb_internal_pb2.Record.FromString(message))
                 message = b""
     return found
 
@@ -92,6 +101,36 @@ def test_evaluations_reach_wandb_at_the_step_of_their_checkpoint(tmp_path):
     sent = [own for own in offline_records(tmp_path) if "evaluation/fid_10k" in own]
     assert [(own["evaluation/step"], own["evaluation/fid_10k"]) for own in sent] == [(5, 7.5), (10, 7.5), (20, 6.5)]
     assert [own["_step"] for own in offline_records(tmp_path) if "loss" in own] == [10, 20, 30]  # none is lost
+
+
+@pytest.mark.slow
+def test_previews_are_a_table_and_exports_artifacts_of_the_wandb_run(tmp_path):
+    config = TrainConfig(run_dir=str(tmp_path), wandb=WandbConfig(mode="offline"))
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, path="none"))
+    (tmp_path / "config.yaml").write_text(describe_config(config))
+    (tmp_path / "previews").mkdir()
+    for name in ("step_00000010", "step_00000010_raw"):
+        Image.new("RGB", (4, 4)).save(tmp_path / "previews" / f"{name}.png")
+    with report(tmp_path, 0, mode="offline") as training:
+        training.log(record(10))
+    (table,) = tmp_path.glob("wandb/offline-run-*/files/media/table/previews_*.table.json")
+    content = json.loads(table.read_text())
+    assert content["columns"] == ["step", "weights", "images"]
+    assert [row[:2] for row in content["data"]] == [[10, "averaged"], [10, "raw"]]
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    record_export(tmp_path, tmp_path / "model", 10, "ema")
+    while sum(sent.HasField("exit") for sent in sent_offline(tmp_path)) < 2:  # wandb's own process writes them
+        time.sleep(0.1)
+    (artifact,) = (sent.artifact for sent in sent_offline(tmp_path) if sent.artifact.type == "model")
+    assert {"step_00000010", "ema"} <= set(artifact.aliases)
+    assert [entry.path for entry in artifact.manifest.contents] == ["config.json"]
+    summary = {
+        "/".join(item.nested_key) or item.key: item.value_json
+        for sent in sent_offline(tmp_path)
+        for item in sent.summary.update
+    }
+    assert summary["final/step"] == "10"
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"loss": 1.0}', "\x00", '{"step": 1, "loss"'])
