@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
@@ -23,6 +24,8 @@ T = TypeVar("T")
 BACKGROUND_TIMEOUT = timedelta(minutes=30)
 
 SETUP_TIMEOUT = timedelta(minutes=15)  # imports from a slow file system, images of containers, removing old files
+
+LEAVING_KEY, LEAVING_S = "flowar_leaving", 60.0  # counts the ranks that are done; how long rank 0 waits for them
 
 LOST_RANKS = re.compile(
     r"gloo|nccl|timed out|timeout|connection (closed|reset|was)|failed to (recv|listen|connect)|broken pipe|"
@@ -126,8 +129,20 @@ def leave_world() -> None:
 def stop_world() -> None:
     """End the process groups, if there are any; all ranks call it alike."""
     if dist.is_initialized():
+        if dist.get_world_size() > 1:
+            _wait_for_leaving()
         dist.destroy_process_group()
         _background_groups.clear()
+
+
+def _wait_for_leaving() -> None:
+    """Have rank 0, which may hold the store, wait until no rank needs it: ranks connect late, in the last barrier too."""
+    store = dist.distributed_c10d._get_default_store()
+    leaving = store.add(LEAVING_KEY, 1)
+    give_up = time.monotonic() + LEAVING_S
+    while dist.get_rank() == 0 and leaving < dist.get_world_size() and time.monotonic() < give_up:
+        time.sleep(0.01)
+        leaving = store.add(LEAVING_KEY, 0)
 
 
 @contextlib.contextmanager

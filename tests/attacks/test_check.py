@@ -58,7 +58,7 @@ def test_one_bit_in_each_kind_of_file_is_named(folders, tmp_path, capsys, kind, 
 
 
 def test_a_folder_of_somebody_else_is_no_folder_of_ours(tmp_path):
-    with pytest.raises(UserError, match="holds nothing that flowar can check; give a dataset, a training run"):
+    with pytest.raises(UserError, match="holds nothing that flowar can check; give a dataset, a VAE, a training run"):
         run_check(tmp_path)
 
 

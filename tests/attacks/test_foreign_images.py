@@ -34,7 +34,7 @@ def test_code_in_foreign_images_and_weights_is_not_run(tmp_path):
     for name in ("inception-v3-compat", "vgg16"):
         torch.save({"weight": Trap(sprung)}, tmp_path / "weights.pth")
         config = ExtractorConfig(name=name, weights=str(tmp_path / "weights.pth"), other_weights=True)
-        with pytest.raises(UserError, match="weights of .* in .*weights.pth can't be used: .*Weights only load failed"):
+        with pytest.raises(UserError, match="weights of .* in .*weights.pth can't be used; .*Weights only load failed"):
             Extractor(config, torch.device("cpu"))
     assert not sprung.exists()
 

@@ -87,7 +87,7 @@ def test_nothing_of_an_interrupted_export_goes_into_the_next(tmp_path):
     (tmp_path / "model.partial").mkdir()
     (tmp_path / "model.partial" / "dataset.json").write_text("{}")
     save_model_whole(tiny_config(), create_model(tiny_config()).state_dict(), tmp_path / "model")
-    assert {file.name for file in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors"}
+    assert {file.name for file in (tmp_path / "model").iterdir()} == {"README.md", "config.json", "model.safetensors"}
 
 
 @pytest.fixture

@@ -206,4 +206,4 @@ def test_two_exports_to_one_folder_do_not_mix(tmp_path):
     finally:
         go.set()
     join([first], tmp_path / "log")
-    assert {file.name for file in (tmp_path / "model").iterdir()} == {"config.json", "model.safetensors"}
+    assert {file.name for file in (tmp_path / "model").iterdir()} == {"README.md", "config.json", "model.safetensors"}
