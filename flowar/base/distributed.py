@@ -136,7 +136,7 @@ def stop_world() -> None:
 
 
 def _wait_for_leaving() -> None:
-    """Have rank 0, which may hold the store, wait until no rank needs it: ranks connect late, in the last barrier too."""
+    """Have rank 0, which may hold the store, wait until no rank needs it: ranks connect late, in a barrier too."""
     store = dist.distributed_c10d._get_default_store()
     leaving = store.add(LEAVING_KEY, 1)
     give_up = time.monotonic() + LEAVING_S
