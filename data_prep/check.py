@@ -83,7 +83,7 @@ def check_dataset(config: CheckConfig, dry_run: bool) -> None:
     problems = check_files(shards)
     if config.num_images and not problems:
         problems += check_against_source(config, shards)
-    report_problems(config.path, problems, "copy the dataset again, or prepare it anew")
+    report_problems(config.path, problems, "copy the dataset again, or prepare it again")
 
 
 def report_problems(path: str, problems: list[str], cure: str) -> None:
@@ -132,7 +132,7 @@ def check_files(shards: LatentShards) -> list[str]:
 
 
 def check_shard(shards: LatentShards, shard: Shard) -> Findings:
-    """Return what one shard holds; reads all of it."""
+    """Return what one shard contains; reads the whole shard."""
     findings = Findings()
     try:
         file = shards.local_file(shard)

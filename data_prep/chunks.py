@@ -41,7 +41,7 @@ from flowar.models.cards import CARD_FILE, data_card
 
 PLAN_FILE = "plan.json"
 CHUNK_FILE = "chunk.json"
-CHUNK_CURE = "remove {} and run the same command again, which encodes that chunk anew"
+CHUNK_CURE = "remove {} and run the same command again, which encodes that chunk again"
 
 
 def chunk_folder(chunk: int) -> str:

@@ -1,4 +1,4 @@
-"""Image bytes -> the square views of it that are stored, by a crop policy. Read next: encode.py."""
+"""Image bytes -> the square views that are stored, by a crop policy. Read next: encode.py."""
 
 import io
 import warnings
@@ -14,7 +14,7 @@ from flowar.base.seeding import Stream, derive_seed
 from flowar.config.data import PrepareConfig
 
 RANDOM_RESIZE = 288 / 256  # the authors' recipe: short side 288, then a random crop of 256
-OUT_OF_MEMORY = "out of memory"  # what Pillow's decoders say of it, as an OSError
+OUT_OF_MEMORY = "out of memory"  # the message of Pillow's decoders, in an OSError
 TEN_CROP_RESIZE = 1.1  # the usual ratio where autoregressive image models store ten crops (LlamaGen)
 
 
@@ -35,7 +35,7 @@ def decode_image(content: bytes) -> Image.Image:
     """Return an upright RGB image; the first frame of an animated one, the 8 highest bits of a 16-bit one.
 
     Raises:
-        MemoryError: if there isn't enough of it: that says nothing about the image.
+        MemoryError: if memory runs out, which says nothing about the image.
         Exception: if it can't be read, or is beyond the limits (limits.py); Pillow raises many kinds.
     """
     with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):  # LARGEST_IMAGE says more

@@ -105,7 +105,7 @@ def check_finished(config: PrepareConfig, settings: dict[str, Any], passport: Pa
 def another_finished(job: EncodingJob) -> bool:
     """Return whether files went away because another worker gave the dataset its name.
 
-    Network file systems may show that late, so that it is asked for a minute.
+    Network file systems may show that late, so this looks again for a minute.
     """
     ended = time.monotonic() + SETTLE_S
     while not job.partial.exists() and not has_dataset(job.out_dir) and time.monotonic() < ended:
@@ -132,7 +132,7 @@ def settings_of_dataset(config: PrepareConfig, vae: VAE) -> dict[str, Any]:
         )
     if vae.image_size is not None and config.image_size != vae.image_size:
         raise UserError(
-            f"image_size={config.image_size}, but VAE {vae.name} takes images of {vae.image_size} px alone; set "
+            f"image_size={config.image_size}, but VAE {vae.name} takes only images of {vae.image_size} px; set "
             f"image_size={vae.image_size}"
         )
     side = config.image_size // vae.stride
@@ -157,7 +157,7 @@ def describe_sizes(source: Source, config: PrepareConfig) -> list[str]:
     for number in range(0, len(source), max(1, len(source) // MEASURED_IMAGES)):
         try:
             image = decode_image(source.read(number))
-        except Exception:  # whatever is wrong with it is said, with its name, when it is encoded
+        except Exception:  # any problem is reported, with its name, when it is encoded
             continue
         sizes.append((min(image.size), max(image.size)))
     lines = []
@@ -302,7 +302,7 @@ def encode_free_chunks(job: EncodingJob, plan: Plan, leases: Leases, progress: P
     """Claim and write chunks until none is free; return how many were written.
 
     Raises:
-        UserError: if an image can't be got at, or is damaged and skip_unreadable is off.
+        UserError: if an image cannot be reached, or is damaged and skip_unreadable is off.
     """
     config, views = job.config, job.settings["views"]
     images_per_batch = max(1, config.batch_size // views)

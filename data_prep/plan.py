@@ -140,7 +140,7 @@ class Plan:
         )
 
     def describe_unreachable(self, number: int, error: OSError) -> str:
-        """Return the error about an image that can't be got at."""
+        """Return the error about an image that cannot be reached."""
         where = f"{self.source.names[number]} in {self.source.root}"
         return f"cannot read {where}: {error}; {self._cure_of_missing()}"
 
@@ -165,7 +165,7 @@ class Plan:
     def _start_again(self) -> str:
         done = len(finished_chunks(self.partial)) if self.partial.exists() else 0
         lost = f"its {done} finished chunks are encoded again" if done else "no chunk in it is finished"
-        return f"remove {self.partial} ({lost}) and run the command again, which lists the images anew"
+        return f"remove {self.partial} ({lost}) and run the command again, which lists the images again"
 
 
 def _stat(file: Path) -> os.stat_result | OSError:
@@ -184,7 +184,7 @@ def agree_on_plan(job: EncodingJob, leases: Leases) -> Plan | None:
     file = job.partial / PLAN_FILE
     has_said = False
     while not has_dataset(job.out_dir):
-        is_merged = has_dataset(job.partial)  # and was cut off while it was tidied up
+        is_merged = has_dataset(job.partial)  # and was interrupted while it was cleaned up
         if file.exists() and not is_merged:
             return read_plan(job)
         task = "merge" if is_merged else "plan"

@@ -71,7 +71,7 @@ class Source:
         Raises:
             ChangedSourceError: if the file isn't the one that was listed.
             UserError: if it is not a regular file, or cannot be read as what it was.
-            OSError: if it can't be got at.
+            OSError: if it cannot be reached.
         """
         if self.kind == "folder":
             return read_regular_file(Path(self.root, self.names[number]))
@@ -290,7 +290,7 @@ def _open_parquet(root: str, files: list[str], image_column: str, label_column: 
 
 
 def _check_columns(file: str, schema: Any, image_column: str, label_column: str) -> None:
-    """Raise a UserError if a parquet file lacks a column, or its images are no bytes."""
+    """Raise a UserError if a parquet file lacks a column, or its images are not bytes."""
     import pyarrow
 
     for setting, column in (("image_column", image_column), ("label_column", label_column)):

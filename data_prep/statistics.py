@@ -17,7 +17,7 @@ class MomentSums:
     means: list[float] = field(default_factory=list)
     square_means: list[float] = field(default_factory=list)
     variances: list[float] = field(default_factory=list)
-    error_max: float = 0.0  # stored minus exact moments, where the exact ones were at hand
+    error_max: float = 0.0  # stored minus exact moments, if the exact ones were available
     error_squares: float = 0.0
 
     @staticmethod

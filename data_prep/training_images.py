@@ -46,7 +46,7 @@ def split_held_out(num_images: int) -> tuple[NDArray[np.int64], NDArray[np.int64
 def read_step_batches(
     source: Source, config: TrainVAEConfig, steps: range, world: World, latent_shape: tuple[int, ...]
 ) -> Iterator[ImageBatch]:
-    """Yield this rank's images of each of `steps`, the same whatever the number of ranks and workers.
+    """Yield this rank's images of each of `steps`, the same for any number of ranks and workers.
 
     Args:
         source: the images.
@@ -123,7 +123,7 @@ class _StepImages(Dataset[Any]):
 
 
 def crop_randomly(image: Image.Image, config: TrainVAEConfig, generator: torch.Generator) -> Image.Image:
-    """Return the square of an image that one step sees of it, mirrored or not."""
+    """Return the square crop that one step sees of an image, mirrored or not."""
     down, right, mirrored = torch.rand(3, generator=generator).tolist()
     if config.crop == "center":
         cropped = centre_crop(image, config.image_size)

@@ -1,4 +1,4 @@
-"""One step of training a VAE, and what a checkpoint of it holds. Read next: train_vae.py, autoencoder.py."""
+"""One step of training a VAE, and the content of its checkpoints. Read next: train_vae.py, autoencoder.py."""
 
 import math
 from pathlib import Path
@@ -34,7 +34,7 @@ LOSS_TERMS = ("l1", "kl", "lpips", "generator", "discriminator")  # as metrics.j
 
 
 class VAETraining:
-    """A VAE, its discriminator if it has one, and their optimizers, on this rank; every rank has all of it."""
+    """A VAE, its discriminator if it has one, and their optimizers, on this rank; every rank has a whole copy."""
 
     def __init__(self, config: TrainVAEConfig, world: World, run_dir: Path) -> None:
         self.config = config

@@ -9,7 +9,7 @@ from typing import NamedTuple
 CHART_WIDTH, CHART_HEIGHT = 420, 240  # of a chart, in its own units; about a pixel each where the page is narrow
 LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 34  # of the axes
 MOST_BUCKETS = 200  # of a line; each keeps its lowest and highest point, so that no spike is lost
-MOST_DOTS = 24  # a line of at most so many points has a dot for each, so that one alone is seen
+MOST_DOTS = 24  # a line of at most this many points has a dot for each, so that a single point is visible
 LOG_FROM = 30  # values that span a larger factor get a logarithmic axis
 NUM_COLOURS = 7  # --c0 to --c6 in the page's style
 

@@ -90,7 +90,7 @@ def _gloo_group(timeout: timedelta) -> dist.ProcessGroup:
 
 
 def limit_waiting(timeout_s: float) -> None:
-    """From now on have a rank that waits for others for so long end with an error; not in background groups."""
+    """Set the timeout of all process groups except the background ones."""
     if dist.is_initialized():
         for group in list(dist.distributed_c10d._world.pg_map):
             if group not in _background_groups:
@@ -149,7 +149,7 @@ def _wait_for_leaving() -> None:
 def training_world(
     device: torch.device, *, with_group: bool, verb: str, timeout: str, latest: Callable[[], object]
 ) -> Iterator[World]:
-    """Start the world of a training, and end it the right way whatever happens inside. A context.
+    """A context that starts the world of a training, and ends it correctly after any error inside.
 
     Args:
         device: of this process.

@@ -62,7 +62,7 @@ def write_text(path: Path, text: str, *, private: bool = False) -> None:
 
 
 def publish_folder(hidden: Path, folder: Path) -> None:
-    """Give a filled folder its name, after all in it is on the disk: not even a power cut leaves half of it.
+    """Rename a filled folder after its content is on the disk: not even a power cut leaves half a folder.
 
     Raises:
         OSError: if it can't be written, or `folder` is there already.

@@ -19,7 +19,7 @@ def hash_file(file: Path) -> str:
 
 
 def hash_weights(state: dict[str, Tensor]) -> str:
-    """Return a hash of all weights, whatever file they came from."""
+    """Return a hash of all weights, independent of their file."""
     digest = hashlib.sha256()
     for name, tensor in sorted(state.items()):
         digest.update(f"{name} {tuple(tensor.shape)}".encode())

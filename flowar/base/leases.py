@@ -51,7 +51,7 @@ class _Sighting:
     has_changed: bool = False  # since it was first seen: its holder was alive
 
 
-# Of all `Leases` of this process: one that is made anew for each look must not begin to wait for a dead holder anew.
+# Shared by all `Leases` of this process: one created for each look must not start waiting for a dead holder again.
 _sightings: dict[Path, _Sighting] = {}
 
 
@@ -112,7 +112,7 @@ class Leases:
     def look(self) -> tuple[dict[str, int], set[str]] | None:
         """Return what one listing of the folder shows: {name: newest generation} and the names that are done.
 
-        None if the folder is gone: all work was done, and somebody tidied up.
+        None if the folder is gone: all work was done, and another process cleaned up.
         """
         generations: dict[str, int] = {}
         done: set[str] = set()
@@ -172,7 +172,7 @@ class Leases:
 
     def finish(self, name: str) -> None:
         """Say that the work called `name`, which this process holds, is done, and give it up."""
-        with contextlib.suppress(FileNotFoundError):  # somebody tidied up
+        with contextlib.suppress(FileNotFoundError):  # another process cleaned up
             self.folder.joinpath(f"{name}.{DONE}").touch()
         self.release(name)
 
@@ -195,7 +195,7 @@ class Leases:
         """Give up `name`, so that others can claim it."""
         with self._lock:
             path = self._mine.pop(name)
-            with contextlib.suppress(FileNotFoundError), path.open("r+") as file:  # gone: somebody tidied up
+            with contextlib.suppress(FileNotFoundError), path.open("r+") as file:  # gone: another process cleaned up
                 file.write(GIVEN_UP)
                 file.truncate()
 
@@ -265,7 +265,7 @@ class Leases:
                         with path.open("r+") as file:
                             file.write(_signature(beat))
                     except FileNotFoundError:
-                        continue  # all work is done, and somebody tidied up
+                        continue  # all work is done, and another process cleaned up
                     except OSError as error:
                         failure = error  # `claim` and `is_mine` say so, if it lasts for a lease
             self._last_beat = time.monotonic()

@@ -1,7 +1,7 @@
 """One-page reports: a style for light and dark, wide and narrow; pictures inside the page. Read next: charts.py.
 
 A page opens without a network and runs no code: its content security policy allows pictures that are inside it and its
-own style, and nothing else, whatever the names in it are.
+own style, and nothing else, even with hostile names in it.
 """
 
 import base64

@@ -82,7 +82,7 @@ def load_plain_checkpoint(source: Path) -> dict[str, Any]:
             state_dict = torch.load(source, map_location="cpu", weights_only=True, mmap=True) if damaged is None else {}
     except PermissionError as error:
         raise UserError(f"{source} can't be read: {error.strerror}; ask its owner for leave to read it") from error
-    except Exception as error:  # whatever a damaged or hostile pickle makes torch raise
+    except Exception as error:  # anything that a damaged or hostile pickle makes torch raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(
             f"{source} is not a readable PyTorch checkpoint of tensors: {reason}; download it again"

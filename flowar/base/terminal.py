@@ -1,4 +1,4 @@
-"""What is printed in a terminal: words of users and of files stand there as they are, whatever brackets are in them."""
+"""Terminal output: names from users and files are printed as they are, even with brackets in them."""
 
 from rich.console import Console
 

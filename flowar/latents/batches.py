@@ -99,7 +99,7 @@ class StepOrder(Sampler[list[int]]):
 class SequenceOrder(Sampler[list[int]]):
     """The rows of each of `steps` that one rank reads, where a sample is a sequence of different images of one class.
 
-    Which they are follows from (seed, step, place in the batch) alone, whatever the number of ranks. As in ARFlow's
+    Which they are follows from (seed, step, place in the batch) alone, for any number of ranks. As in ARFlow's
     released code there are no epochs: each sample draws a class, then its images in random order, each in one of its
     views.
     """
@@ -238,7 +238,7 @@ def read_batches(
     made_bytes: int = 0,
     pinned: bool = False,
 ) -> Iterator[Any]:
-    """Yield this rank's Batch of each of `steps`, or what `make` makes of it: the same whatever the number of workers.
+    """Yield this rank's Batch of each of `steps`, or what `make` returns for it: the same for any number of workers.
 
     Args:
         shards: where the rows are.
@@ -305,11 +305,11 @@ def check_fits(passport: Passport, model: ModelConfig, path: str) -> None:
 
 
 def check_same_vae(passport: Passport, vae: VAE, path: str) -> None:
-    """Raise a UserError if the shards were made with another VAE than the one at hand, naming both."""
+    """Raise a UserError that names both VAEs if the shards were made with another one."""
     if passport.vae_sha256 != vae.weights_sha256:
         raise UserError(
             f"data.path={path} was made with VAE {passport.vae_name} (weights {passport.vae_sha256[:12]}), but "
-            f"vae.name={vae.name} has weights {vae.weights_sha256[:12]}; use that VAE, or prepare the shards anew"
+            f"vae.name={vae.name} has weights {vae.weights_sha256[:12]}; use that VAE, or prepare the shards again"
         )
     for name in ("latent_multiplier", "latent_shift"):
         if getattr(passport, name) != getattr(vae, name):

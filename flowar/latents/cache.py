@@ -99,7 +99,7 @@ def fetch_verified(remote: str, file: Path, needed_hash: str, description: str) 
         remote: its address.
         file: its place here.
         needed_hash: as the passport has it.
-        description: what it is, for messages.
+        description: of the file, for messages.
 
     Raises:
         UserError: if it can't be fetched, or doesn't have the hash.

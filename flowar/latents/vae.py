@@ -97,7 +97,7 @@ class VAE(nn.Module):
 
     @cached_property
     def weights_sha256(self) -> str:
-        """Hash of all weights, whatever file they came from; tells VAEs apart."""
+        """Hash of all weights, independent of their file; it identifies a VAE."""
         return hash_weights(self.autoencoder.state_dict())
 
 

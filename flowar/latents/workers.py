@@ -12,7 +12,7 @@ from flowar.base.files import MIB
 
 Item = TypeVar("Item")
 
-WORKER_TIMEOUT_S = 60  # a reader that gives nothing for so long, and for its patience before, has died or hangs
+WORKER_TIMEOUT_S = 60  # a reader that is silent for this long, on top of its patience, has died or hangs
 BATCHES_AHEAD = 2  # per worker
 SHARED_MEMORY = Path("/dev/shm")  # where workers leave batches for the main process
 

@@ -132,6 +132,6 @@ def weigh(losses: Tensor, weights: Tensor | Iterable[float]) -> Tensor:
 
 
 def check_shape(name: str, tensor: Tensor, expected: tuple[int, ...]) -> None:
-    """Raise a ValueError that names the tensor, what it is and what it should be."""
+    """Raise a ValueError that names the tensor, its shape and the expected one."""
     if tuple(tensor.shape) != expected:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, but this model needs {expected}")

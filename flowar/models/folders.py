@@ -126,8 +126,8 @@ def save_model_whole(
     Args:
         config, state: the model.
         folder: where to.
-        checkpoint: of which it is made, and which `weights` of it; this is noted, and the passport of its dataset goes
-            along, so that sampling refuses another VAE.
+        checkpoint: the source, and which of its `weights`; both are recorded, and the dataset's passport is copied, so
+            that sampling refuses another VAE.
     """
     partial = folder.with_name(folder.name + ".partial")  # an interrupted run's is overwritten
     partial.mkdir(parents=True, exist_ok=True)

@@ -51,7 +51,7 @@ def gated_gelu(gate: Tensor, value: Tensor) -> Tensor:
 def rotate(heads: Tensor, turns: Tensor) -> Tensor:
     """Return queries or keys (B, N, H, d) as (B, H, N, d), neighbouring channels as pairs turned by `turns`.
 
-    Those are cosine and sine, (N, d / 2, 2). The arithmetic is float32 at least, whatever the dtype of `heads`; the
+    Those are cosine and sine, (N, d / 2, 2). The arithmetic is at least float32 for any dtype of `heads`; the
     result has the dtype of `heads`.
     """
     output: Tensor = _Rotation.apply(heads, turns)

@@ -22,7 +22,7 @@ ALIGNED = 64  # of which a GPU's matrix products should be multiples wide
 
 
 class Linear(nn.Linear):
-    """A linear layer over all tokens as one matrix product, which torch makes of it only where there is a bias."""
+    """A linear layer over all tokens as one matrix product, which torch does by itself only if there is a bias."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Return (..., out) of (..., in)."""

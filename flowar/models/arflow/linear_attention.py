@@ -35,7 +35,7 @@ def attend_across_images(
     inside = F.scaled_dot_product_attention(flat_query, flat_key, flat_value, scale=1.0)  # (B S, H, N, d)
     inside = inside.unflatten(0, query.shape[:2])
 
-    with without_autocast(query.device):  # sums over many images are float32, whatever attention inside is
+    with without_autocast(query.device):  # sums over many images are float32, even if attention inside is not
         query, key, value = (part.to(log_gate.dtype) for part in (query, key, value))
         read_query = read_factors(log_gate, read_decay)[..., None] * query
         added = key.mT @ value  # (B, S, H, d, d)

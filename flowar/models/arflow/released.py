@@ -32,7 +32,7 @@ RELEASED_PARTS = (
     (".mlp.output.", ".mlp.fc2."),
 )
 POSITIONS = "pos_embed"  # fixed, so that it is checked and dropped
-POSITION_SLACK = 1e-4  # float32 sines and cosines, however computed
+POSITION_SLACK = 1e-4  # error of float32 sines and cosines
 NOT_RELEASED = "the checkpoint is not a released ARFlow"
 
 

@@ -1,1 +1,1 @@
-"""FlowAR (arXiv:2412.15205). Read `family.py` first: what the rest of the program asks of it."""
+"""FlowAR (arXiv:2412.15205). Read `family.py` first: what the rest of the program uses."""

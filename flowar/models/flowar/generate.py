@@ -58,7 +58,7 @@ def guided_velocity(
         span: this scale.
         weight: of the guidance at this scale.
         guidance: when it acts.
-        modulations: of every time that is asked for.
+        modulations: for every time that the solver uses.
     """
     both = model.flow.prepare(semantics, span)
     conditional = both.first(len(semantics) // 2) if weight > 1 else both

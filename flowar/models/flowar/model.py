@@ -1,7 +1,7 @@
 """FlowAR: an autoregressive Transformer over scales gives semantics, a flow matching one turns them into velocity.
 
 There is no loss, solver, rank or file here. Read next: loss.py. Shapes: B batch, C latent channels, p patch side,
-D width of the AR Transformer, E width of the flow Transformer, N tokens at hand, L tokens of all K scales.
+D width of the AR Transformer, E width of the flow Transformer, N tokens of some scales, L of all K scales.
 """
 
 from collections.abc import Sequence
@@ -70,7 +70,7 @@ class AutoregressiveBlock(nn.Module):
 
 
 class AutoregressiveTransformer(nn.Module):
-    """Coarser token maps and a class -> one semantics vector per token of the scales at hand."""
+    """Coarser token maps and a class -> one semantics vector per token of the current scales."""
 
     turns: Tensor
     mask: Tensor | None
