@@ -24,7 +24,7 @@ def released():
 def test_converted_checkpoint_gives_the_same_outputs_bit_for_bit(released, tmp_path):
     torch.save(released, tmp_path / "FlowAR-tiny.pth")
     convert_checkpoint(ConvertConfig(checkpoint=str(tmp_path / "FlowAR-tiny.pth"), out_dir=str(tmp_path / "model")))
-    assert {file.name for file in (tmp_path / "model").iterdir()} == {"model.safetensors", "config.json"}
+    assert {file.name for file in (tmp_path / "model").iterdir()} == {"README.md", "model.safetensors", "config.json"}
     before, after = convert_released(released), load_model(tmp_path / "model")
     assert after.config == before.config
     latents, labels = torch.randn(2, 16, 16, 16), torch.tensor([3, 1000])
