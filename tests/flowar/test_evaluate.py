@@ -263,7 +263,7 @@ def test_saved_statistics_give_the_same_distance(digits, tmp_path):
     assert found["precision"] == pytest.approx(values(measure(digits, tmp_path / "b"))["precision"])
 
     np.savez(tmp_path / "inception.npz", mu=np.zeros(2048), sigma=np.eye(2048))
-    with pytest.raises(UserError, match="holds statistics of 2048 features, .* gives 64"):
+    with pytest.raises(UserError, match="holds statistics of 2048 features, .* has 64"):
         measure(digits, tmp_path / "d", reference=tmp_path / "inception.npz")
 
 
