@@ -45,6 +45,8 @@ class ModelConfig(abc.ABC):
         """Channels, height and width of the latents."""
         return (self.latent_channels, self.latent_size, self.latent_size)
 
+    title: ClassVar[str] = ""  # the method's name and arXiv number, for cards
+    paper: ClassVar[str] = ""
     # Settings in which a model may differ from the one whose weights it starts with.
     adaptable: ClassVar[frozenset[str]] = frozenset({"variant", "latent_channels", "num_classes"})
 
@@ -89,6 +91,8 @@ class ModelConfig(abc.ABC):
 @dataclass(frozen=True, kw_only=True)
 class FlowARConfig(ModelConfig):
     """Shape of one FlowAR. The defaults are FlowAR-L as released; MODEL_VARIANTS holds the others."""
+
+    title, paper = "FlowAR", "2412.15205"
 
     scales: tuple[int, ...] = (1, 2, 4, 8, 16)  # side lengths of the token maps, coarse to fine
     patch_size: int = 1  # 1 for VAEs of stride 16, 2 for stride 8
@@ -156,6 +160,8 @@ class FlowARConfig(ModelConfig):
 @dataclass(frozen=True, kw_only=True)
 class ARFlowConfig(ModelConfig):
     """Shape of one ARFlow. The defaults are ARFlow-XL/2 for images of 256 px; MODEL_VARIANTS holds the others."""
+
+    title, paper = "ARFlow", "2501.16085"
 
     family: str = "arflow"
     variant: str = "arflow-xl/2"

@@ -21,7 +21,6 @@ from flowar.config.training import TrainConfig
 from flowar.latents.schema import Passport, read_passport
 
 CARD_FILE = "README.md"
-PAPERS = {"flowar": ("FlowAR", "2412.15205"), "arflow": ("ARFlow", "2501.16085")}  # by family: name, arXiv number
 TAGS = ["image-generation", "class-conditional", "flow-matching", "autoregressive"]
 CLASSES_NAMED = 10
 EVALUATION_CURE = "remove it and evaluate those samples again"
@@ -41,16 +40,17 @@ def model_card(config: ModelConfig, checkpoint: Path | None = None, weights: str
         checkpoint: of which it was exported, if it was; its run's settings, dataset and evaluations go into the card.
         weights: which weights of the checkpoint.
     """
-    name, number = PAPERS[config.family]
     data = ModelCardData(
         library_name="flowar", license="apache-2.0", pipeline_tag="unconditional-image-generation",
-        tags=[config.family, f"arxiv:{number}", *TAGS],
+        tags=[config.family, *([f"arxiv:{config.paper}"] if config.paper else []), *TAGS],
     )  # fmt: skip
+    name = config.title or config.family
+    method = f"[{name}](https://arxiv.org/abs/{config.paper})" if config.paper else name
     channels, *sides = config.latent_shape
     parts = [
         f"---\n{data.to_yaml()}\n---\n# {name}, variant {as_code(config.variant)}\n",
         f"Draws latents of {channels} x {' x '.join(map(str, sides))} of {config.num_classes:,} classes "
-        f"([{name}](https://arxiv.org/abs/{number})). Made by flowar {__version__}.\n",
+        f"({method}). Made by flowar {__version__}.\n",
         f"## Use\n\n```python\n{USE}```\n",
     ]
     if checkpoint is not None:
@@ -120,10 +120,9 @@ def _interval(record: dict[str, Any], metric: str) -> str:
 def data_card(passport: Passport) -> str:
     """Return the card of a dataset of latents."""
     data = DatasetCardData(tags=["latents", "mds", "mosaicml-streaming", "flowar"], license="other")
-    name, number = PAPERS["flowar"]
-    made = f"VAE moments of images as MDS shards, for [{name}](https://arxiv.org/abs/{number}). Made by flowar "
+    made = "VAE moments of images as MDS shards, to train latent image generators. Made by flowar "
     parts = [
-        f"---\n{data.to_yaml()}\n---\n# Latents for {name}\n",
+        f"---\n{data.to_yaml()}\n---\n# Latents of images\n",
         f"{made}{__version__}; {as_code(PASSPORT_FILE)} has every detail and the hash of every shard.\n",
         describe_data(passport),
         f"\n## Use\n\n```bash\n{TRAINING}```\n\n```python\n{READING}```\n",
