@@ -109,6 +109,7 @@ def test_what_the_docs_do_with_the_demo_works(short, tmp_path, monkeypatch):
 def test_the_notebooks_run_on_the_demos_model(short, name, monkeypatch):
     """The committed ones, which were run on a model that was trained for longer; their outputs are small."""
     monkeypatch.setenv("FLOWAR_DEMO", str(short[0] / "train"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # of the kernel; other tests run beside it
     file = ROOT / "examples" / f"{name}.ipynb"
     assert file.stat().st_size < 150_000
     notebook = nbformat.read(file, as_version=4)
