@@ -1,1 +1,1 @@
-"""Making datasets: schema.py says what they hold, encode.py writes them."""
+"""Making datasets: flowar/latents/schema.py says what they hold, encode.py writes them."""

@@ -2,7 +2,7 @@
 
 Here are datasets; flowar/check.py has the other kinds.
 
-Read next: schema.py for what is checked; encode.py for how it was made.
+Read next: flowar/latents/schema.py for what is checked; encode.py for how it was made.
 """
 
 import contextlib

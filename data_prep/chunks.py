@@ -5,7 +5,7 @@ While a dataset is made, its folder is called OUT_DIR.partial and also holds
     00012/             a finished chunk: shards, their index.json, and chunk.json with what was counted and measured,
                        of which plan, and from which images
     .00012.HOST.PID/   a chunk in the making; becomes 00012 by one rename
-and beside it OUT_DIR.claims says who is at work on which chunk (flowar/leases.py).
+and beside it OUT_DIR.claims says who is at work on which chunk (flowar/base/leases.py).
 """
 
 import json

@@ -2,7 +2,7 @@
 
 The images are cut into chunks of a fixed order. Each worker claims a chunk, writes it, claims the next; the last one
 puts the index together. After any kill the same command resumes, and the bytes are the same.
-Read next: chunks.py for the files, sources.py and crops.py for the images, schema.py for what is written.
+Read next: chunks.py for the files, sources.py and crops.py for the images, flowar/latents/schema.py for the passport.
 """
 
 import contextlib
@@ -291,7 +291,7 @@ class DecodedImages(Dataset[Decoded]):
 
 
 def describe_lack_of_memory(name: str, config: PrepareConfig) -> str:
-    """Return the error about an image that there is no memory for."""
+    """Return the error about an image that does not fit in memory."""
     return (
         f"there is not enough memory to decode {name}, which says nothing about the image; use fewer processes than "
         f"num_workers={config.num_workers}, or ask for more memory, and run the same command again"
@@ -406,7 +406,7 @@ def describe_worker(device: torch.device) -> dict[str, str]:
 
 
 def print_summary(passport: Passport, out_dir: Path) -> None:
-    """Say what is there."""
+    """Print a summary of the finished dataset."""
     ratio = passport.latent_multiplier / passport.measured_multiplier
     print(
         f"{out_dir / PASSPORT_FILE}: {passport.num_images:,} images x {passport.views} views in "

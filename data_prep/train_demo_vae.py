@@ -1,4 +1,4 @@
-"""Trains the demo's VAE on the training digits; its weights ship as flowar/assets/demo_vae. Read next: flowar/vae.py.
+"""Trains the demo's VAE on the training digits; its weights ship as flowar/assets/demo_vae. Read next: latents/vae.py.
 
 python -m data_prep.train_demo_vae OUT_DIR      (about 8 minutes on two CPU cores)
 """

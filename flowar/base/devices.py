@@ -1,4 +1,4 @@
-"""In which precision a GPU computes where nothing is trained: convolutions, and drawing. Read next: vae.py."""
+"""In which precision a GPU computes where nothing is trained: convolutions, and drawing. Read next: latents/vae.py."""
 
 import contextlib
 import os
@@ -31,11 +31,11 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise UserError(f"device={name} is not a device; use auto, cpu, cuda or cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"device={name} was asked for, but torch {torch.__version__} sees no GPU here; use device=cpu")
+        raise UserError(f"device={name} was requested, but torch {torch.__version__} sees no GPU here; use device=cpu")
     if device.type == "cuda" and device.index is not None:
         if device.index >= torch.cuda.device_count():
             raise UserError(
-                f"device={name} was asked for, but there are {torch.cuda.device_count()} GPUs, counted from 0"
+                f"device={name} was requested, but there are {torch.cuda.device_count()} GPUs, counted from 0"
             )
         torch.cuda.set_device(device)  # for libraries that use the current one
     return device

@@ -1,6 +1,6 @@
 """Which of the processes that a launcher started this is, and how they agree. Everyone else asks this file.
 
-Read next: parallel.py, train.py.
+Read next: train.py, training/engine.py.
 """
 
 import contextlib
@@ -219,8 +219,8 @@ def wait_for_all() -> None:
 class StopSignals:
     """Notes which signal asked this process to stop. A context; it acts at the end of a step, when all ranks agree.
 
-    Ctrl-C is one of them, and a second one ends the process at once; but not where torchrun started it, which hands on
-    every Ctrl-C that its processes get from the terminal already.
+    Ctrl-C is one of them, and a second one ends the process at once; but not where torchrun started it, which forwards
+    each Ctrl-C although the terminal has already sent it to its processes.
     """
 
     def __init__(self) -> None:

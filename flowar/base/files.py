@@ -22,8 +22,9 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
 def create_whole(path: Path, write: Callable[[Path], object]) -> bool:
     """Write a file that is not there yet, whole; return whether it was this process that did.
 
-    Of all processes that try at once one succeeds: a hard link is made or not. Where the file system has no links (some
-    of laptops and clouds) the file is created and then filled: so a process that dies there may leave half of it.
+    If several processes try at once, only one succeeds, because creating a hard link is atomic. Where the file system
+    has no links (some of laptops and clouds) the file is created and then filled: so a process that dies there may
+    leave half of it.
     """
     with _filled(path, write) as hidden, contextlib.suppress(FileExistsError):
         try:

@@ -205,7 +205,7 @@ class Leases:
             self.release(name)
 
     def is_mine(self, name: str) -> bool:
-        """Return whether this process still holds `name`; one that slept for a lease may have lost it.
+        """Return whether this process still holds `name`; a process that was suspended for a lease may have lost it.
 
         Raises:
             UserError: if this process can't keep its claims alive.
@@ -283,7 +283,7 @@ def claimed_chunks(
     idle: Callable[[], bool] = lambda: False,
     wait: bool = True,
 ) -> Iterator[int]:
-    """Yield the chunks that this process claims, one after the other, until none is missing; others do some of them.
+    """Yield the chunks that this process claims, one after the other, until all are done; other processes do the rest.
 
     The caller says of each when it is done: `leases.finish(claim_name(chunk))`. In between others are told by that
     alone; what is really there is looked at before the first chunk and after the last one, and of a claimed chunk.

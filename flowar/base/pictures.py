@@ -1,4 +1,4 @@
-"""Grids and curves as PNG files. Read next: demo_report.py."""
+"""Grids and curves as PNG files. Read next: pages.py."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

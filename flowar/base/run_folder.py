@@ -1,4 +1,4 @@
-"""What a training run keeps where, and which of its checkpoints are complete. Read next: checkpoint.py.
+"""What a training run keeps where, and which of its checkpoints are complete. Read next: training/checkpoint.py.
 
 RUN_DIR/
     config.yaml                     the settings of the newest steps

@@ -21,7 +21,7 @@ ABOUT_KEY = "about"  # key of the file's metadata: what else is to be known of t
 
 
 def save_tensors(tensors: Mapping[str, Tensor], file: Path, about: Mapping[str, Any] | None = None) -> None:
-    """Write tensors by name, with their hashes, and what else is to be known of them."""
+    """Write tensors by name, with their hashes, and further information about them."""
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     hashes = {name: hash_tensor(tensor) for name, tensor in plain.items()}
     record = {} if about is None else {ABOUT_KEY: record_line(about)}
@@ -81,7 +81,7 @@ def load_plain_checkpoint(source: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):  # plain attributes; trainers keep their options so
             state_dict = torch.load(source, map_location="cpu", weights_only=True, mmap=True) if damaged is None else {}
     except PermissionError as error:
-        raise UserError(f"{source} can't be read: {error.strerror}; ask its owner for leave to read it") from error
+        raise UserError(f"{source} can't be read: {error.strerror}; ask its owner for read permission") from error
     except Exception as error:  # anything that a damaged or hostile pickle makes torch raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(

@@ -48,7 +48,7 @@ class PrepareConfig:
     image_size: int = 256  # side of the views, pixels
     crop: Crop = "center"  # FlowAR: random; MAR: center
     flip: bool = True  # center: store the mirror image too; random: mirror every other view; ten_crop: always
-    views: int = 10  # stored of each image with crop=random; an epoch uses one of them
+    views: int = 10  # views stored per image with crop=random; each epoch uses one
     resize: int | None = None  # short side before the crop; None: random 9/8 and ten_crop 1.1 of image_size
     seed: int = 0  # for random crops
     image_column: str = free("image")  # parquet only: the column of images

@@ -29,7 +29,7 @@ class OptimConfig:
     warmup_epochs: float = 100  # epochs of linear warm-up from 0
     betas: tuple[float, float] = (0.9, 0.95)  # AdamW's decay rates of the first and second moments
     weight_decay: float = 0.02  # applied to matrices and tables, not to biases and norm weights
-    decay_flow: bool = True  # also decay the flow Transformer's weights, as the released code does
+    decay_flow: bool = True  # also decay the flow Transformer's weights; the released code does, by accident
     frozen: tuple[str, ...] = ()  # patterns of parameter names that are not trained, such as ["ar.*"]
     init_lr_factor: float = free(1.0)  # learning rate of parameters loaded by `init`, relative to fresh ones
     max_grad_norm: float | None = free(3.0)  # gradients with a larger norm are scaled down to it; None: off
@@ -211,7 +211,7 @@ class RecipeConfig:
         return {"model": shape_to_start_with(str(init), {str(k): v for k, v in model.items()}, data_path)}
 
     def count_steps(self, num_images: int) -> int:
-        """Return how many steps a run on so many images has."""
+        """Return the number of steps of a run on `num_images` images."""
         return math.ceil(self.epochs * (num_images / self.batch_size))
 
 

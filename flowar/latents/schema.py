@@ -7,7 +7,7 @@ A dataset is a folder:
     00000/shard.00000.mds    shards, in one folder per chunk of the source
 
 Row image x views + view is one view of one image; images are numbered in the order of the listing without the skipped.
-Read next: encode.py, which writes it; flowar/data.py, which reads it.
+Read next: data_prep/encode.py, which writes it; batches.py, which reads it.
 """
 
 import dataclasses

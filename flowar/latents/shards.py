@@ -97,7 +97,7 @@ class LatentShards:
         return self.passport.num_rows
 
     def read(self, rows: Sequence[int]) -> NDArray[np.void]:
-        """Return rows as a structured array with the fields label and moments; see data_prep/schema.py.
+        """Return rows as a structured array with the fields label and moments; see flowar/latents/schema.py.
 
         Raises:
             StorageError: if the storage gives none for `data.patience_s`, with the name of the shard.

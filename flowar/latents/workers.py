@@ -33,8 +33,8 @@ def from_workers(loader: Iterable[Item], source: str, setting: str) -> Iterator[
         except RuntimeError as error:
             kind = StorageError if "timed out" in str(error) else UserError
             raise kind(
-                f"nothing comes from {source}: {' '.join(str(error).split())}; is its storage alive, and is there "
-                f"memory enough? {setting}=0 reads without workers"
+                f"no batch arrived from {source}: {' '.join(str(error).split())}; check its storage and free memory, "
+                f"or set {setting}=0 to read without workers"
             ) from error
         yield batch
 
