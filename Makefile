@@ -9,8 +9,9 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-# All tests but those of flowar/; the tests of training go with them, so that both halves take equally long.
-OTHERS = $(filter-out tests/flowar/ tests/data/ tests/__pycache__/,$(wildcard tests/*/)) $(wildcard tests/test_*.py)
+# All tests but those of flowar/ and data_prep/; the tests of training go with them, so that both halves take equally long.
+OTHERS = $(filter-out tests/flowar/ tests/data_prep/ tests/data/ tests/__pycache__/,$(wildcard tests/*/)) \
+	$(wildcard tests/test_*.py) tests/flowar/training
 
 .PHONY: demo check test test-all test-flowar test-others clean
 
@@ -35,10 +36,10 @@ test-all: check
 	@FLOWAR_TEST_TIERS=1 $(MAKE) --no-print-directory test-flowar test-others
 
 test-flowar: $(VENV)/.installed
-	@$(RUN)/pytest tests/flowar --ignore tests/flowar/training | sed -u 's/^/flowar | /'
+	@$(RUN)/pytest tests/flowar tests/data_prep --ignore tests/flowar/training | sed -u 's/^/flowar | /'
 
 test-others: $(VENV)/.installed
-	@$(RUN)/pytest $(OTHERS) tests/flowar/training --deselect tests/test_structure.py | sed -u 's/^/others | /'
+	@$(RUN)/pytest $(OTHERS) --deselect tests/test_structure.py | sed -u 's/^/others | /'
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "flowar needs Python 3.11 or newer, $(PYTHON) is " + sys.version.split()[0] + "; try make PYTHON=python3.12")'

@@ -28,6 +28,9 @@ GAUGES = {
 }
 
 
+INFINITE = (float("inf"), float("-inf"))  # neither they nor nan are JSON
+
+
 class StatusRow(NamedTuple):
     """A job, or a run that no scheduler started."""
 
@@ -62,7 +65,10 @@ def as_json(rows: Sequence[StatusRow], notes: Sequence[str]) -> str:
     """Return the rows and notes as JSON."""
     named = ("run", "job", "verb", "state", "nodes")
     listed: list[dict[str, Any]] = [{key: getattr(row, key) for key in named} | numbers_of(row) for row in rows]
-    return json.dumps({"runs": listed, "notes": list(notes)}, indent=2)
+    finite = [
+        {key: None if value != value or value in INFINITE else value for key, value in row.items()} for row in listed
+    ]
+    return json.dumps({"runs": finite, "notes": list(notes)}, indent=2, allow_nan=False)
 
 
 def as_prometheus(rows: Sequence[StatusRow]) -> str:
@@ -82,7 +88,8 @@ def as_prometheus(rows: Sequence[StatusRow]) -> str:
 
 def labels_of(row: StatusRow, **more: str) -> str:
     """Return the labels of a row; backslashes, quotes and line breaks in values are escaped, as the format demands."""
-    labels = {"run": row.run, "job": row.job, "verb": row.verb} | more
+    folder = "" if row.run_dir is None else str(row.run_dir.absolute())
+    labels = {"run": row.run, "folder": folder, "job": row.job, "verb": row.verb} | more
     escaped = {
         key: value.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n") for key, value in labels.items()
     }

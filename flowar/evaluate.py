@@ -144,7 +144,12 @@ def main(config: EvaluateConfig, dry_run: bool = False) -> None:
             values = {metric.name: metric.value for metric in metrics if math.isfinite(metric.value)}
             of = {"num_samples": len(own), "protocol": config.protocol, "samples": str(samples.absolute())}
             intervals = {metric.name: metric.interval for metric in metrics if metric.interval is not None}
-            about_them = {"reference": config.reference, "intervals": intervals}
+            sampling = read_sampling(config) or {}
+            about_them = {
+                "reference": config.reference,
+                "intervals": intervals,
+                "weights": sampling.get("weights", "ema"),
+            }
             record_evaluation(run[0], {"step": run[1], **of, **about_them, **values})
         write_record(out_dir / EVALUATION_FILE, record)  # last: it marks the evaluation as done
 

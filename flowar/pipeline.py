@@ -67,6 +67,10 @@ class PipelineTokenizer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         own = getattr(self.vae.autoencoder, "autoencoder", self.vae.autoencoder)  # of an adapter
         if hasattr(own, "save_pretrained"):
             own.save_pretrained(folder)
+        elif self.vae.name != "pixels":
+            raise UserError(
+                f"VAE {self.vae.name} can't be saved: it is not one of the classes of diffusers; keep its own files"
+            )
         scale = self.vae.latent_scale._asdict()
         write_record(folder / TOKENIZER_FILE, {"name": self.vae.name, "scale": scale})
 

@@ -5,6 +5,7 @@ markup; the same records give the same card.
 """
 
 import json
+import subprocess
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,12 +25,12 @@ CARD_FILE = "README.md"
 TAGS = ["image-generation", "class-conditional", "flow-matching", "autoregressive"]
 CLASSES_NAMED = 10
 EVALUATION_CURE = "remove it and evaluate those samples again"
-NOT_METRICS = ("step", "num_samples", "protocol", "samples", "reference", "intervals")
+NOT_METRICS = ("step", "num_samples", "protocol", "samples", "reference", "intervals", "weights")
 
 
 def as_code(value: object) -> str:
     """Return a value as inline code, which no name can end: backticks and line breaks in it are replaced."""
-    return f"`{str(value).replace('`', chr(39)).replace('|', '/')}`".replace("\n", " ")
+    return f"`{' '.join(str(value).replace('`', chr(39)).replace('|', '/').splitlines())}`"
 
 
 def model_card(config: ModelConfig, checkpoint: Path | None = None, weights: str = "raw") -> str:
@@ -50,7 +51,7 @@ def model_card(config: ModelConfig, checkpoint: Path | None = None, weights: str
     parts = [
         f"---\n{data.to_yaml()}\n---\n# {name}, variant {as_code(config.variant)}\n",
         f"Draws latents of {channels} x {' x '.join(map(str, sides))} of {config.num_classes:,} classes "
-        f"({method}). Made by flowar {__version__}.\n",
+        f"({method}). Made by flowar {__version__}{code_commit()}.\n",
         f"## Use\n\n```python\n{USE}```\n",
     ]
     if checkpoint is not None:
@@ -60,7 +61,7 @@ def model_card(config: ModelConfig, checkpoint: Path | None = None, weights: str
         run_dir = checkpoint.parent.parent
         if (run_dir / CONFIG_FILE).is_file():
             parts.append(f"```yaml\n{public_settings(load_described(TrainConfig, run_dir / CONFIG_FILE))}```\n")
-        parts.append(describe_evaluations(run_dir, checkpoint_step(checkpoint)))
+        parts.append(describe_evaluations(run_dir, checkpoint_step(checkpoint), weights))
     parts.append("## Licence\n\nApache-2.0 for the code; the weights follow the licence of the images they learned.\n")
     return "\n".join(part for part in parts if part)
 
@@ -73,6 +74,18 @@ pipe(class_labels=[0], generator=torch.Generator().manual_seed(0)).images[0].sav
 """
 # Settings that say how a model was made; all others, such as paths and names of users, stay out of a card.
 PUBLIC = ("model", "optim", "epochs", "batch_size", "label_dropout", "ema", "precision", "seed")
+
+
+def code_commit() -> str:
+    """Return the commit of this code in words, if it lies in a git checkout; else nothing."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return ""
+    try:
+        answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):  # git is not installed, or refuses somebody else's checkout
+        return ""
+    return f", commit {as_code(answer.stdout.strip())}"
 
 
 def public_settings(config: TrainConfig) -> str:
@@ -99,11 +112,13 @@ def describe_data(passport: Passport) -> str:
     return "\n".join(["| dataset | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
 
 
-def describe_evaluations(run_dir: Path, step: int) -> str:
-    """Return the evaluations of a checkpoint as a table; "" if it was never measured."""
+def describe_evaluations(run_dir: Path, step: int, weights: str) -> str:
+    """Return the evaluations of these weights of a checkpoint as a table; "" if it was never measured."""
     rows = []
     for file in sorted((run_dir / EVALUATIONS).glob(f"step_{step:08d}.*.json")):
         record = read_record(file, EVALUATION_CURE)
+        if record.get("weights", weights) != weights:
+            continue
         metrics = {key: value for key, value in record.items() if key not in NOT_METRICS and isinstance(value, float)}
         said = ", ".join(f"{key} {value:.4g}{_interval(record, key)}" for key, value in metrics.items())
         rows.append(f"| {record['num_samples']:,} | {as_code(record['protocol'])} | {said} |")

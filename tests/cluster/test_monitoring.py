@@ -31,6 +31,6 @@ def test_numbers_of_a_run_are_those_of_its_records(shards, tmp_path, capsys):
 def test_odd_names_stay_one_label():
     row = StatusRow('a"b\\c\nd', "7", "sample", "RUNNING", "n1", RunCells(), 2, None)
     lines = as_prometheus([row]).splitlines()
-    assert 'flowar_restarts{run="a\\"b\\\\c\\nd",job="7",verb="sample"} 2.0' in lines
+    assert 'flowar_restarts{run="a\\"b\\\\c\\nd",folder="",job="7",verb="sample"} 2.0' in lines
     assert all(line.startswith("#") or LINE.fullmatch(line) for line in lines)
     assert json.loads(as_json([row], ["note"]))["runs"][0]["restarts"] == 2

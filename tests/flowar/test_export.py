@@ -82,7 +82,7 @@ def test_an_export_has_a_card_of_what_it_is_and_names_stay_text(run_dir, tmp_pat
     ):
         assert said in text, said
     assert "/home/me" not in text and str(run_dir) not in text
-    assert as_code("a`<script>|\n") == "`a'<script>/ `"
+    assert as_code("a`|\r\n<script>\rb") == "`a'/ <script> b`"
 
 
 def test_a_model_and_a_dataset_have_cards(shards, tmp_path):
