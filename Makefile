@@ -9,8 +9,9 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin
 
-# All tests but those of flowar/ and data_prep/; the tests of training go with them, so that both halves take equally long.
-OTHERS = $(filter-out tests/flowar/ tests/data_prep/ tests/data/ tests/__pycache__/,$(wildcard tests/*/)) \
+# Two halves that take equally long: FIRST, and all other tests, with those of training.
+FIRST = tests/flowar/ tests/data_prep/ tests/benchmarks/
+OTHERS = $(filter-out $(FIRST) tests/data/ tests/__pycache__/,$(wildcard tests/*/)) \
 	$(wildcard tests/test_*.py) tests/flowar/training
 
 .PHONY: demo check test test-all test-flowar test-others clean
@@ -36,7 +37,7 @@ test-all: check
 	@FLOWAR_TEST_TIERS=1 $(MAKE) --no-print-directory test-flowar test-others
 
 test-flowar: $(VENV)/.installed
-	@$(RUN)/pytest tests/flowar tests/data_prep --ignore tests/flowar/training | sed -u 's/^/flowar | /'
+	@$(RUN)/pytest $(FIRST) --ignore tests/flowar/training | sed -u 's/^/flowar | /'
 
 test-others: $(VENV)/.installed
 	@$(RUN)/pytest $(OTHERS) --deselect tests/test_structure.py | sed -u 's/^/others | /'
