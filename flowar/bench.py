@@ -233,8 +233,10 @@ def main(config: BenchConfig, dry_run: bool = False) -> None:
     _ = config.measured_model  # raises if depth is wrong
     if dry_run:
         return
-    flops_per_s, bytes_per_s = measure_limits(device, config.precision)
+    before = measure_limits(device, config.precision)
     found = measure(config, device)
+    after = measure_limits(device, config.precision)  # other work on the machine may have come or gone
+    flops_per_s, bytes_per_s = map(max, before, after)
     images, useful = count_worked(config), useful_flops(config, found)
     kind = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     depth = "" if config.depth is None else f", {config.depth} blocks each"
