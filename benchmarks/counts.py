@@ -3,7 +3,7 @@
 python -m benchmarks.counts            print the counts of the code as it is
 python -m benchmarks.counts --write    write them to benchmarks/counts.txt, which tests compare with the code
 python -m benchmarks.counts --compiled [--write]
-                                       of a training step with compiled blocks (compiled.txt): takes minutes, needs g++
+                                       of both with compiled blocks (compiled.txt): takes minutes, needs g++
 
 Counted on meta tensors, float32, batches of 8, through the public API: `training_loss` and its backward pass, in
 training mode; `sample_latents` with the released settings of FlowAR-L (25 steps, guidance 2.4 up to time 0.9), and for
@@ -15,8 +15,9 @@ ARFlow with 250 steps of its stochastic sampler, guidance 1.5. A batch of ARFlow
 - bytes: of all inputs and outputs of these operations, per image: the traffic if nothing were fused.
 
 Inductor counts compiled blocks, on a CPU: the kernels of one block of each kind, forward and backward, and their reads
-and writes. The rest of the step is counted as above. Attention with dropout is one kernel on a GPU, but explicit
-products on a CPU, so it is counted without dropout.
+and writes. The rest of the step or batch is counted as above. The kernels are planned, not built, as only their counts
+matter. Attention with dropout is one kernel on a GPU, but explicit products on a CPU, so it is counted without dropout.
+In sampling, each scale is a graph of its own, as is each size of the batch: without and with guidance.
 
 Each count grows by the same amount with every block, and with every step of the solver, guided or not (except ARFlow's
 first step, which has no memory to read). So it is taken at two sizes each and extrapolated to the whole model; a test
@@ -24,17 +25,19 @@ compares that with counting everything.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from torch._inductor import compile_fx, metrics
+from torch._inductor.async_compile import AsyncCompile
 
 import flowar
 from flowar.config.models import ARFlowConfig, FlowARConfig, ModelConfig, variant_config
@@ -115,18 +118,25 @@ def count_training(config: FlowARConfig) -> Counts:
 
 def count_sampling(config: FlowARConfig, unguided: int, guided: int) -> Counts:
     """Return the counts of a batch of the whole model; steps above the guidance interval, and in it."""
+    return count_sampling_blocks(config, unguided, guided, config.ar_depth // 2, config.flow_depth)
+
+
+def count_sampling_blocks(config: FlowARConfig, unguided: int, guided: int, ar_pairs: int, flow_blocks: int) -> Counts:
+    """Return the counts of a batch of a model with these numbers of blocks, which may be 0, as may those of steps."""
 
     def at_depth(flow_blocks: int) -> Counts:
         shape = sized(config, 1, flow_blocks)
         one, more_unguided, more_guided = (count_batch(shape, grid_of(*steps)) for steps in ((1, 1), (2, 1), (1, 2)))
-        return carry_on(one, more_unguided, unguided - 1) + carry_on(one, more_guided, guided - 1) - one
+        found = carry_on(one, more_unguided, unguided - 1)
+        found.update(carry_on(one, more_guided, guided - 1))
+        found.subtract(one)
+        return found
 
     short, two_pairs = (count_batch(sized(config, pairs, 1), grid_of(1, 1)) for pairs in (1, 2))
-    return (
-        carry_on(at_depth(1), at_depth(2), config.flow_depth - 1)
-        + carry_on(short, two_pairs, config.ar_depth // 2 - 1)
-        - short
-    )
+    found = carry_on(at_depth(1), at_depth(2), flow_blocks - 1)
+    found.update(carry_on(short, two_pairs, ar_pairs - 1))
+    found.subtract(short)
+    return found
 
 
 def count_arflow_training(config: ARFlowConfig) -> Counts:
@@ -159,26 +169,74 @@ COUNTERS: dict[type[ModelConfig], tuple[Callable[[Any], Counts], Callable[[Any],
 }
 
 
+@contextlib.contextmanager
+def planned_kernels(model: Any, config: FlowARConfig, kind: str) -> Iterator[None]:
+    """Have inductor count what blocks of one kind do inside, without building their kernels: results are arbitrary."""
+    torch._dynamo.reset()
+    metrics.reset()
+    told = logging.Logger("nobody", logging.INFO)  # inductor counts bytes only for a logger
+    for block in family_of(config).blocks(model):
+        if type(block).__name__ == kind:
+            block.forward = torch.compile(block.forward, dynamic=False)
+    with (
+        torch._inductor.config.patch(force_disable_caches=True),  # cached kernels are not counted
+        torch._dynamo.config.patch(recompile_limit=4 * len(config.scales)),
+        mock.patch.object(compile_fx, "inductor_metrics_log", told),
+        mock.patch.object(AsyncCompile, "cpp_pybinding", lambda *_, **__: lambda *_: None),
+    ):
+        yield
+
+
+def counted_kernels() -> Counts:
+    """Return inductor's counts since `planned_kernels` began: bytes of the whole batch, and kernels."""
+    kernels = sum(elements > 0 for _, elements in metrics.nodes_num_elem)
+    return Counter({"bytes": int(metrics.num_bytes_accessed), "kernels": kernels})
+
+
 def count_compiled_block(config: FlowARConfig, kind: str) -> Counts:
-    """Return inductor's counts of one block, forward and backward: bytes of the whole batch, and kernels.
+    """Return inductor's counts of one block, forward and backward.
 
     Args:
         config: with as few blocks as possible; blocks of a kind are compiled once, so one is counted.
         kind: "AutoregressiveBlock", "FlowBlock" or "CrossAttentionFlowBlock".
     """
-    torch._dynamo.reset()
-    metrics.reset()
-    told = logging.Logger("nobody", logging.INFO)  # inductor counts bytes only for a logger
     model = API.create_model(config).train()
-    for block in family_of(config).blocks(model):
-        if type(block).__name__ == kind:
-            block.forward = torch.compile(block.forward)
     latents, labels = torch.zeros(BATCH, *config.latent_shape), torch.zeros(BATCH, dtype=torch.int64)
-    uncached = torch._inductor.config.patch(force_disable_caches=True)  # cached kernels are not counted
-    with uncached, mock.patch.object(compile_fx, "inductor_metrics_log", told):
+    with planned_kernels(model, config, kind):
         API.training_loss(model, latents, labels).backward()
-    kernels = sum(elements > 0 for _, elements in metrics.nodes_num_elem)
-    return Counter({"bytes": int(metrics.num_bytes_accessed), "kernels": kernels})
+    return counted_kernels()
+
+
+def count_compiled_drawing(config: FlowARConfig, kind: str, unguided: int, guided: int) -> Counts:
+    """Return inductor's counts of one block at all scales, in one batch that takes so many steps of each kind.
+
+    Each graph counts once, however often it is called: give one step. The other arguments are those of
+    `count_compiled_block`.
+    """
+    model = API.create_model(config).eval()
+    labels = torch.zeros(BATCH, dtype=torch.int64)
+    grid = torch.tensor([1.0] * unguided + [GUIDANCE_INTERVAL[1]] * guided + [0.0], dtype=torch.float64)
+    with planned_kernels(model, config, kind):
+        API.sample_latents(
+            model, labels, time_grid=grid, guidance=GUIDANCE if guided else 1.0, guidance_interval=GUIDANCE_INTERVAL
+        )
+    return counted_kernels()
+
+
+def count_compiled_sampling(config: FlowARConfig, flow_kind: str) -> Counts:
+    """Return the bytes of a batch with compiled blocks, and the kernels of a flow block in one step of all scales."""
+    one, (unguided, guided) = sized(config, 1, 1), released_steps()
+    without, with_guidance = (count_compiled_drawing(one, flow_kind, *steps) for steps in ((1, 0), (0, 1)))
+    ar = count_compiled_drawing(one, "AutoregressiveBlock", 0, 1)["bytes"]
+    outside = count_sampling_blocks(config, unguided, guided, 0, 0)["bytes"]
+    prepared = count_sampling_blocks(config, 0, 0, 0, 1)["bytes"] - count_sampling_blocks(config, 0, 0, 0, 0)["bytes"]
+    flow = prepared + unguided * without["bytes"] + guided * with_guidance["bytes"]
+    return Counter(
+        {
+            "bytes": outside + config.ar_depth * ar + config.flow_depth * flow,
+            "kernels": with_guidance["kernels"],
+        }
+    )
 
 
 def compiled_lines_of(name: str) -> tuple[str, ...]:
@@ -191,10 +249,13 @@ def compiled_lines_of(name: str) -> tuple[str, ...]:
     ar, flow = (count_compiled_block(sized(config, 1, 1), kind) for kind in ("AutoregressiveBlock", flow_kind))
     outside = 2 * one["bytes"] - more_ar["bytes"] + one["bytes"] - more_flow["bytes"]  # (1, 1) without its blocks
     bytes_of_all = outside + config.ar_depth * ar["bytes"] + config.flow_depth * flow["bytes"]
+    batch = count_compiled_sampling(config, flow_kind)
     return (
         f"{name:9} compiled step bytes per image      {bytes_of_all // BATCH:>19,}",
         f"{name:9} compiled step kernels, AR block   {ar['kernels']:>19,}",
         f"{name:9} compiled step kernels, flow block {flow['kernels']:>19,}",
+        f"{name:9} compiled batch bytes per image     {batch['bytes'] // BATCH:>19,}",
+        f"{name:9} compiled batch kernels, flow block {batch['kernels']:>18,}",
     )
 
 
