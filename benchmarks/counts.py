@@ -127,7 +127,7 @@ def count_sampling_blocks(config: FlowARConfig, unguided: int, guided: int, ar_p
     def at_depth(flow_blocks: int) -> Counts:
         shape = sized(config, 1, flow_blocks)
         one, more_unguided, more_guided = (count_batch(shape, grid_of(*steps)) for steps in ((1, 1), (2, 1), (1, 2)))
-        found = carry_on(one, more_unguided, unguided - 1)
+        found = carry_on(one, more_unguided, unguided - 1)  # `+` and `-` of counters would drop what is not positive
         found.update(carry_on(one, more_guided, guided - 1))
         found.subtract(one)
         return found
@@ -208,10 +208,11 @@ def count_compiled_block(config: FlowARConfig, kind: str) -> Counts:
 
 
 def count_compiled_drawing(config: FlowARConfig, kind: str, unguided: int, guided: int) -> Counts:
-    """Return inductor's counts of one block at all scales, in one batch that takes so many steps of each kind.
+    """Return inductor's counts of one block in a sampled batch, of all scales.
 
-    Each graph counts once, however often it is called: give one step. The other arguments are those of
-    `count_compiled_block`.
+    Args:
+        config, kind: as in `count_compiled_block`.
+        unguided, guided: steps without and with guidance; each graph counts once, however often it is called.
     """
     model = API.create_model(config).eval()
     labels = torch.zeros(BATCH, dtype=torch.int64)
@@ -224,7 +225,10 @@ def count_compiled_drawing(config: FlowARConfig, kind: str, unguided: int, guide
 
 
 def count_compiled_sampling(config: FlowARConfig, flow_kind: str) -> Counts:
-    """Return the bytes of a batch with compiled blocks, and the kernels of a flow block in one step of all scales."""
+    """Return the bytes of a batch with compiled blocks, and the kernels of a flow block in one step of all scales.
+
+    The modulation of a block by the time is counted for one time: the others add one vector each.
+    """
     one, (unguided, guided) = sized(config, 1, 1), released_steps()
     without, with_guidance = (count_compiled_drawing(one, flow_kind, *steps) for steps in ((1, 0), (0, 1)))
     ar = count_compiled_drawing(one, "AutoregressiveBlock", 0, 1)["bytes"]
